@@ -1,0 +1,9 @@
+"""assistream: OpenAI streams as Server-Sent Events, for Flask under gunicorn and gevent."""
+
+from .assistants import Assistant
+from .blueprint import create_blueprint, event_response
+from .errors import AssistreamError, ConfigurationError
+from .version import VERSION
+
+__all__ = ["Assistant", "AssistreamError", "ConfigurationError", "create_blueprint", "event_response"]
+__version__ = VERSION
