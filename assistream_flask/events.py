@@ -1,0 +1,227 @@
+"""The event vocabulary: one constructor an event, in the words of the Assistants v2 API.
+
+Every constructor gives an :class:`Event`; its ``data`` is the JSON object that pages receive.
+``key`` is the run an event belongs to (``None`` for a user's message), so that one POST can
+follow its own runs.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from typing import Any, Final, NamedTuple
+
+Json = dict[str, Any]
+TERMINAL: Final = frozenset({"completed", "incomplete", "failed", "cancelled"})
+
+
+class Event(NamedTuple):
+    """A name, its data, and the id of the run that it tells of."""
+
+    name: str
+    data: Json
+    key: str | None = None
+
+
+def dumps(value: object) -> str:
+    """Gives compact JSON on one line. A lone surrogate, which UTF-8 cannot carry, becomes U+FFFD."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text if text.isascii() else clean(text)
+
+
+def clean(text: str) -> str:
+    """Gives ``text`` as UTF-8 can carry it: surrogate pairs joined, lone surrogates U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
+def new_id(kind: str) -> str:
+    """Gives ``<kind>_`` and 32 random hex digits: 128 bits, not to be guessed."""
+    return f"{kind}_{secrets.token_hex(16)}"
+
+
+def now() -> int:
+    """Gives Unix time in seconds, as in OpenAI's objects."""
+    return int(time.time())
+
+
+# Objects
+
+
+def message(
+    thread_id: str,
+    role: str,
+    content: list[Json],
+    *,
+    assistant_id: str | None = None,
+    run_id: str | None = None,
+) -> Json:
+    """Gives a new message object (Assistants v2). A user's is completed, an assistant's in progress."""
+    at = now()
+    mine = role == "user"
+    return {
+        "id": new_id("msg"),
+        "object": "thread.message",
+        "created_at": at,
+        "thread_id": thread_id,
+        "role": role,
+        "status": "completed" if mine else "in_progress",
+        "content": content,
+        "assistant_id": assistant_id,
+        "run_id": run_id,
+        "completed_at": at if mine else None,
+        "incomplete_at": None,
+        "incomplete_details": None,
+        "metadata": {},
+    }
+
+
+def text_part(value: str) -> Json:
+    """Gives a text content part."""
+    return {"type": "text", "text": {"value": value, "annotations": []}}
+
+
+def run(thread_id: str, assistant_id: str, model: str | None) -> Json:
+    """Gives a new run object (Assistants v2), queued; ``message_id`` is for the caller to fill."""
+    return {
+        "id": new_id("run"),
+        "object": "thread.run",
+        "thread_id": thread_id,
+        "assistant_id": assistant_id,
+        "message_id": None,
+        "status": "queued",
+        "last_error": None,
+        "incomplete_details": None,
+        "usage": None,
+        "model": model,
+        "created_at": now(),
+        "started_at": None,
+        "completed_at": None,
+        "failed_at": None,
+        "cancelled_at": None,
+        "metadata": {},
+    }
+
+
+def reasoning_step(run: Json) -> Json:
+    """Gives a new run step that holds the model's summary of its reasoning."""
+    return {
+        "id": new_id("step"),
+        "object": "thread.run.step",
+        "run_id": run["id"],
+        "thread_id": run["thread_id"],
+        "assistant_id": run["assistant_id"],
+        "type": "reasoning",
+        "status": "in_progress",
+        "created_at": now(),
+        "completed_at": None,
+        "step_details": {"type": "reasoning", "reasoning": {"text": ""}},
+    }
+
+
+def entry(message: Json, run: Json | None = None, steps: list[Json] | None = None) -> Json:
+    """Gives what pages render: a message, who speaks, and for an assistant its run and steps."""
+    return {"assistant_id": message["assistant_id"], "message": message, "run": run, "steps": steps or []}
+
+
+# Events
+
+
+def snapshot(thread_id: str, data: list[Json], has_more: bool) -> Event:
+    """The newest page of the thread: first on a fresh connection, and where a place can't be proven."""
+    return Event("thread.snapshot", {"thread_id": thread_id, "data": data, "has_more": has_more})
+
+
+def message_created(message: Json) -> Event:
+    """A message has its place in the thread."""
+    return Event("thread.message.created", message, message["run_id"])
+
+
+def text_delta(message: Json, index: int, value: str) -> Event:
+    """``value`` is appended to text part ``index``."""
+    return _delta(message, {"index": index, "type": "text", "text": {"value": value}})
+
+
+def annotation_delta(message: Json, index: int, annotation: Json) -> Event:
+    """``annotation`` is appended to those of text part ``index``."""
+    return _delta(message, {"index": index, "type": "text", "text": {"annotations": [annotation]}})
+
+
+def refusal_delta(message: Json, index: int, value: str) -> Event:
+    """``value`` is appended to refusal part ``index``."""
+    return _delta(message, {"index": index, "type": "refusal", "refusal": value})
+
+
+def _delta(message: Json, part: Json) -> Event:
+    data = {"id": message["id"], "object": "thread.message.delta", "delta": {"content": [part]}}
+    return Event("thread.message.delta", data, message["run_id"])
+
+
+def message_ended(message: Json) -> Event:
+    """The whole message in its final state: ``thread.message.completed`` or ``.incomplete``."""
+    return Event(f"thread.message.{message['status']}", message, message["run_id"])
+
+
+def run_created(run: Json) -> Event:
+    """A run was stored."""
+    return Event("thread.run.created", run, run["id"])
+
+
+def run_status(run: Json) -> Event:
+    """The whole run, named by its status: ``thread.run.queued``, ``.in_progress``, ``.failed`` ..."""
+    return Event(f"thread.run.{run['status']}", run, run["id"])
+
+
+def step_created(step: Json) -> Event:
+    """A run step began."""
+    return Event("thread.run.step.created", step, step["run_id"])
+
+
+def step_delta(step: Json, value: str) -> Event:
+    """``value`` is appended to the step's reasoning text."""
+    data = {
+        "id": step["id"],
+        "object": "thread.run.step.delta",
+        "run_id": step["run_id"],
+        "delta": {"step_details": {"type": "reasoning", "reasoning": {"text": value}}},
+    }
+    return Event("thread.run.step.delta", data, step["run_id"])
+
+
+def step_completed(step: Json) -> Event:
+    """The whole step in its final state."""
+    return Event("thread.run.step.completed", step, step["run_id"])
+
+
+def thread_deleted(thread_id: str) -> Event:
+    """The thread is gone; its streams end after this."""
+    return Event("thread.deleted", {"id": thread_id, "object": "thread.deleted", "deleted": True})
+
+
+# State: what the deltas add up to
+
+
+def apply(entry: Json, event: str, data: Json) -> None:
+    """Adds a delta or a step event to ``entry``, in place. Other events change nothing here:
+    the store has their effect before the log has the event."""
+    if event == "thread.message.delta":
+        content = entry["message"]["content"]
+        for part in data["delta"]["content"]:
+            if part["index"] == len(content):
+                content.append(text_part("") if part["type"] == "text" else {"type": "refusal", "refusal": ""})
+            target = content[part["index"]]
+            if part["type"] == "refusal":
+                target["refusal"] += part["refusal"]
+            else:
+                target["text"]["value"] += part["text"].get("value", "")
+                target["text"]["annotations"].extend(part["text"].get("annotations", ()))
+    elif event in ("thread.run.step.created", "thread.run.step.completed"):
+        entry["steps"] = [step for step in entry["steps"] if step["id"] != data["id"]] + [data]
+    elif event == "thread.run.step.delta":
+        for step in entry["steps"]:
+            if step["id"] == data["id"]:
+                step["step_details"]["reasoning"]["text"] += data["delta"]["step_details"]["reasoning"]["text"]

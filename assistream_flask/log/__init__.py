@@ -1,0 +1,99 @@
+"""The per-thread event log: one contract, an implementation a module.
+
+An id ``<epoch>-<offset>`` names a place in one thread's log. Offsets grow by one an event.
+The epoch is random and new whenever the log of a thread begins anew, so a place in a lost
+log can never be taken for a place in the next.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import NamedTuple, Protocol
+
+from ..events import Event, Json
+
+_PLACE = re.compile(r"([0-9a-f]{1,32})-(0|[1-9][0-9]{0,17})")
+
+
+class Place(NamedTuple):
+    """A place in a thread's log: after the event with this offset, or before the first one at 0."""
+
+    epoch: str
+    offset: int
+
+    def __str__(self) -> str:
+        return f"{self.epoch}-{self.offset}"
+
+    @classmethod
+    def parse(cls, text: str | None) -> Place | None:
+        """Gives the place that ``text`` names, ``None`` where it names none."""
+        match = _PLACE.fullmatch(text or "")
+        return cls(match[1], int(match[2])) if match else None
+
+
+class Record(NamedTuple):
+    """One event in the log. ``frame`` is its SSE frame, encoded once for all readers."""
+
+    place: Place
+    name: str
+    key: str | None
+    frame: bytes
+
+    def data(self) -> Json:
+        """Gives the event's JSON object."""
+        found: Json = json.loads(self.frame[self.frame.index(b"\ndata: ") + 7 :])
+        return found
+
+
+class Lost(Exception):
+    """The log no longer has, or never had, what comes after the asked-for place: read a snapshot."""
+
+
+class Subscription(Protocol):
+    """A reader's cursor in one thread's log. Replay and live are one sequence, so no event is
+    missed or repeated between them."""
+
+    def read(self, timeout: float) -> list[Record]:
+        """Gives the records after the last ones given, waiting up to ``timeout`` seconds for one;
+        none after that. Raises :class:`Lost` when records were trimmed before they were read."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of the log. Idempotent."""
+        ...
+
+
+class Log(Protocol):
+    """What a log does for the runner and the routes."""
+
+    def append(self, thread_id: str, events: Sequence[Event]) -> Place:
+        """Appends ``events`` as one write; gives the place after the last of them."""
+        ...
+
+    def end(self, thread_id: str) -> Place:
+        """Gives the place after the newest event; begins a log where there is none."""
+        ...
+
+    def since(self, thread_id: str, place: Place) -> list[Record]:
+        """Gives all records after ``place``. Raises :class:`Lost` when that can't be proven."""
+        ...
+
+    def subscribe(self, thread_id: str, place: Place) -> Subscription:
+        """Gives a cursor after ``place``. Raises :class:`Lost` when that can't be proven."""
+        ...
+
+    def lock(self, thread_id: str) -> AbstractContextManager[object]:
+        """Whoever stores a change and appends its event, and whoever reads the store and the end of
+        the log together, holds this: each sees the other's two steps as one."""
+        ...
+
+    def trim(self) -> None:
+        """Drops what is older or more than the log keeps. Called every few seconds."""
+        ...
+
+    def close(self) -> None:
+        """Wakes all readers and lets go of everything."""
+        ...
