@@ -1,0 +1,56 @@
+"""Settings, read from ``app.config`` under ``ASSISTREAM_<NAME>``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from .errors import ConfigurationError
+
+
+def _setting(default: Any, doc: str, minimum: float = 0) -> Any:
+    return field(default=default, metadata={"doc": doc, "minimum": minimum})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings with their defaults. Seconds are seconds; a limit is per caller where it says so."""
+
+    database_url: str = _setting("", "SQLAlchemy URL; default: an SQLite file in the app's instance folder")
+    redis_url: str = _setting("", "not supported yet; unset: the log is in memory, for one worker")
+    max_message_chars: int = _setting(100_000, "longest message, in characters", 1)
+    max_runs: int = _setting(50, "runs a caller may have waiting or under way", 1)
+    max_streams: int = _setting(50, "event streams a caller may have open", 1)
+    max_assistants: int = _setting(16, "assistants that one POST may ask", 1)
+    stall_seconds: float = _setting(60.0, "a run fails when the model server sends no byte for so long", 0.1)
+    run_seconds: float = _setting(600.0, "a run fails when it takes longer", 0.1)
+    heartbeat_seconds: float = _setting(15.0, "a `ping` goes out when nothing else did for so long", 0.05)
+    flush_seconds: float = _setting(2.0, "growing text is stored at least so often", 0.05)
+    log_events: int = _setting(10_000, "newest events a thread's log keeps for viewers that come back", 1)
+    log_seconds: float = _setting(600.0, "oldest event a thread's log keeps", 1)
+    drain_seconds: float = _setting(10.0, "at shutdown, runs under way may finish for so long")
+    allowed_origins: str = _setting("", "origins besides the page's own that may send commands, space between")
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> Settings:
+        """Takes ``app.config``; numbers may be strings. Raises :class:`ConfigurationError`."""
+        found: dict[str, Any] = {}
+        for setting in fields(cls):
+            name = f"ASSISTREAM_{setting.name.upper()}"
+            value = config.get(name)
+            if value is None or value == "":
+                continue
+            kind: Any = type(setting.default)
+            try:
+                found[setting.name] = kind(value)
+            except (TypeError, ValueError):
+                raise ConfigurationError(f"{name} is {value!r}: give a {kind.__name__}") from None
+            if kind is not str and not setting.metadata["minimum"] <= found[setting.name] < float("inf"):
+                raise ConfigurationError(f"{name} is {value!r}: give at least {setting.metadata['minimum']}")
+        settings = cls(**found)
+        if settings.redis_url:
+            raise ConfigurationError(
+                "ASSISTREAM_REDIS_URL is set, but this version has no Redis log yet: unset it and run one worker"
+            )
+        return settings

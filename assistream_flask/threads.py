@@ -1,0 +1,431 @@
+"""The thread store: threads, messages, runs and given answers, in SQL.
+
+Objects go in and come out as the JSON of the API. The text of a message that grows is stored
+with the place in the log as of which it is exact, so that text plus later events is the whole.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine, Row
+
+from . import schema
+from .errors import ConfigurationError
+from .events import TERMINAL, Json, entry
+from .schema import answers, messages, runs, threads
+
+_LIVE = ("queued", "in_progress", "requires_action")
+_MESSAGE = [column for column in messages.c if column.name != "position"]
+_RUN = list(runs.c)[: list(runs.c).index(runs.c.steps)]
+
+
+class Owner(NamedTuple):
+    """A caller: ``scope`` is the blueprint's registered name, so two blueprints share nothing."""
+
+    scope: str
+    name: str
+
+
+class Answer(NamedTuple):
+    """The first answer to an Idempotency-Key. ``fingerprint`` tells one request from another."""
+
+    key: str
+    fingerprint: str
+    status: int
+    body: Json
+    place: str | None = None
+
+
+class Stored(NamedTuple):
+    """An entry as stored, and the place in the log as of which it is exact (``None``: no event yet)."""
+
+    entry: Json
+    place: str | None
+
+
+class Held(NamedTuple):
+    """A run that is not over, with what its worker needs: see :mod:`.runner`."""
+
+    run: Json
+    message: Json
+    steps: list[Json]
+    position: int
+    scope: str
+    group_id: str
+    mode: str
+    worker: str
+    lease: float
+
+
+class AnsweredBefore(Exception):
+    """The Idempotency-Key has an answer already; it was given between the look-up and the write."""
+
+
+class TooManyRuns(Exception):
+    """The caller has as many runs that are not over as allowed."""
+
+
+class ThreadStore:
+    """Threads in the database that ``url`` names (an SQLAlchemy URL).
+
+    The schema is created at first use. Raises :class:`ConfigurationError` for a URL that cannot
+    work, or a schema newer than this code.
+    """
+
+    def __init__(self, url: str) -> None:
+        try:
+            self._engine = _engine(url)
+        except (sa.exc.ArgumentError, sa.exc.NoSuchModuleError, ImportError) as error:
+            raise ConfigurationError(
+                f"ASSISTREAM_DATABASE_URL cannot be used ({type(error).__name__}): give an SQLAlchemy URL such as "
+                "sqlite:////var/lib/app/assistream.sqlite3, and install the driver that it names"
+            ) from error
+        sqlite = self._engine.dialect.name == "sqlite"
+        # SQLite has one writer: a greenlet that waits for it inside SQLite would stop the one that holds it.
+        self._writer: AbstractContextManager[object] = threading.RLock() if sqlite else nullcontext()
+        # A database in memory is one connection, which readers share with the writer.
+        alone = isinstance(self._engine.pool, sa.StaticPool)
+        self._reader: AbstractContextManager[object] = self._writer if alone else nullcontext()
+        self._writes = self._engine.execution_options(assistream_write=True)
+        self._create()
+
+    @contextmanager
+    def _write(self) -> Iterator[Connection]:
+        with self._writer, self._writes.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def _read(self) -> Iterator[Connection]:
+        with self._reader, self._engine.connect() as connection:
+            yield connection
+
+    def _create(self) -> None:
+        with self._write() as connection:
+            schema.metadata.create_all(connection)
+            found = connection.execute(sa.select(sa.func.max(schema.schema.c.version))).scalar()
+            if found is None:
+                connection.execute(schema.schema.insert().values(version=schema.VERSION))
+            elif found > schema.VERSION:
+                raise ConfigurationError(
+                    f"the database has schema version {found}, this assistream knows {schema.VERSION}: "
+                    "upgrade assistream, or use another ASSISTREAM_DATABASE_URL"
+                )
+
+    def close(self) -> None:
+        """Closes the pooled connections."""
+        self._engine.dispose()
+
+    # Threads
+
+    def create_thread(self, owner: Owner, thread: Json, answer: Answer | None = None) -> None:
+        """Stores ``thread`` as ``owner``'s. Raises :class:`AnsweredBefore`."""
+        with self._write() as connection:
+            self._remember(connection, owner, answer)
+            connection.execute(
+                threads.insert().values(
+                    id=thread["id"],
+                    scope=owner.scope,
+                    owner=owner.name,
+                    created_at=thread["created_at"],
+                    metadata=thread["metadata"],
+                )
+            )
+
+    def owns(self, owner: Owner, thread_id: str) -> bool:
+        """Tells whether the thread exists and is ``owner``'s."""
+        query = sa.select(threads.c.number).where(threads.c.id == thread_id, *_owned(owner))
+        with self._read() as connection:
+            return connection.execute(query).first() is not None
+
+    def threads(self, owner: Owner, limit: int, before: str | None) -> tuple[list[Json], bool] | None:
+        """Gives ``owner``'s threads older than ``before``, newest first, and whether there are more;
+        ``None`` when ``before`` is not one of them."""
+        query = sa.select(threads).where(*_owned(owner)).order_by(threads.c.number.desc()).limit(limit + 1)
+        with self._read() as connection:
+            if before is not None:
+                where = (threads.c.id == before, *_owned(owner))
+                number = connection.execute(sa.select(threads.c.number).where(*where)).scalar()
+                if number is None:
+                    return None
+                query = query.where(threads.c.number < number)
+            rows = connection.execute(query).all()
+        return [thread_object(row._mapping) for row in rows[:limit]], len(rows) > limit
+
+    def delete_thread(self, thread_id: str) -> None:
+        """Deletes the thread and all that is in it."""
+        with self._write() as connection:
+            connection.execute(runs.delete().where(runs.c.thread_id == thread_id))
+            connection.execute(messages.delete().where(messages.c.thread_id == thread_id))
+            connection.execute(threads.delete().where(threads.c.id == thread_id))
+
+    # Messages and runs
+
+    def add(
+        self,
+        owner: Owner,
+        thread_id: str,
+        message: Json | None,
+        started: Sequence[tuple[Json, Json]] = (),
+        *,
+        mode: str = "parallel",
+        group_id: str = "",
+        worker: str = "",
+        lease: float = 0,
+        place: str | None = None,
+        max_runs: int | None = None,
+        answer: Answer | None = None,
+    ) -> int | None:
+        """Stores the user's message and, for each pair of ``started``, a run and its message, in this order.
+
+        Gives the position of the first of them, ``None`` when the thread is gone. Raises :class:`AnsweredBefore`, :class:`TooManyRuns`.
+        """
+        with self._write() as connection:
+            self._remember(connection, owner, answer)
+            if max_runs is not None and started:
+                live = (
+                    sa.select(sa.func.count())
+                    .select_from(runs.join(threads, threads.c.id == runs.c.thread_id))
+                    .where(runs.c.status.in_(_LIVE), *_owned(owner))
+                )
+                if (connection.execute(live).scalar() or 0) + len(started) > max_runs:
+                    raise TooManyRuns
+            # The row lock gives positions in the order of commits where several can write at once.
+            held = sa.select(threads.c.number).where(threads.c.id == thread_id).with_for_update()
+            if connection.execute(held).first() is None:
+                return None
+            last = sa.select(sa.func.max(messages.c.position)).where(messages.c.thread_id == thread_id)
+            position: int = (connection.execute(last).scalar() or 0) + 1
+            new = ([message] if message else []) + [reply for _, reply in started]
+            connection.execute(
+                messages.insert(), [{**_columns(m, _MESSAGE), "position": position + i} for i, m in enumerate(new)]
+            )
+            if started:
+                ours: Json = {
+                    "steps": [],
+                    "group_id": group_id,
+                    "mode": mode,
+                    "place": place,
+                    "worker": worker,
+                    "lease": lease,
+                    "cancel_requested": False,
+                }
+                connection.execute(runs.insert(), [{**_columns(run, _RUN), **ours} for run, _ in started])
+        return position
+
+    def page(self, thread_id: str, limit: int, before: str | None = None) -> tuple[list[Stored], bool] | None:
+        """Gives the newest entries (older than the message ``before``), in order, and whether there are
+        more; ``None`` when ``before`` is no message of the thread."""
+        query = (
+            sa.select(messages, *_prefixed(runs))
+            .select_from(messages.outerjoin(runs, runs.c.id == messages.c.run_id))
+            .where(messages.c.thread_id == thread_id)
+            .order_by(messages.c.position.desc())
+            .limit(limit + 1)
+        )
+        with self._read() as connection:
+            if before is not None:
+                where = (messages.c.id == before, messages.c.thread_id == thread_id)
+                position = connection.execute(sa.select(messages.c.position).where(*where)).scalar()
+                if position is None:
+                    return None
+                query = query.where(messages.c.position < position)
+            rows = connection.execute(query).all()
+        return [_stored(row) for row in rows[:limit]][::-1], len(rows) > limit
+
+    def history(self, message_id: str) -> list[Json]:
+        """Gives the messages before the message ``message_id`` in its thread, in order."""
+        this = sa.select(messages.c.thread_id, messages.c.position).where(messages.c.id == message_id).subquery()
+        query = (
+            sa.select(*_MESSAGE)
+            .where(messages.c.thread_id == this.c.thread_id, messages.c.position < this.c.position)
+            .order_by(messages.c.position)
+        )
+        with self._read() as connection:
+            return [_message(row._mapping) for row in connection.execute(query)]
+
+    def run(self, thread_id: str, run_id: str) -> Json | None:
+        """Gives a run of the thread."""
+        query = sa.select(*_RUN).where(runs.c.id == run_id, runs.c.thread_id == thread_id)
+        with self._read() as connection:
+            row = connection.execute(query).first()
+        return None if row is None else _run(row._mapping)
+
+    def save(self, worker: str, run: Json, message: Json, steps: list[Json], place: str | None) -> bool:
+        """Stores the run with its message and steps as of ``place``. Gives ``False``, and stores nothing,
+        when the run is not ``worker``'s any more or is over or gone."""
+        values = {**_columns(run, _RUN), "steps": steps, "place": place}
+        where = (runs.c.id == run["id"], runs.c.worker == worker, runs.c.status.in_(_LIVE))
+        with self._write() as connection:
+            if not connection.execute(runs.update().where(*where).values(values)).rowcount:
+                return False
+            changed = _columns(message, _MESSAGE)
+            connection.execute(messages.update().where(messages.c.id == message["id"]).values(changed))
+        return True
+
+    # Who works on what
+
+    def held(self, *where: sa.ColumnElement[bool]) -> list[Held]:
+        """Gives the runs that are not over, oldest first, of those that ``where`` (a condition on
+        :data:`.schema.runs`) selects."""
+        query = (
+            sa.select(messages, *_prefixed(runs), threads.c.scope)
+            .select_from(
+                runs.join(messages, messages.c.id == runs.c.message_id).join(threads, threads.c.id == runs.c.thread_id)
+            )
+            .where(runs.c.status.in_(_LIVE), *where)
+            .order_by(messages.c.thread_id, messages.c.position)
+        )
+        with self._read() as connection:
+            rows = connection.execute(query).all()
+        found = []
+        for row in rows:
+            whole, ours = _stored(row).entry, row._mapping
+            found.append(
+                Held(
+                    whole["run"],
+                    whole["message"],
+                    whole["steps"],
+                    ours["position"],
+                    ours["scope"],
+                    ours["run.group_id"],
+                    ours["run.mode"],
+                    ours["run.worker"],
+                    ours["run.lease"],
+                )
+            )
+        return found
+
+    def entry(self, message_id: str) -> Json | None:
+        """Gives one entry as stored."""
+        query = (
+            sa.select(messages, *_prefixed(runs))
+            .select_from(messages.outerjoin(runs, runs.c.id == messages.c.run_id))
+            .where(messages.c.id == message_id)
+        )
+        with self._read() as connection:
+            row = connection.execute(query).first()
+        return None if row is None else _stored(row).entry
+
+    def renew(self, worker: str, lease: float) -> list[str]:
+        """Extends ``worker``'s leases to the Unix time ``lease``; gives the ids of its runs to cancel."""
+        mine = (runs.c.worker == worker, runs.c.status.in_(_LIVE))
+        with self._write() as connection:
+            connection.execute(runs.update().where(*mine).values(lease=lease))
+            return list(connection.execute(sa.select(runs.c.id).where(*mine, runs.c.cancel_requested)).scalars())
+
+    def claim(self, run_id: str, worker: str, lease: float) -> bool:
+        """Makes ``worker`` the holder of a run whose lease ran out; ``False`` when another was first."""
+        where = (runs.c.id == run_id, runs.c.status.in_(_LIVE), runs.c.lease < time.time())
+        with self._write() as connection:
+            return bool(connection.execute(runs.update().where(*where).values(worker=worker, lease=lease)).rowcount)
+
+    def release(self, worker: str) -> None:
+        """Lets go of ``worker``'s queued runs, for the next worker to pick up at once."""
+        where = (runs.c.worker == worker, runs.c.status == "queued")
+        with self._write() as connection:
+            connection.execute(runs.update().where(*where).values(lease=0))
+
+    def request_cancel(self, run_id: str) -> None:
+        """Asks the worker that holds the run to cancel it."""
+        with self._write() as connection:
+            connection.execute(runs.update().where(runs.c.id == run_id).values(cancel_requested=True))
+
+    # Idempotency
+
+    def answer(self, owner: Owner, key: str) -> Answer | None:
+        """Gives the answer that ``owner`` got first for this Idempotency-Key."""
+        where = (answers.c.scope == owner.scope, answers.c.owner == owner.name, answers.c.key == key)
+        columns = (answers.c.key, answers.c.fingerprint, answers.c.status, answers.c.body, answers.c.place)
+        with self._read() as connection:
+            row = connection.execute(sa.select(*columns).where(*where)).first()
+        return None if row is None else Answer(*row)
+
+    def remember(self, owner: Owner, answer: Answer) -> None:
+        """Stores an answer that goes with no other change. Raises :class:`AnsweredBefore`."""
+        with self._write() as connection:
+            self._remember(connection, owner, answer)
+
+    def _remember(self, connection: Connection, owner: Owner, answer: Answer | None) -> None:
+        if answer is None:
+            return
+        values = {**answer._asdict(), "scope": owner.scope, "owner": owner.name, "created_at": int(time.time())}
+        try:
+            connection.execute(answers.insert().values(values))
+        except sa.exc.IntegrityError as error:
+            raise AnsweredBefore from error
+
+    def forget_answers(self, before: int) -> None:
+        """Drops answers given before the Unix time ``before``."""
+        with self._write() as connection:
+            connection.execute(answers.delete().where(answers.c.created_at < before))
+
+
+def thread_object(row: Any) -> Json:
+    """Gives the public thread object."""
+    return {"id": row["id"], "object": "thread", "created_at": row["created_at"], "metadata": row["metadata"]}
+
+
+def _owned(owner: Owner) -> tuple[sa.ColumnElement[bool], ...]:
+    return threads.c.scope == owner.scope, threads.c.owner == owner.name
+
+
+def _columns(value: Json, columns: list[sa.Column[Any]]) -> Json:
+    return {column.name: value[column.name] for column in columns}
+
+
+def _prefixed(table: sa.Table) -> list[sa.Label[Any]]:
+    return [column.label(f"run.{column.name}") for column in table.c]
+
+
+def _message(row: Any) -> Json:
+    value = {column.name: row[column.name] for column in _MESSAGE}
+    return {"id": value.pop("id"), "object": "thread.message", **value}
+
+
+def _run(row: Any, prefix: str = "") -> Json:
+    value = {column.name: row[prefix + column.name] for column in _RUN}
+    return {"id": value.pop("id"), "object": "thread.run", **value}
+
+
+def _stored(row: Row[Any]) -> Stored:
+    mapping = row._mapping
+    message = _message(mapping)
+    if message["run_id"] is None:
+        return Stored(entry(message), None)
+    run = _run(mapping, "run.")
+    steps = mapping["run.steps"]
+    return Stored(entry(message, run, steps), None if run["status"] in TERMINAL else mapping["run.place"])
+
+
+def _engine(url: str) -> Engine:
+    parsed = sa.make_url(url)
+    options: dict[str, Any] = {"pool_pre_ping": True}
+    if parsed.get_backend_name() == "sqlite":
+        options = {"connect_args": {"timeout": 10}}
+        if parsed.database in (None, "", ":memory:"):
+            options = {"poolclass": sa.StaticPool, "connect_args": {"check_same_thread": False}}
+    engine = sa.create_engine(parsed, **options)
+    if engine.dialect.name == "sqlite":
+        sa.event.listen(engine, "connect", _sqlite_connect)
+        sa.event.listen(engine, "begin", _sqlite_begin)
+    return engine
+
+
+def _sqlite_connect(connection: Any, _: object) -> None:
+    # The driver begins transactions by itself otherwise, and late: see SQLAlchemy's notes on pysqlite.
+    connection.isolation_level = None
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=NORMAL")
+    connection.execute("PRAGMA foreign_keys=ON")
+
+
+def _sqlite_begin(connection: Connection) -> None:
+    # A transaction that writes takes the write lock first: a later upgrade could fail at once.
+    write = connection.get_execution_options().get("assistream_write")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
