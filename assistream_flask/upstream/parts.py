@@ -1,0 +1,147 @@
+"""What an answer consists of, the same for the three dialects."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+from ..errors import RunError
+from ..events import Json, clean
+
+
+class Turn(NamedTuple):
+    """One message of the history. ``role`` is ``user`` or ``assistant``."""
+
+    role: str
+    text: str
+
+
+class Text(NamedTuple):
+    """``value`` goes to the end of content part ``at``."""
+
+    at: int
+    value: str
+
+
+class Refusal(NamedTuple):
+    """``value`` goes to the end of the refusal that is content part ``at``."""
+
+    at: int
+    value: str
+
+
+class Annotation(NamedTuple):
+    """A citation in text part ``at``."""
+
+    at: int
+    value: Json
+
+
+class Reasoning(NamedTuple):
+    """``value`` goes to the end of the summary of the model's reasoning."""
+
+    value: str
+
+
+class End(NamedTuple):
+    """The answer is over. ``reason`` is ``None`` for a complete one, else ``max_tokens`` or ``content_filter``.
+    ``usage`` counts tokens, in the words of the Assistants API."""
+
+    reason: str | None
+    usage: Json | None
+
+
+Part = Text | Refusal | Annotation | Reasoning | End
+
+
+class Translator(Protocol):
+    """One dialect's way from events to parts."""
+
+    def feed(self, kind: str, data: Json) -> list[Part]:
+        """Takes one event, gives its parts. Raises :class:`RunError`. Ignores what it doesn't know."""
+        ...
+
+    def settled(self) -> End | None:
+        """Gives the end of an answer whose stream stopped: ``None`` while it is not known to be whole."""
+        ...
+
+
+class Slots:
+    """Gives every content part of the upstream an index of ours: dense, in the order of arrival.
+
+    Where a text is cut inside a surrogate pair, the first half waits for the second.
+    """
+
+    def __init__(self) -> None:
+        self._index: dict[tuple[str, object], int] = {}
+        self._half: dict[tuple[str, object], str] = {}
+
+    def text(self, key: object, value: object) -> list[Part]:
+        """Gives the text for the part that ``key`` names."""
+        whole = self._whole(("text", key), value)
+        return [Text(self._place(("text", key)), whole)] if whole else []
+
+    def refusal(self, key: object, value: object) -> list[Part]:
+        """Gives the refusal for the part that ``key`` names."""
+        whole = self._whole(("refusal", key), value)
+        return [Refusal(self._place(("refusal", key)), whole)] if whole else []
+
+    def annotation(self, key: object, value: object) -> list[Part]:
+        """Gives the annotation for the text part that ``key`` names."""
+        return [Annotation(self._place(("text", key)), value)] if isinstance(value, dict) else []
+
+    def _place(self, slot: tuple[str, object]) -> int:
+        return self._index.setdefault(slot, len(self._index))
+
+    def _whole(self, slot: tuple[str, object], value: object) -> str:
+        if not isinstance(value, str):
+            return ""
+        value = self._half.pop(slot, "") + value
+        if value.isascii() and "\0" not in value:
+            return value
+        if "\ud800" <= value[-1] <= "\udbff":
+            self._half[slot] = value[-1]
+            value = value[:-1]
+        # PostgreSQL stores no NUL, and no reader wants one.
+        return clean(value).replace("\0", "\ufffd")
+
+
+def code_of(error: Any) -> str:
+    """Gives our code for an upstream's error object (``code``, ``type``)."""
+    told = error if isinstance(error, dict) else {}
+    words = f"{told.get('code')} {told.get('type')}"
+    if "rate_limit" in words or "quota" in words or "429" in words:
+        return "rate_limit_exceeded"
+    if "api_key" in words or "auth" in words or "permission" in words:
+        return "upstream_unauthorized"
+    if "invalid" in words or "not_found" in words or "context_length" in words:
+        return "upstream_rejected"
+    return "upstream_error"
+
+
+def failure(data: Any) -> RunError:
+    """Gives the error for an ``error`` event, nested (``{"error": {...}}``) or flat."""
+    nested = data.get("error") if isinstance(data, dict) else None
+    return RunError(code_of(nested if nested is not None else data))
+
+
+def usage(value: Any) -> Json | None:
+    """Gives token counts in the Assistants API's words, from any dialect's."""
+    if not isinstance(value, dict):
+        return None
+    prompt = value.get("prompt_tokens", value.get("input_tokens"))
+    completion = value.get("completion_tokens", value.get("output_tokens"))
+    if not isinstance(prompt, int) or not isinstance(completion, int):
+        return None
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": value.get("total_tokens", prompt + completion),
+    }
+
+
+REASONS = {"max_output_tokens": "max_tokens", "max_completion_tokens": "max_tokens", "length": "max_tokens"}
+
+
+def reason(value: Any) -> str:
+    """Gives the Assistants API's word for why a message is incomplete."""
+    return REASONS.get(value, value) if value in (*REASONS, "content_filter", "max_tokens") else "max_tokens"

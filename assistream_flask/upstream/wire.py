@@ -1,0 +1,88 @@
+"""Reads a stream: from its bytes where it is the SDK's, from its events where it is any iterator."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from typing import Any, Final
+
+import httpx2
+
+from ..errors import RunError
+from ..events import Json
+from ..sse import Decoder, Frame
+
+DONE: Final = "[DONE]"
+"""The kind of the in-band end mark that OpenAI's streams close with."""
+
+
+def read(stream: Any) -> Iterator[list[tuple[str, Json]]]:
+    """Gives lists of ``(kind, data)``, one list a network read; ``kind`` is the event's type or name.
+
+    Raises :class:`RunError` for an event that is not JSON, and whatever the transport raises.
+    """
+    response: Any = getattr(stream, "response", None)
+    if hasattr(response, "iter_bytes") and not response.is_stream_consumed:
+        decoder = Decoder()
+        # Typed events cost twenty times what their bytes do, and an unknown one is built as the wrong class.
+        for chunk in response.iter_bytes():
+            if batch := [_parsed(frame) for frame in decoder.feed(chunk)]:
+                yield batch
+    else:
+        for event in stream:
+            yield [_plain(event)]
+
+
+def _parsed(frame: Frame) -> tuple[str, Json]:
+    if frame.data.startswith(DONE):
+        return DONE, {}
+    try:
+        data = json.loads(frame.data)
+    except (ValueError, RecursionError) as error:
+        raise RunError("upstream_malformed") from error
+    return _kind(frame.event, data)
+
+
+def _kind(name: str, data: Any) -> tuple[str, Json]:
+    if not isinstance(data, dict):
+        return name, {}
+    kind = data.get("type")
+    if name.startswith("thread.") or name in ("done", "error") or not isinstance(kind, str):
+        kind = name
+    if kind == "" and data.get("error"):
+        kind = "error"
+    return kind, data
+
+
+def _plain(event: Any) -> tuple[str, Json]:
+    """An event object of the SDK, or the mapping it was made from."""
+    data = event if isinstance(event, dict) else event.to_dict(mode="json", warnings=False)
+    if "event" in data and "data" in data:
+        return _kind(data["event"] or "", data["data"])
+    return _kind("", data)
+
+
+def timed_out(error: Exception) -> bool:
+    """Tells whether the transport gave up waiting for a byte."""
+    return isinstance(error, httpx2.TimeoutException)
+
+
+def close(stream: Any) -> None:
+    """Closes the stream's connection, also while another thread reads from it."""
+    response: Any = getattr(stream, "response", None)
+    network = getattr(response, "extensions", {}).get("network_stream")
+    if network is not None and not response.is_closed:
+        raw = network.get_extra_info("socket")
+        if raw is not None:
+            try:
+                # close() alone does not wake a thread that waits in recv().
+                raw.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+    if hasattr(stream, "close"):
+        try:
+            stream.close()
+        except ValueError:
+            # A generator that runs in another thread cannot be closed from here; its reader closes it.
+            pass
