@@ -1,0 +1,720 @@
+"""Routes, request checks and ownership. The only module that imports Flask."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
+from typing import Any, Final, NamedTuple, cast
+from urllib.parse import urlsplit
+
+import openai
+from flask import Blueprint, Flask, Response, current_app, request, send_from_directory, session
+from flask.blueprints import BlueprintSetupState
+from sqlalchemy.exc import SQLAlchemyError
+from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
+
+from . import events, sse
+from .assistants import Assistant, index
+from .errors import AssistreamError, ConfigurationError, RequestError
+from .events import TERMINAL, Json
+from .log import Lost, Place, Record, Subscription
+from .relay import relay
+from .runner import Asked, Started
+from .runtime import Runtime, default_database
+from .settings import Settings
+from .threads import Answer, AnsweredBefore, Owner, TooManyRuns, thread_object
+
+_log = logging.getLogger(__name__)
+
+Assistants = Sequence[Assistant] | Callable[[], Sequence[Assistant]]
+Client = openai.OpenAI | Callable[[], openai.OpenAI]
+
+RETRY_MS: Final = 1000
+"""How long a browser waits before it comes back by itself; the helper has its own, jittered, delays."""
+
+_EXTENSION: Final = "assistream"
+_SESSION_KEY: Final = "assistream_owner"
+_THREAD_ID: Final = re.compile(r"thread_[0-9a-f]{32}")
+
+
+class _Part:
+    """One blueprint's part of an app's state: its assistants, owner and client."""
+
+    def __init__(self, assistants: Assistants, owner: Callable[[], str | None] | None, client: Client | None) -> None:
+        self._assistants = assistants
+        self.owner = owner
+        self._client: Client | None = client
+        self._made: openai.OpenAI | None = None
+        if not callable(assistants):
+            index(assistants)
+
+    @property
+    def fixed(self) -> dict[str, Assistant] | None:
+        """The assistants where they do not depend on a request."""
+        return None if callable(self._assistants) else index(self._assistants)
+
+    def assistants(self) -> dict[str, Assistant]:
+        """The assistants of the current request."""
+        return index(self._assistants() if callable(self._assistants) else self._assistants)
+
+    def client(self) -> openai.OpenAI:
+        """The client, made when it is first needed: in the worker, never before a fork."""
+        if isinstance(self._client, openai.OpenAI):
+            return self._client
+        if self._made is None:
+            if self._client is not None:
+                self._made = self._client()
+            else:
+                # A server of one's own often wants no key, the SDK insists on one.
+                own = os.environ.get("OPENAI_BASE_URL") and not os.environ.get("OPENAI_API_KEY")
+                self._made = openai.OpenAI(api_key="none") if own else openai.OpenAI()
+        return self._made
+
+    def asked(self, assistant: Assistant, known: dict[str, Assistant]) -> Asked:
+        """What the runner needs to run ``assistant``."""
+        return Asked(assistant, self.client, {one.id: one.name for one in known.values()})
+
+
+class _State:
+    """An app's state: a part for each registered name, and the runtime of the present process."""
+
+    def __init__(self, app: Flask) -> None:
+        self._app = app
+        self.parts: dict[str, _Part] = {}
+        self._runtimes: dict[int, Runtime] = {}
+
+    def runtime(self) -> Runtime:
+        """The present process's runtime, made at its first request."""
+        pid = os.getpid()
+        runtime = self._runtimes.get(pid)
+        if runtime is None:
+            config = dict(self._app.config)
+            if not config.get("ASSISTREAM_DATABASE_URL"):
+                config["ASSISTREAM_DATABASE_URL"] = default_database(self._app.instance_path)
+            made = Runtime(Settings.read(config), self._adopt)
+            runtime = self._runtimes.setdefault(pid, made)
+            if runtime is made:
+                made.start()
+        return runtime
+
+    def _adopt(self, scope: str, assistant_id: str) -> Asked | None:
+        part = self.parts.get(scope)
+        known = part.fixed if part is not None else None
+        if part is None or known is None or assistant_id not in known:
+            return None
+        return part.asked(known[assistant_id], known)
+
+    def close(self) -> None:
+        """Ends the present process's runtime: streams at once, runs as the settings say."""
+        runtime = self._runtimes.pop(os.getpid(), None)
+        if runtime is not None:
+            runtime.stop()
+
+
+def create_blueprint(
+    assistants: Assistants,
+    *,
+    owner: Callable[[], str | None] | None = None,
+    client: Client | None = None,
+    name: str = "assistream",
+) -> Blueprint:
+    """Gives the blueprint to register in an app, under any ``url_prefix``.
+
+    ``assistants`` is a list, or a callable that gives the list for the current request. ``owner`` names the
+    caller of the current request (``None``: nobody, answered 401); without it a random id in Flask's signed
+    session does, which needs ``SECRET_KEY``. ``client`` is an ``openai.OpenAI``, or a callable that makes one in
+    the worker; without it ``OpenAI()``, so ``OPENAI_API_KEY`` and ``OPENAI_BASE_URL`` count. Registered under two
+    names, the two share nothing.
+
+    Raises :class:`ConfigurationError`, here or at registration.
+    """
+    blueprint = Blueprint(name, __name__)
+    blueprint.record(lambda setup: _register(setup, _Part(assistants, owner, client)))
+    blueprint.register_error_handler(RequestError, _request_error)
+    blueprint.register_error_handler(HTTPException, _http_error)
+    blueprint.register_error_handler(SQLAlchemyError, _store_error)
+    blueprint.register_error_handler(Exception, _unexpected)
+    blueprint.add_url_rule("/assistream.js", "helper", _helper)
+    blueprint.add_url_rule("/assistants", "assistants", _route(_assistants))
+    blueprint.add_url_rule("/threads", "create_thread", _route(_create_thread), methods=["POST"])
+    blueprint.add_url_rule("/threads", "threads", _route(_threads))
+    thread = "/threads/<thread_id>"
+    blueprint.add_url_rule(thread, "delete_thread", _route(_delete_thread), methods=["DELETE"])
+    blueprint.add_url_rule(f"{thread}/messages", "messages", _route(_messages))
+    blueprint.add_url_rule(f"{thread}/messages", "add_message", _route(_add_message), methods=["POST"])
+    blueprint.add_url_rule(f"{thread}/runs", "create_runs", _route(_create_runs), methods=["POST"])
+    blueprint.add_url_rule(f"{thread}/runs/<run_id>/cancel", "cancel", _route(_cancel), methods=["POST"])
+    blueprint.add_url_rule(f"{thread}/events", "events", _route(_events))
+    return blueprint
+
+
+def _register(setup: BlueprintSetupState, part: _Part) -> None:
+    app = cast(Flask, setup.app)
+    if part.owner is None and not app.secret_key:
+        raise ConfigurationError(
+            "nothing names the caller: set app.config['SECRET_KEY'] to a long random string before "
+            "register_blueprint, or pass create_blueprint(..., owner=callable)"
+        )
+    state = app.extensions.setdefault(_EXTENSION, _State(app))
+    name = f"{setup.name_prefix}.{setup.name}".lstrip(".")
+    state.parts[name] = part
+    if setup.url_prefix and setup.url_prefix != "/":
+        # Below a prefix of our own every path is ours, and its 404 and 405 are JSON too.
+        setup.add_url_rule("/<path:path>", "nothing", _nothing, methods=["GET", "POST", "PUT", "PATCH", "DELETE"])
+
+
+class _Call(NamedTuple):
+    """The current request's part, runtime and caller."""
+
+    part: _Part
+    runtime: Runtime
+    owner: Owner | None
+
+
+def _route(view: Callable[..., Response]) -> Callable[..., Response]:
+    """What every route checks before it does anything."""
+
+    @wraps(view)
+    def checked(**values: str) -> Response:
+        if request.environ.get("wsgi.multiprocess"):
+            raise RequestError(
+                503,
+                "too_many_workers",
+                "The event log is in memory and this server runs several processes. "
+                "Its operator must run one worker: gunicorn --workers 1.",
+            )
+        state: _State = current_app.extensions[_EXTENSION]
+        part = state.parts[request.blueprint or ""]
+        if request.method not in ("GET", "HEAD"):
+            _check_origin(state.runtime().settings)
+        call = _Call(part, state.runtime(), _caller(part, request.blueprint or ""))
+        thread_id = values.get("thread_id")
+        if thread_id is not None and not (
+            call.owner and _THREAD_ID.fullmatch(thread_id) and call.runtime.store.owns(call.owner, thread_id)
+        ):
+            raise _no_thread()
+        return view(call, **values)
+
+    return checked
+
+
+def _caller(part: _Part, scope: str) -> Owner | None:
+    if part.owner is None:
+        name = session.get(_SESSION_KEY)
+        return Owner(scope, name) if isinstance(name, str) else None
+    named = part.owner()
+    if named is None:
+        raise RequestError(401, "unauthenticated", "This app does not know who you are. Sign in first.")
+    named = str(named)
+    # The column's length; a name is an id, and one that is cut could be another's.
+    return Owner(scope, named if len(named) <= 255 else hashlib.sha256(named.encode()).hexdigest())
+
+
+def _someone(call: _Call) -> Owner:
+    """The caller, who is given a name where the session is to have one."""
+    if call.owner is not None:
+        return call.owner
+    session[_SESSION_KEY] = secrets.token_hex(16)
+    return Owner(request.blueprint or "", session[_SESSION_KEY])
+
+
+def _check_origin(settings: Settings) -> None:
+    origin = request.headers.get("Origin")
+    if origin is None or origin in settings.allowed_origins.split():
+        return
+    parts = urlsplit(origin)
+    default = {"http": ":80", "https": ":443"}.get(parts.scheme, "")
+    if not parts.netloc or parts.netloc.removesuffix(default) != request.host.removesuffix(default):
+        raise RequestError(
+            403,
+            "foreign_origin",
+            "Commands are taken from this app's own pages only. Its operator can add an origin to "
+            "ASSISTREAM_ALLOWED_ORIGINS, and must pass the Host header on where a proxy stands before the app.",
+        )
+
+
+# Errors
+
+
+def _request_error(error: RequestError) -> Response:
+    response = _json(error.body(), error.status)
+    if error.retry_after is not None:
+        response.headers["Retry-After"] = str(error.retry_after)
+    return response
+
+
+def _http_error(error: HTTPException) -> Response:
+    status = error.code or 500
+    names = {404: "not_found", 405: "method_not_allowed", 413: "message_too_long"}
+    response = _json(RequestError(status, names.get(status, "invalid_request"), error.description or "").body(), status)
+    if isinstance(error, MethodNotAllowed) and error.valid_methods:
+        response.headers["Allow"] = ", ".join(error.valid_methods)
+    return response
+
+
+def _store_error(error: SQLAlchemyError) -> Response:
+    _log.error("the store failed", exc_info=error)
+    return _request_error(
+        RequestError(503, "store_unavailable", "The database cannot be reached. Try again.", retry_after=2)
+    )
+
+
+def _unexpected(error: Exception) -> Response:
+    if isinstance(error, AssistreamError):
+        _log.error("assistream cannot work as it is configured: %s", error)
+    else:
+        _log.error("a request failed", exc_info=error)
+    return _json(RequestError(500, "server_error", "Something failed on the server. Try again.").body(), 500)
+
+
+def _no_thread() -> RequestError:
+    return RequestError(404, "thread_not_found", "There is no such thread, or it is not yours.")
+
+
+def _invalid(message: str) -> RequestError:
+    return RequestError(400, "invalid_value", message)
+
+
+def _nothing(path: str) -> Response:
+    adapter = current_app.create_url_adapter(request)
+    allowed = []
+    for method in ("GET", "POST", "DELETE"):
+        try:
+            endpoint, _ = adapter.match(method=method) if adapter is not None else ("", {})
+        except HTTPException:
+            continue
+        if endpoint.rpartition(".")[2] != "nothing":
+            allowed.append(method)
+    if allowed:
+        raise MethodNotAllowed(allowed, f"Use {' or '.join(allowed)} here.")
+    raise NotFound("There is nothing at this address. See the route table in assistream's README.")
+
+
+# Bodies and answers
+
+
+def _json(value: object, status: int = 200) -> Response:
+    response = Response(events.dumps(value) + "\n", status, mimetype="application/json")
+    response.headers["Cache-Control"] = "no-store"
+    return response
+
+
+def _body(runtime: Runtime, allowed: Sequence[str], required: Sequence[str] = ()) -> Json:
+    """Gives the request's JSON object. Raises :class:`RequestError` for all that is not as it should be."""
+    # Six bytes a character is JSON's longest escape.
+    request.max_content_length = runtime.settings.max_message_chars * 6 + 65_536
+    raw = request.get_data(cache=True)
+    if not raw and not required:
+        return {}
+    if request.mimetype != "application/json":
+        raise RequestError(
+            415, "unsupported_media_type", "Send the body as JSON with the header Content-Type: application/json."
+        )
+    try:
+        body = json.loads(raw, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        raise RequestError(400, "invalid_json", "The body is not valid JSON in UTF-8. Send a JSON object.") from None
+    if not isinstance(body, dict):
+        raise RequestError(400, "invalid_json", "The body is not a JSON object. Send one: {...}.")
+    if unknown := sorted(set(body) - set(allowed)):
+        raise RequestError(
+            400, "unknown_field", f"Unknown field {unknown[0][:40]!r}. Allowed here: {', '.join(allowed) or 'none'}."
+        )
+    if missing := [field for field in required if field not in body]:
+        raise _invalid(f"The field {missing[0]!r} is missing. Add it to the body.")
+    return body
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(name)
+
+
+def _storable(text: str) -> bool:
+    """Whether every database can hold it: PostgreSQL takes no NUL, UTF-8 no lone surrogate."""
+    return "\0" not in text and text == events.clean(text)
+
+
+def _content(runtime: Runtime, body: Json) -> str:
+    content = body["content"]
+    limit = runtime.settings.max_message_chars
+    if not isinstance(content, str) or not content.strip():
+        raise _invalid("'content' must be a text that is not empty.")
+    if len(content) > limit:
+        raise RequestError(413, "message_too_long", f"The message has {len(content)} characters, {limit} are allowed.")
+    if not _storable(content):
+        raise _invalid("'content' has a NUL or half a surrogate pair in it. Remove it.")
+    return content
+
+
+def _metadata(body: Json) -> Json:
+    """Checks the limits of OpenAI's own metadata: 16 pairs, keys of 64 characters, values of 512."""
+    metadata = body.get("metadata")
+    if metadata is None:
+        return {}
+    good = isinstance(metadata, dict) and len(metadata) <= 16
+    for key, value in metadata.items() if good else ():
+        good = good and isinstance(value, str) and len(key) <= 64 and len(value) <= 512 and _storable(key + value)
+    if not good:
+        raise _invalid(
+            "'metadata' must be an object of at most 16 texts, keys up to 64 and values up to 512 characters."
+        )
+    found: Json = metadata
+    return found
+
+
+def _limit(default: int = 50) -> int:
+    text = request.args.get("limit", str(default))
+    if not re.fullmatch(r"[0-9]{1,3}", text) or not 1 <= int(text) <= 200:
+        raise _invalid("'limit' must be a number from 1 to 200.")
+    return int(text)
+
+
+class _Once:
+    """The request's Idempotency-Key: the same key and request get the first answer again.
+
+    https://datatracker.ietf.org/doc/draft-ietf-httpapi-idempotency-key-header/
+    """
+
+    def __init__(self, call: _Call, owner: Owner) -> None:
+        self._store, self._owner = call.runtime.store, owner
+        self.key = request.headers.get("Idempotency-Key")
+        if self.key is not None and not re.fullmatch(r"[\x21-\x7e]{1,255}", self.key):
+            raise _invalid("Idempotency-Key must be 1 to 255 visible ASCII characters, such as a UUID.")
+        body = request.get_data(cache=True)
+        # The part of the path that names the route and its objects; a prefix may change.
+        route = json.dumps([request.endpoint, request.view_args])
+        self._fingerprint = hashlib.sha256(route.encode() + b"\n" + body).hexdigest()
+
+    def before(self) -> Answer | None:
+        """Gives the first answer, where there is one. Raises :class:`RequestError` for a key used otherwise."""
+        answer = self._store.answer(self._owner, self.key) if self.key else None
+        if answer is not None and answer.fingerprint != self._fingerprint:
+            raise RequestError(
+                422, "idempotency_key_reused", "This Idempotency-Key was used for another request. Use a new one."
+            )
+        return answer
+
+    def answer(self, status: int, body: Json, place: str | None = None) -> Answer | None:
+        """Gives what to store with the change that the request makes."""
+        return Answer(self.key, self._fingerprint, status, body, place) if self.key else None
+
+
+# Routes
+
+
+def _helper() -> Response:
+    response = send_from_directory(os.path.join(os.path.dirname(__file__), "static"), "assistream.js")
+    response.mimetype = "text/javascript"
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    return response
+
+
+def _assistants(call: _Call) -> Response:
+    return _json({"data": [assistant.public() for assistant in call.part.assistants().values()]})
+
+
+def _create_thread(call: _Call) -> Response:
+    body = _body(call.runtime, ["metadata"])
+    owner = _someone(call)
+    once = _Once(call, owner)
+    thread = thread_object({"id": events.new_id("thread"), "created_at": events.now(), "metadata": _metadata(body)})
+    answer = once.before()
+    if answer is None:
+        try:
+            call.runtime.store.create_thread(owner, thread, once.answer(201, thread))
+        except AnsweredBefore:
+            answer = once.before()
+    return _json(answer.body if answer else thread, 201)
+
+
+def _threads(call: _Call) -> Response:
+    if call.owner is None:
+        return _json({"data": [], "has_more": False})
+    found = call.runtime.store.threads(call.owner, _limit(), request.args.get("before"))
+    if found is None:
+        raise RequestError(404, "thread_not_found", "'before' must be the id of one of your threads.")
+    return _json({"data": found[0], "has_more": found[1]})
+
+
+def _delete_thread(call: _Call, thread_id: str) -> Response:
+    call.runtime.runner.delete(thread_id)
+    return Response(status=204)
+
+
+def _messages(call: _Call, thread_id: str) -> Response:
+    found = call.runtime.runner.page(thread_id, _limit(), request.args.get("before"))
+    if found is None:
+        raise RequestError(404, "message_not_found", "'before' must be the id of a message of this thread.")
+    data, has_more, place = found
+    response = _json({"data": data, "has_more": has_more})
+    response.headers["Last-Event-ID"] = str(place)
+    return response
+
+
+def _add_message(call: _Call, thread_id: str) -> Response:
+    body = _body(call.runtime, ["content"], ["content"])
+    content = _content(call.runtime, body)
+    started = _start(call, thread_id, content, [], "parallel", 201, lambda started: started.message or {})
+    return _json(started[0].body, 201)
+
+
+def _create_runs(call: _Call, thread_id: str) -> Response:
+    body = _body(call.runtime, ["assistant_ids", "content", "mode"], ["assistant_ids"])
+    content = _content(call.runtime, body) if body.get("content") is not None else None
+    mode = body.get("mode", "parallel")
+    if mode not in ("parallel", "sequential"):
+        raise _invalid("'mode' must be 'parallel' or 'sequential'.")
+    ids, limit = body["assistant_ids"], call.runtime.settings.max_assistants
+    if not isinstance(ids, list) or not 1 <= len(ids) <= limit or not all(isinstance(one, str) for one in ids):
+        raise _invalid(f"'assistant_ids' must be a list of 1 to {limit} ids of assistants, see GET /assistants.")
+    known = call.part.assistants()
+    if unknown := [one for one in ids if one not in known]:
+        raise RequestError(
+            404, "assistant_not_found", f"There is no assistant {unknown[0][:64]!r}. GET /assistants lists them."
+        )
+    asked = [call.part.asked(known[one], known) for one in ids]
+    stream = "text/event-stream" in request.headers.get("Accept", "")
+
+    def answer(started: Started) -> Json:
+        return {"message": started.message, "runs": started.runs}
+
+    if stream:
+        return _streamed(
+            call, lambda: _follow(call, thread_id, _start(call, thread_id, content, asked, mode, 202, answer))
+        )
+    given, _ = _start(call, thread_id, content, asked, mode, 202, answer)
+    return _json(given.body, 202)
+
+
+def _start(
+    call: _Call,
+    thread_id: str,
+    content: str | None,
+    asked: Sequence[Asked],
+    mode: str,
+    status: int,
+    body: Callable[[Started], Json],
+) -> tuple[Answer, bool]:
+    """Stores and starts what the request asks for; gives the answer, and whether it is a repeated one."""
+    assert call.owner is not None
+    runtime, once = call.runtime, _Once(call, call.owner)
+    if runtime.stopping.is_set():
+        raise _stopping()
+    given = once.before()
+    if given is not None:
+        return given, True
+    message = None
+    if content is not None:
+        message = events.message(thread_id, "user", [events.text_part(content)])
+    try:
+        started = runtime.runner.submit(
+            call.owner,
+            thread_id,
+            message,
+            asked,
+            mode,
+            lambda started: once.answer(status, body(started), str(started.place)),
+        )
+    except AnsweredBefore:
+        given = once.before()
+        assert given is not None
+        return given, True
+    except TooManyRuns:
+        raise RequestError(
+            429,
+            "too_many_runs",
+            f"You may have {runtime.settings.max_runs} answers waiting or under way. Wait for one to end.",
+            retry_after=5,
+        ) from None
+    if started is None:
+        raise _no_thread()
+    return Answer("", "", status, body(started), str(started.place)), False
+
+
+def _stopping() -> RequestError:
+    return RequestError(503, "shutting_down", "The server restarts. Try again.", retry_after=1)
+
+
+def _cancel(call: _Call, thread_id: str, run_id: str) -> Response:
+    _body(call.runtime, [])
+    assert call.owner is not None
+    once = _Once(call, call.owner)
+    given = once.before()
+    if given is None:
+        run = call.runtime.runner.cancel(thread_id, run_id)
+        if run is None:
+            raise RequestError(404, "run_not_found", "There is no such run in this thread.")
+        given = once.answer(202, run) or Answer("", "", 202, run)
+        if once.key:
+            try:
+                call.runtime.store.remember(call.owner, given)
+            except AnsweredBefore:
+                given = once.before() or given
+    return _json(given.body, 202)
+
+
+# Streams
+
+
+def _events(call: _Call, thread_id: str) -> Response:
+    asked = request.headers.get("Last-Event-ID") or request.args.get("last_event_id")
+    return _streamed(call, lambda: _view(call.runtime, thread_id, Place.parse(asked)))
+
+
+def _streamed(call: _Call, start: Callable[[], Iterator[bytes]]) -> Response:
+    runtime = call.runtime
+    if request.method == "HEAD":
+        return Response(headers=sse.HEADERS)
+    if runtime.stopping.is_set():
+        raise _stopping()
+    if not runtime.enter_stream(call.owner):
+        raise RequestError(
+            429,
+            "too_many_streams",
+            f"You may have {runtime.settings.max_streams} event streams open. Close one, such as a tab.",
+            retry_after=5,
+        )
+    try:
+        stream = start()
+    except BaseException:
+        runtime.leave_stream(call.owner)
+        raise
+    return Response(_Stream(stream, lambda: runtime.leave_stream(call.owner)), headers=sse.HEADERS)
+
+
+class _Stream:
+    """A body whose end is told once, even where it was never begun: a generator's ``finally`` would not run."""
+
+    def __init__(self, frames: Iterator[bytes], ended: Callable[[], None]) -> None:
+        self._frames, self._ended = frames, ended
+        self._open = True
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self._frames
+
+    def close(self) -> None:
+        if self._open:
+            self._open = False
+            self._ended()
+            self._frames.close()  # type: ignore[attr-defined]
+
+
+def _view(runtime: Runtime, thread_id: str, place: Place | None) -> Iterator[bytes]:
+    """The thread's events from ``place`` on, or from a snapshot where that can't be proven."""
+    first = sse.retry(RETRY_MS)
+    subscription: Subscription | None = None
+    try:
+        while True:
+            try:
+                if subscription is None:
+                    if place is None:
+                        raise Lost
+                    subscription = runtime.log.subscribe(thread_id, place)
+                    if first:
+                        # Nothing may come for a while, and servers send no headers before the first byte.
+                        yield first + b"\n"
+                        first = b""
+                records = _wait(runtime, subscription)
+            except Lost:
+                if subscription is not None:
+                    subscription.close()
+                    subscription = None
+                frame, place = _snapshot(runtime, thread_id)
+                yield first + frame
+                first = b""
+                continue
+            if records:
+                yield b"".join(record.frame for record in records)
+            elif not runtime.stopping.is_set():
+                yield sse.PING
+            if runtime.stopping.is_set() or any(record.name == "thread.deleted" for record in records):
+                return
+    finally:
+        if subscription is not None:
+            subscription.close()
+
+
+def _wait(runtime: Runtime, subscription: Subscription) -> list[Record]:
+    return subscription.read(runtime.settings.heartbeat_seconds)
+
+
+def _snapshot(runtime: Runtime, thread_id: str) -> tuple[bytes, Place]:
+    found = runtime.runner.page(thread_id, 50)
+    assert found is not None
+    data, has_more, place = found
+    event = events.snapshot(thread_id, data, has_more)
+    return sse.encode(event.name, events.dumps(event.data), str(place)), place
+
+
+def _follow(call: _Call, thread_id: str, begun: tuple[Answer, bool]) -> Iterator[bytes]:
+    """The events of one POST's runs, and ``done`` after the last of them."""
+    answer, repeated = begun
+    runtime = call.runtime
+    message = (answer.body["message"] or {}).get("message", {}).get("id")
+    waiting = {run["id"] for run in answer.body["runs"]}
+    return _followed(runtime, thread_id, message, waiting, Place.parse(answer.place), repeated)
+
+
+def _followed(
+    runtime: Runtime, thread_id: str, message: str | None, runs: set[str], place: Place | None, repeated: bool
+) -> Iterator[bytes]:
+    first = sse.retry(RETRY_MS)
+    waiting = set(runs)
+    subscription: Subscription | None = None
+    try:
+        while waiting and not runtime.stopping.is_set():
+            try:
+                if subscription is None:
+                    if place is None:
+                        raise Lost
+                    subscription = runtime.log.subscribe(thread_id, place)
+                records = _wait(runtime, subscription)
+            except Lost:
+                if subscription is not None:
+                    subscription.close()
+                    subscription = None
+                frame, place = _snapshot(runtime, thread_id)
+                yield first + frame
+                first = b""
+                over = {run_id for run_id in waiting if _over(runtime, thread_id, run_id)}
+                waiting -= over
+                continue
+            frames = []
+            for record in records:
+                if record.name == "thread.deleted":
+                    waiting.clear()
+                elif record.key not in runs and (record.key is not None or record.data().get("id") != message):
+                    continue
+                frames.append(record.frame)
+                if record.name.startswith("thread.run.") and record.name.rpartition(".")[2] in TERMINAL:
+                    if not record.name.startswith("thread.run.step."):
+                        waiting.discard(record.key or "")
+            yield first + (b"".join(frames) or sse.PING)
+            first = b""
+        yield sse.DONE
+    finally:
+        if subscription is not None:
+            subscription.close()
+
+
+def _over(runtime: Runtime, thread_id: str, run_id: str) -> bool:
+    run = runtime.store.run(thread_id, run_id)
+    return run is None or run["status"] in TERMINAL
+
+
+def event_response(stream: Any, *, heartbeat_seconds: float = 15) -> Response:
+    """Gives a Flask response that streams any OpenAI iterator as events of the vocabulary.
+
+    ``stream`` is what ``client.responses.create(..., stream=True)``, ``client.chat.completions.create(...,
+    stream=True)`` or an Assistants run with ``stream=True`` gives, or an iterator of its events. Heartbeats go out
+    while it is silent, it is closed when the client leaves, and the last frame is ``event: done``.
+
+    Raises ``TypeError`` for what is no such iterator, an async one included.
+    """
+    return Response(relay(stream, heartbeat_seconds), headers=sse.HEADERS)

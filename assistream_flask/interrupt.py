@@ -1,0 +1,58 @@
+"""Stops a wait on the network from outside, under gevent and under threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+from gevent import get_hub, getcurrent, monkey
+
+T = TypeVar("T")
+
+
+class Interrupted(BaseException):
+    """The wait was stopped. Not an :class:`Exception`: the SDK must not take it for a network error."""
+
+
+class Interruptible:
+    """Waits of one thread or greenlet that :meth:`interrupt` ends.
+
+    Under gevent the exception is thrown into the wait itself, whatever it waits for. A thread cannot
+    be stopped so: there ``close`` is called, which closes the connection once there is one.
+    """
+
+    def __init__(self, close: Callable[[], None]) -> None:
+        self._close = close
+        self._waiting = False
+        self._interrupted = threading.Event()
+
+    def wait(self, call: Callable[[], T]) -> T:
+        """Gives what ``call`` gives. Raises :class:`Interrupted` when :meth:`interrupt` was or is called."""
+        if self._interrupted.is_set():
+            raise Interrupted
+        self._greenlet = getcurrent()
+        self._waiting = True
+        try:
+            return call()
+        except Exception:
+            if self._interrupted.is_set():
+                raise Interrupted from None
+            raise
+        finally:
+            self._waiting = False
+            if self._interrupted.is_set():
+                self._close()
+
+    def interrupt(self) -> None:
+        """Ends the present wait, and each later one at once. Idempotent."""
+        self._interrupted.set()
+        if monkey.is_module_patched("threading"):
+            get_hub().loop.run_callback(self._throw)
+        else:
+            self._close()
+
+    def _throw(self) -> None:
+        # In the hub nothing else runs, so a greenlet that still waits cannot have gone on meanwhile.
+        if self._waiting:
+            self._greenlet.throw(Interrupted)

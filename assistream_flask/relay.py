@@ -1,0 +1,99 @@
+"""One upstream stream to one viewer, for developers with a route and a stream of their own."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from . import events, sse
+from .errors import RunError
+from .events import Event
+from .interrupt import Interrupted, Interruptible
+from .reply import Reply
+from .upstream import Upstream, translate
+from .upstream.parts import End, Part
+
+_log = logging.getLogger(__name__)
+
+_AHEAD = 256
+"""How many reads may wait for a slow viewer before the upstream has to."""
+
+
+class relay:
+    """Iterates over frames; ``close()``, which WSGI servers call, closes the upstream.
+
+    A thread (a greenlet under gevent) reads, so that heartbeats go out while the upstream is silent.
+    """
+
+    def __init__(self, stream: Any, heartbeat_seconds: float) -> None:
+        self._upstream: Upstream = translate(stream)
+        self._waits = Interruptible(self._upstream.close)
+        self._heartbeat = heartbeat_seconds
+        self._queue: queue.Queue[list[Part] | RunError] = queue.Queue(_AHEAD)
+        self._left = threading.Event()
+
+    def _read(self) -> None:
+        last: list[Part] | RunError
+        try:
+            batches, nothing = iter(self._upstream), list[Part]()
+            while (parts := self._waits.wait(lambda: next(batches, nothing))) is not nothing:
+                if not self._put(parts):
+                    break
+            return
+        except Interrupted:
+            return
+        except RunError as error:
+            last = error
+        except Exception:
+            _log.exception("the stream failed")
+            last = RunError("server_error")
+        finally:
+            self._upstream.close()
+        self._put(last)
+
+    def _put(self, item: list[Part] | RunError) -> bool:
+        while not self._left.is_set():
+            try:
+                self._queue.put(item, timeout=1)
+                return True
+            except queue.Full:
+                pass
+        return False
+
+    def __iter__(self) -> Iterator[bytes]:
+        # A stream of one's own belongs to no thread: the ids are of this response only.
+        run = events.run("", "", None)
+        message = events.message("", "assistant", [], run_id=run["id"])
+        run["message_id"] = message["id"]
+        reply = Reply(run, message, [])
+        yield sse.retry(1000) + _frames(
+            [events.run_created(dict(run)), *reply.begin(), events.message_created(dict(message))]
+        )
+        threading.Thread(target=self._read, daemon=True, name="assistream-relay").start()
+        while not reply.over:
+            try:
+                item = self._queue.get(timeout=self._heartbeat)
+            except queue.Empty:
+                yield sse.PING
+                continue
+            if isinstance(item, RunError):
+                yield _frames(reply.fail(item))
+                continue
+            told = reply.add(item)
+            if isinstance(item[-1], End):
+                told += reply.finish(item[-1])
+            yield _frames(told)
+        yield sse.DONE
+
+    def close(self) -> None:
+        """Ends the reading and closes the upstream's connection. Idempotent."""
+        self._left.set()
+        self._waits.interrupt()
+        self._upstream.close()
+
+
+def _frames(told: list[Event]) -> bytes:
+    return b"".join(sse.encode(event.name, events.dumps(event.data)) for event in told)

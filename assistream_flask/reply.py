@@ -1,0 +1,140 @@
+"""A run's message as it grows: parts in, events out, and the whole so far at any time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from . import events
+from .errors import RunError
+from .events import Event, Json
+from .upstream.parts import Annotation, End, Part, Reasoning, Refusal, Text
+
+
+class Reply:
+    """Holds one run, its message and its steps, and keeps the three in step.
+
+    Not locked: whoever adds to it from several threads brings a lock.
+    """
+
+    def __init__(self, run: Json, message: Json, steps: list[Json]) -> None:
+        self.run, self.message, self._steps = run, message, steps
+        # Text grows as a list: a string that grows by a token is copied whole for each.
+        self._content: list[tuple[Json, list[str]]] = [(part, []) for part in message["content"]]
+        self._step: tuple[Json, list[str]] | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether the run is in a terminal state."""
+        return self.run["status"] in events.TERMINAL
+
+    def snapshot(self) -> tuple[Json, Json, list[Json]]:
+        """Gives run, message and steps as they are now, for nobody to change."""
+        self._settle()
+        return dict(self.run), dict(self.message), list(self._steps)
+
+    def begin(self) -> list[Event]:
+        """The model was asked."""
+        self.run.update(status="in_progress", started_at=events.now())
+        return [events.run_status(dict(self.run))]
+
+    def add(self, parts: Sequence[Part]) -> list[Event]:
+        """Adds what arrived; an :class:`End` among it is for :meth:`end`."""
+        found: list[Event] = []
+        for part in parts:
+            if isinstance(part, Reasoning):
+                found += self._think(part.value)
+            elif not isinstance(part, End):
+                found += self._stop_thinking()
+                found.append(self._say(part))
+        return found
+
+    def _say(self, part: Text | Refusal | Annotation) -> Event:
+        if part.at == len(self._content):
+            refused = isinstance(part, Refusal)
+            new: Json = {"type": "refusal", "refusal": ""} if refused else events.text_part("")
+            self._content.append((new, []))
+        whole, grown = self._content[part.at]
+        if isinstance(part, Annotation):
+            known = whole["text"]
+            text = {"value": known["value"], "annotations": [*known["annotations"], part.value]}
+            self._content[part.at] = {"type": "text", "text": text}, grown
+            return events.annotation_delta(self.message, part.at, part.value)
+        grown.append(part.value)
+        make = events.text_delta if isinstance(part, Text) else events.refusal_delta
+        return make(self.message, part.at, part.value)
+
+    def _think(self, value: str) -> list[Event]:
+        found: list[Event] = []
+        if self._step is None:
+            step = events.reasoning_step(self.run)
+            self._steps.append(step)
+            self._step = step, []
+            found.append(
+                events.step_created({**step, "step_details": {"type": "reasoning", "reasoning": {"text": ""}}})
+            )
+        self._step[1].append(value)
+        return [*found, events.step_delta(self._step[0], value)]
+
+    def _stop_thinking(self) -> list[Event]:
+        if self._step is None:
+            return []
+        self._settle()
+        done = {**self._step[0], "status": "completed", "completed_at": events.now()}
+        self._steps[-1], self._step = done, None
+        return [events.step_completed(done)]
+
+    def _settle(self) -> None:
+        """Joins what grew. Objects already given out stay as they were."""
+        content: list[Json] = []
+        for at, (part, grown) in enumerate(self._content):
+            if grown:
+                added = "".join(grown)
+                if part["type"] == "refusal":
+                    part = {**part, "refusal": part["refusal"] + added}
+                else:
+                    text = part["text"]
+                    part = {**part, "text": {"value": text["value"] + added, "annotations": text["annotations"]}}
+                self._content[at] = part, []
+            content.append(part)
+        self.message["content"] = content
+        if self._step is not None and self._step[1]:
+            step, grown = self._step
+            text = step["step_details"]["reasoning"]["text"] + "".join(grown)
+            step = {**step, "step_details": {"type": "reasoning", "reasoning": {"text": text}}}
+            self._steps[-1], self._step = step, (step, [])
+
+    def finish(self, end: End) -> list[Event]:
+        """The model's answer is over."""
+        self.run["usage"] = end.usage
+        if end.reason is None:
+            self.run.update(status="completed", completed_at=events.now())
+            return self._close(None)
+        words = "max_completion_tokens" if end.reason == "max_tokens" else end.reason
+        self.run.update(status="incomplete", incomplete_details={"reason": words}, completed_at=events.now())
+        return self._close(end.reason)
+
+    def fail(self, error: RunError) -> list[Event]:
+        """The run failed; the text so far stays."""
+        self.run.update(status="failed", last_error=error.public(), failed_at=events.now())
+        return self._close("run_failed")
+
+    def cancel(self) -> list[Event]:
+        """The caller had enough; the text so far stays."""
+        self.run.update(status="cancelled", cancelled_at=events.now())
+        return self._close("run_cancelled")
+
+    def cut_off(self) -> list[Event]:
+        """The server shuts down; the text so far stays."""
+        reason = "server_shutdown"
+        self.run.update(status="incomplete", incomplete_details={"reason": reason}, completed_at=events.now())
+        return self._close(reason)
+
+    def _close(self, reason: str | None) -> list[Event]:
+        found = self._stop_thinking()
+        self._settle()
+        at = events.now()
+        if reason is None:
+            self.message.update(status="completed", completed_at=at)
+        else:
+            self.message.update(status="incomplete", incomplete_at=at, incomplete_details={"reason": reason})
+        return [*found, events.message_ended(dict(self.message)), events.run_status(dict(self.run))]

@@ -1,0 +1,117 @@
+"""What one worker process has: a store, a log, a runner, and the housekeeper that looks after them."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from .events import new_id
+from .log.memory import MemoryLog
+from .runner import Asked, Runner
+from .settings import Settings
+from .threads import ThreadStore
+
+_log = logging.getLogger(__name__)
+
+ANSWER_SECONDS = 24 * 3600
+"""How long an Idempotency-Key is remembered."""
+
+
+class Runtime:
+    """Made at the first request, in the worker: a fork or gevent's patching after it would break it."""
+
+    def __init__(self, settings: Settings, adopt: Callable[[str, str], Asked | None]) -> None:
+        self.settings = settings
+        self.pid = os.getpid()
+        self.store = ThreadStore(settings.database_url)
+        self.log = MemoryLog(max_events=settings.log_events, max_age=settings.log_seconds)
+        self.runner = Runner(self.store, self.log, settings, new_id("worker"), adopt)
+        self.streams: dict[object, int] = {}
+        self.stopping = threading.Event()
+        self._stopped = threading.Event()
+        self._guard = threading.Lock()
+
+    def start(self) -> None:
+        """Starts the housekeeper."""
+        threading.Thread(target=self._keep_house, daemon=True, name="assistream-housekeeper").start()
+        # A worker that exits by itself still lets its runs end, see Settings.drain_seconds.
+        atexit.register(self.stop)
+
+    def stop(self) -> None:
+        """Ends streams at once and runs as the settings say; returns when all have. Idempotent."""
+        if os.getpid() != self.pid:
+            return
+        self._begin_stop()
+        with self._guard:
+            if not self._stopped.is_set():
+                self._stopped.set()
+                self.runner.stop(self.settings.drain_seconds)
+                self.store.close()
+        atexit.unregister(self.stop)
+
+    def _begin_stop(self) -> None:
+        self.stopping.set()
+        self.log.close()
+
+    def _keep_house(self) -> None:
+        jobs: list[tuple[float, Callable[[], object]]] = [
+            (self.settings.flush_seconds, self.runner.flush),
+            (1.0, self.runner.renew),
+            (1.0, self.runner.sweep),
+            (5.0, self.log.trim),
+            (600.0, lambda: self.store.forget_answers(int(time.time()) - ANSWER_SECONDS)),
+        ]
+        due = [time.monotonic()] * len(jobs)
+        while not self.stopping.wait(min(0.25, self.settings.flush_seconds)):
+            if not _serving():
+                self._begin_stop()
+                break
+            for at, (every, job) in enumerate(jobs):
+                if time.monotonic() >= due[at]:
+                    due[at] = time.monotonic() + every
+                    try:
+                        job()
+                    except Exception:
+                        _log.exception("housekeeping failed; it is tried again")
+        # While runs drain, their leases and their text still need looking after.
+        while not self._stopped.wait(1):
+            try:
+                self.runner.renew()
+                self.runner.flush()
+            except Exception:
+                _log.exception("housekeeping failed; it is tried again")
+
+    def enter_stream(self, caller: object) -> bool:
+        """Counts a stream in; ``False`` when ``caller`` has as many as allowed."""
+        with self._guard:
+            count = self.streams.get(caller, 0)
+            if count >= self.settings.max_streams:
+                return False
+            self.streams[caller] = count + 1
+            return True
+
+    def leave_stream(self, caller: object) -> None:
+        """Counts a stream out."""
+        with self._guard:
+            self.streams[caller] -= 1
+            if not self.streams[caller]:
+                del self.streams[caller]
+
+
+def default_database(instance_path: str) -> str:
+    """Gives the URL of the SQLite file in the app's instance folder, which is created."""
+    folder = Path(instance_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{folder / 'assistream.sqlite3'}"
+
+
+def _serving() -> bool:
+    """Whether this worker still takes requests. Gunicorn tells its workers alone, by their attribute
+    ``alive``; the worker is found as the object whose method handles SIGTERM."""
+    return bool(getattr(getattr(signal.getsignal(signal.SIGTERM), "__self__", None), "alive", True))
