@@ -11,7 +11,6 @@ import secrets
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from typing import Any, Final, NamedTuple, cast
-from urllib.parse import urlsplit
 
 import openai
 from flask import Blueprint, Flask, Response, current_app, request, send_from_directory, session
@@ -19,11 +18,11 @@ from flask.blueprints import BlueprintSetupState
 from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
 
-from . import events, sse
+from . import checks, events, sse, streams
 from .assistants import Assistant, index
 from .errors import AssistreamError, ConfigurationError, RequestError
-from .events import TERMINAL, Json
-from .log import Lost, Place, Record, Subscription
+from .events import Json
+from .log import Place
 from .relay import relay
 from .runner import Asked, Started
 from .runtime import Runtime, default_database
@@ -34,9 +33,6 @@ _log = logging.getLogger(__name__)
 
 Assistants = Sequence[Assistant] | Callable[[], Sequence[Assistant]]
 Client = openai.OpenAI | Callable[[], openai.OpenAI]
-
-RETRY_MS: Final = 1000
-"""How long a browser waits before it comes back by itself; the helper has its own, jittered, delays."""
 
 _EXTENSION: Final = "assistream"
 _SESSION_KEY: Final = "assistream_owner"
@@ -192,7 +188,8 @@ def _route(view: Callable[..., Response]) -> Callable[..., Response]:
         state: _State = current_app.extensions[_EXTENSION]
         part = state.parts[request.blueprint or ""]
         if request.method not in ("GET", "HEAD"):
-            _check_origin(state.runtime().settings)
+            allowed = state.runtime().settings.allowed_origins.split()
+            checks.same_origin(request.headers.get("Origin"), request.host, allowed)
         call = _Call(part, state.runtime(), _caller(part, request.blueprint or ""))
         thread_id = values.get("thread_id")
         if thread_id is not None and not (
@@ -222,21 +219,6 @@ def _someone(call: _Call) -> Owner:
         return call.owner
     session[_SESSION_KEY] = secrets.token_hex(16)
     return Owner(request.blueprint or "", session[_SESSION_KEY])
-
-
-def _check_origin(settings: Settings) -> None:
-    origin = request.headers.get("Origin")
-    if origin is None or origin in settings.allowed_origins.split():
-        return
-    parts = urlsplit(origin)
-    default = {"http": ":80", "https": ":443"}.get(parts.scheme, "")
-    if not parts.netloc or parts.netloc.removesuffix(default) != request.host.removesuffix(default):
-        raise RequestError(
-            403,
-            "foreign_origin",
-            "Commands are taken from this app's own pages only. Its operator can add an origin to "
-            "ASSISTREAM_ALLOWED_ORIGINS, and must pass the Host header on where a proxy stands before the app.",
-        )
 
 
 # Errors
@@ -277,10 +259,6 @@ def _no_thread() -> RequestError:
     return RequestError(404, "thread_not_found", "There is no such thread, or it is not yours.")
 
 
-def _invalid(message: str) -> RequestError:
-    return RequestError(400, "invalid_value", message)
-
-
 def _nothing(path: str) -> Response:
     adapter = current_app.create_url_adapter(request)
     allowed = []
@@ -306,73 +284,13 @@ def _json(value: object, status: int = 200) -> Response:
 
 
 def _body(runtime: Runtime, allowed: Sequence[str], required: Sequence[str] = ()) -> Json:
-    """Gives the request's JSON object. Raises :class:`RequestError` for all that is not as it should be."""
     # Six bytes a character is JSON's longest escape.
     request.max_content_length = runtime.settings.max_message_chars * 6 + 65_536
-    raw = request.get_data(cache=True)
-    if not raw and not required:
-        return {}
-    if request.mimetype != "application/json":
-        raise RequestError(
-            415, "unsupported_media_type", "Send the body as JSON with the header Content-Type: application/json."
-        )
-    try:
-        body = json.loads(raw, parse_constant=_no_constant)
-    except (ValueError, RecursionError):
-        raise RequestError(400, "invalid_json", "The body is not valid JSON in UTF-8. Send a JSON object.") from None
-    if not isinstance(body, dict):
-        raise RequestError(400, "invalid_json", "The body is not a JSON object. Send one: {...}.")
-    if unknown := sorted(set(body) - set(allowed)):
-        raise RequestError(
-            400, "unknown_field", f"Unknown field {unknown[0][:40]!r}. Allowed here: {', '.join(allowed) or 'none'}."
-        )
-    if missing := [field for field in required if field not in body]:
-        raise _invalid(f"The field {missing[0]!r} is missing. Add it to the body.")
-    return body
+    return checks.body(request.get_data(cache=True), request.mimetype, allowed, required)
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(name)
-
-
-def _storable(text: str) -> bool:
-    """Whether every database can hold it: PostgreSQL takes no NUL, UTF-8 no lone surrogate."""
-    return "\0" not in text and text == events.clean(text)
-
-
-def _content(runtime: Runtime, body: Json) -> str:
-    content = body["content"]
-    limit = runtime.settings.max_message_chars
-    if not isinstance(content, str) or not content.strip():
-        raise _invalid("'content' must be a text that is not empty.")
-    if len(content) > limit:
-        raise RequestError(413, "message_too_long", f"The message has {len(content)} characters, {limit} are allowed.")
-    if not _storable(content):
-        raise _invalid("'content' has a NUL or half a surrogate pair in it. Remove it.")
-    return content
-
-
-def _metadata(body: Json) -> Json:
-    """Checks the limits of OpenAI's own metadata: 16 pairs, keys of 64 characters, values of 512."""
-    metadata = body.get("metadata")
-    if metadata is None:
-        return {}
-    good = isinstance(metadata, dict) and len(metadata) <= 16
-    for key, value in metadata.items() if good else ():
-        good = good and isinstance(value, str) and len(key) <= 64 and len(value) <= 512 and _storable(key + value)
-    if not good:
-        raise _invalid(
-            "'metadata' must be an object of at most 16 texts, keys up to 64 and values up to 512 characters."
-        )
-    found: Json = metadata
-    return found
-
-
-def _limit(default: int = 50) -> int:
-    text = request.args.get("limit", str(default))
-    if not re.fullmatch(r"[0-9]{1,3}", text) or not 1 <= int(text) <= 200:
-        raise _invalid("'limit' must be a number from 1 to 200.")
-    return int(text)
+def _limit() -> int:
+    return checks.limit(request.args.get("limit", "50"))
 
 
 class _Once:
@@ -383,9 +301,7 @@ class _Once:
 
     def __init__(self, call: _Call, owner: Owner) -> None:
         self._store, self._owner = call.runtime.store, owner
-        self.key = request.headers.get("Idempotency-Key")
-        if self.key is not None and not re.fullmatch(r"[\x21-\x7e]{1,255}", self.key):
-            raise _invalid("Idempotency-Key must be 1 to 255 visible ASCII characters, such as a UUID.")
+        self.key = checks.idempotency_key(request.headers.get("Idempotency-Key"))
         body = request.get_data(cache=True)
         # The part of the path that names the route and its objects; a prefix may change.
         route = json.dumps([request.endpoint, request.view_args])
@@ -423,7 +339,9 @@ def _create_thread(call: _Call) -> Response:
     body = _body(call.runtime, ["metadata"])
     owner = _someone(call)
     once = _Once(call, owner)
-    thread = thread_object({"id": events.new_id("thread"), "created_at": events.now(), "metadata": _metadata(body)})
+    thread = thread_object(
+        {"id": events.new_id("thread"), "created_at": events.now(), "metadata": checks.metadata(body.get("metadata"))}
+    )
     answer = once.before()
     if answer is None:
         try:
@@ -459,37 +377,42 @@ def _messages(call: _Call, thread_id: str) -> Response:
 
 def _add_message(call: _Call, thread_id: str) -> Response:
     body = _body(call.runtime, ["content"], ["content"])
-    content = _content(call.runtime, body)
-    started = _start(call, thread_id, content, [], "parallel", 201, lambda started: started.message or {})
-    return _json(started[0].body, 201)
+    content = checks.content(body["content"], call.runtime.settings.max_message_chars)
+    given = _start(call, thread_id, content, [], "parallel", 201, lambda started: started.message or {})
+    return _json(given.body, 201)
 
 
 def _create_runs(call: _Call, thread_id: str) -> Response:
     body = _body(call.runtime, ["assistant_ids", "content", "mode"], ["assistant_ids"])
-    content = _content(call.runtime, body) if body.get("content") is not None else None
-    mode = body.get("mode", "parallel")
-    if mode not in ("parallel", "sequential"):
-        raise _invalid("'mode' must be 'parallel' or 'sequential'.")
-    ids, limit = body["assistant_ids"], call.runtime.settings.max_assistants
-    if not isinstance(ids, list) or not 1 <= len(ids) <= limit or not all(isinstance(one, str) for one in ids):
-        raise _invalid(f"'assistant_ids' must be a list of 1 to {limit} ids of assistants, see GET /assistants.")
+    settings = call.runtime.settings
+    content = None
+    if body.get("content") is not None:
+        content = checks.content(body["content"], settings.max_message_chars)
+    mode = checks.mode(body.get("mode", "parallel"))
+    ids = checks.assistant_ids(body["assistant_ids"], settings.max_assistants)
     known = call.part.assistants()
     if unknown := [one for one in ids if one not in known]:
         raise RequestError(
             404, "assistant_not_found", f"There is no assistant {unknown[0][:64]!r}. GET /assistants lists them."
         )
     asked = [call.part.asked(known[one], known) for one in ids]
-    stream = "text/event-stream" in request.headers.get("Accept", "")
 
     def answer(started: Started) -> Json:
         return {"message": started.message, "runs": started.runs}
 
-    if stream:
-        return _streamed(
-            call, lambda: _follow(call, thread_id, _start(call, thread_id, content, asked, mode, 202, answer))
-        )
-    given, _ = _start(call, thread_id, content, asked, mode, 202, answer)
-    return _json(given.body, 202)
+    def start() -> Answer:
+        return _start(call, thread_id, content, asked, mode, 202, answer)
+
+    def follow() -> streams.Frames:
+        given = start()
+        message = given.body["message"]
+        runs = {run["id"] for run in given.body["runs"]}
+        message_id = message["message"]["id"] if message else None
+        return streams.follow(call.runtime, thread_id, message_id, runs, Place.parse(given.place))
+
+    if "text/event-stream" in request.headers.get("Accept", ""):
+        return _streamed(call, follow)
+    return _json(start().body, 202)
 
 
 def _start(
@@ -500,15 +423,15 @@ def _start(
     mode: str,
     status: int,
     body: Callable[[Started], Json],
-) -> tuple[Answer, bool]:
-    """Stores and starts what the request asks for; gives the answer, and whether it is a repeated one."""
+) -> Answer:
+    """Stores and starts what the request asks for; gives the answer."""
     assert call.owner is not None
     runtime, once = call.runtime, _Once(call, call.owner)
     if runtime.stopping.is_set():
         raise _stopping()
     given = once.before()
     if given is not None:
-        return given, True
+        return given
     message = None
     if content is not None:
         message = events.message(thread_id, "user", [events.text_part(content)])
@@ -524,7 +447,7 @@ def _start(
     except AnsweredBefore:
         given = once.before()
         assert given is not None
-        return given, True
+        return given
     except TooManyRuns:
         raise RequestError(
             429,
@@ -534,7 +457,7 @@ def _start(
         ) from None
     if started is None:
         raise _no_thread()
-    return Answer("", "", status, body(started), str(started.place)), False
+    return Answer("", "", status, body(started), str(started.place))
 
 
 def _stopping() -> RequestError:
@@ -564,10 +487,10 @@ def _cancel(call: _Call, thread_id: str, run_id: str) -> Response:
 
 def _events(call: _Call, thread_id: str) -> Response:
     asked = request.headers.get("Last-Event-ID") or request.args.get("last_event_id")
-    return _streamed(call, lambda: _view(call.runtime, thread_id, Place.parse(asked)))
+    return _streamed(call, lambda: streams.view(call.runtime, thread_id, Place.parse(asked)))
 
 
-def _streamed(call: _Call, start: Callable[[], Iterator[bytes]]) -> Response:
+def _streamed(call: _Call, start: Callable[[], streams.Frames]) -> Response:
     runtime = call.runtime
     if request.method == "HEAD":
         return Response(headers=sse.HEADERS)
@@ -591,7 +514,7 @@ def _streamed(call: _Call, start: Callable[[], Iterator[bytes]]) -> Response:
 class _Stream:
     """A body whose end is told once, even where it was never begun: a generator's ``finally`` would not run."""
 
-    def __init__(self, frames: Iterator[bytes], ended: Callable[[], None]) -> None:
+    def __init__(self, frames: streams.Frames, ended: Callable[[], None]) -> None:
         self._frames, self._ended = frames, ended
         self._open = True
 
@@ -602,110 +525,7 @@ class _Stream:
         if self._open:
             self._open = False
             self._ended()
-            self._frames.close()  # type: ignore[attr-defined]
-
-
-def _view(runtime: Runtime, thread_id: str, place: Place | None) -> Iterator[bytes]:
-    """The thread's events from ``place`` on, or from a snapshot where that can't be proven."""
-    first = sse.retry(RETRY_MS)
-    subscription: Subscription | None = None
-    try:
-        while True:
-            try:
-                if subscription is None:
-                    if place is None:
-                        raise Lost
-                    subscription = runtime.log.subscribe(thread_id, place)
-                    if first:
-                        # Nothing may come for a while, and servers send no headers before the first byte.
-                        yield first + b"\n"
-                        first = b""
-                records = _wait(runtime, subscription)
-            except Lost:
-                if subscription is not None:
-                    subscription.close()
-                    subscription = None
-                frame, place = _snapshot(runtime, thread_id)
-                yield first + frame
-                first = b""
-                continue
-            if records:
-                yield b"".join(record.frame for record in records)
-            elif not runtime.stopping.is_set():
-                yield sse.PING
-            if runtime.stopping.is_set() or any(record.name == "thread.deleted" for record in records):
-                return
-    finally:
-        if subscription is not None:
-            subscription.close()
-
-
-def _wait(runtime: Runtime, subscription: Subscription) -> list[Record]:
-    return subscription.read(runtime.settings.heartbeat_seconds)
-
-
-def _snapshot(runtime: Runtime, thread_id: str) -> tuple[bytes, Place]:
-    found = runtime.runner.page(thread_id, 50)
-    assert found is not None
-    data, has_more, place = found
-    event = events.snapshot(thread_id, data, has_more)
-    return sse.encode(event.name, events.dumps(event.data), str(place)), place
-
-
-def _follow(call: _Call, thread_id: str, begun: tuple[Answer, bool]) -> Iterator[bytes]:
-    """The events of one POST's runs, and ``done`` after the last of them."""
-    answer, repeated = begun
-    runtime = call.runtime
-    message = (answer.body["message"] or {}).get("message", {}).get("id")
-    waiting = {run["id"] for run in answer.body["runs"]}
-    return _followed(runtime, thread_id, message, waiting, Place.parse(answer.place), repeated)
-
-
-def _followed(
-    runtime: Runtime, thread_id: str, message: str | None, runs: set[str], place: Place | None, repeated: bool
-) -> Iterator[bytes]:
-    first = sse.retry(RETRY_MS)
-    waiting = set(runs)
-    subscription: Subscription | None = None
-    try:
-        while waiting and not runtime.stopping.is_set():
-            try:
-                if subscription is None:
-                    if place is None:
-                        raise Lost
-                    subscription = runtime.log.subscribe(thread_id, place)
-                records = _wait(runtime, subscription)
-            except Lost:
-                if subscription is not None:
-                    subscription.close()
-                    subscription = None
-                frame, place = _snapshot(runtime, thread_id)
-                yield first + frame
-                first = b""
-                over = {run_id for run_id in waiting if _over(runtime, thread_id, run_id)}
-                waiting -= over
-                continue
-            frames = []
-            for record in records:
-                if record.name == "thread.deleted":
-                    waiting.clear()
-                elif record.key not in runs and (record.key is not None or record.data().get("id") != message):
-                    continue
-                frames.append(record.frame)
-                if record.name.startswith("thread.run.") and record.name.rpartition(".")[2] in TERMINAL:
-                    if not record.name.startswith("thread.run.step."):
-                        waiting.discard(record.key or "")
-            yield first + (b"".join(frames) or sse.PING)
-            first = b""
-        yield sse.DONE
-    finally:
-        if subscription is not None:
-            subscription.close()
-
-
-def _over(runtime: Runtime, thread_id: str, run_id: str) -> bool:
-    run = runtime.store.run(thread_id, run_id)
-    return run is None or run["status"] in TERMINAL
+            self._frames.close()
 
 
 def event_response(stream: Any, *, heartbeat_seconds: float = 15) -> Response:

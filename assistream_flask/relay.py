@@ -69,7 +69,7 @@ class relay:
         message = events.message("", "assistant", [], run_id=run["id"])
         run["message_id"] = message["id"]
         reply = Reply(run, message, [])
-        yield sse.retry(1000) + _frames(
+        yield sse.RETRY + _frames(
             [events.run_created(dict(run)), *reply.begin(), events.message_created(dict(message))]
         )
         threading.Thread(target=self._read, daemon=True, name="assistream-relay").start()

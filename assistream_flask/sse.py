@@ -16,6 +16,8 @@ HEADERS: Final[dict[str, str]] = {
     "X-Accel-Buffering": "no",
 }
 PING: Final = b"event: ping\ndata: {}\n\n"
+# A browser that comes back by itself waits so long; the helper has its own, jittered, delays.
+RETRY: Final = b"retry: 1000\n"
 DONE: Final = b"event: done\ndata: [DONE]\n\n"
 
 
@@ -32,11 +34,6 @@ def encode(event: str, data: str, id: str | None = None) -> bytes:
     if "\n" in data or "\r" in data:
         data = "\ndata: ".join(re.split("\r\n|\r|\n", data))
     return f"{head}data: {data}\n\n".encode()
-
-
-def retry(milliseconds: int) -> bytes:
-    """Gives the ``retry:`` line; the next frame follows it without a blank line."""
-    return f"retry: {milliseconds}\n".encode()
 
 
 class Frame(NamedTuple):

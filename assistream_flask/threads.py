@@ -183,7 +183,8 @@ class ThreadStore:
     ) -> int | None:
         """Stores the user's message and, for each pair of ``started``, a run and its message, in this order.
 
-        Gives the position of the first of them, ``None`` when the thread is gone. Raises :class:`AnsweredBefore`, :class:`TooManyRuns`.
+        Gives the position of the first of them, ``None`` when the thread is gone.
+        Raises :class:`AnsweredBefore`, :class:`TooManyRuns`.
         """
         with self._write() as connection:
             self._remember(connection, owner, answer)

@@ -1,0 +1,118 @@
+"""The bodies of event streams: a thread's events for any viewer, or one POST's runs for its caller.
+
+Both read the log; what the log can't prove they replace by a snapshot. Knows no Flask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Final
+
+from . import events, sse
+from .events import TERMINAL
+from .log import Lost, Place, Record, Subscription
+from .runtime import Runtime
+
+_ENDS: Final = frozenset(f"thread.run.{status}" for status in TERMINAL)
+
+Frames = Generator[bytes, None, None]
+
+
+class _Reader:
+    """A subscription that is taken when it is first read, and let go of when the log can't prove its place."""
+
+    def __init__(self, runtime: Runtime, thread_id: str, place: Place | None) -> None:
+        self._runtime, self._thread_id, self._place = runtime, thread_id, place
+        self._subscription: Subscription | None = None
+
+    def open(self) -> None:
+        """Raises :class:`Lost` when the place can't be proven."""
+        if self._subscription is None:
+            if self._place is None:
+                raise Lost
+            self._subscription = self._runtime.log.subscribe(self._thread_id, self._place)
+
+    def read(self) -> list[Record]:
+        """Gives the next records, none after a heartbeat. Raises :class:`Lost`."""
+        self.open()
+        assert self._subscription is not None
+        return self._subscription.read(self._runtime.settings.heartbeat_seconds)
+
+    def snapshot(self) -> bytes:
+        """Gives the frame of a snapshot; reading goes on from there."""
+        self.close()
+        found = self._runtime.runner.page(self._thread_id, 50)
+        assert found is not None
+        data, has_more, self._place = found
+        event = events.snapshot(self._thread_id, data, has_more)
+        return sse.encode(event.name, events.dumps(event.data), str(self._place))
+
+    def close(self) -> None:
+        """Lets go of the log. Idempotent."""
+        if self._subscription is not None:
+            self._subscription.close()
+            self._subscription = None
+
+
+def view(runtime: Runtime, thread_id: str, place: Place | None) -> Frames:
+    """Gives the thread's events after ``place``, without an end; a snapshot first where that can't be proven.
+
+    Ends when the thread is deleted or the server shuts down.
+    """
+    reader = _Reader(runtime, thread_id, place)
+    try:
+        try:
+            reader.open()
+            # Nothing may come for a while, and servers send no headers before the first byte.
+            yield sse.RETRY + b"\n"
+        except Lost:
+            yield sse.RETRY + reader.snapshot()
+        while True:
+            try:
+                records = reader.read()
+            except Lost:
+                yield reader.snapshot()
+                continue
+            if records:
+                yield b"".join(record.frame for record in records)
+            if runtime.stopping.is_set() or any(record.name == "thread.deleted" for record in records):
+                return
+            if not records:
+                yield sse.PING
+    finally:
+        reader.close()
+
+
+def follow(runtime: Runtime, thread_id: str, message_id: str | None, runs: set[str], place: Place | None) -> Frames:
+    """Gives the events of ``runs`` and of the user's message after ``place``, then ``done``."""
+    reader = _Reader(runtime, thread_id, place)
+    waiting = set(runs)
+    first = sse.RETRY
+    try:
+        while waiting and not runtime.stopping.is_set():
+            try:
+                records = reader.read()
+            except Lost:
+                yield first + reader.snapshot()
+                waiting = {run_id for run_id in waiting if not _over(runtime, thread_id, run_id)}
+            else:
+                ours = [one for one in records if one.key in runs or _tells_of(one, message_id)]
+                yield first + (b"".join(one.frame for one in ours) or sse.PING)
+                waiting -= {one.key or "" for one in ours if one.name in _ENDS}
+                if any(one.name == "thread.deleted" for one in records):
+                    break
+            first = b""
+        yield first + sse.DONE
+    finally:
+        reader.close()
+
+
+def _tells_of(record: Record, message_id: str | None) -> bool:
+    if record.name == "thread.deleted":
+        return True
+    return record.key is None and message_id is not None and record.data().get("id") == message_id
+
+
+def _over(runtime: Runtime, thread_id: str, run_id: str) -> bool:
+    run = runtime.store.run(thread_id, run_id)
+    return run is None or run["status"] in TERMINAL

@@ -1,0 +1,376 @@
+"""One HTTP connection: reads and checks requests, sends answers, and sees when the client leaves."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+import socket
+import time
+from collections.abc import Callable, Mapping
+from http.server import BaseHTTPRequestHandler
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+from urllib.parse import parse_qs, urlsplit
+
+from ._answers import Answer, Assistants, Chat, Cut, Responses, Thread
+from ._replies import FAULTS, HTTP_FAULTS, JSON, Reply, Request, dump, error_object
+
+if TYPE_CHECKING:
+    from ._server import OfflineServer
+
+
+class Refused(Exception):
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.error = status, error_object(message, "invalid_request_error", code, param)
+
+
+class Left(Exception):
+    """The client closed the connection before the answer's end."""
+
+
+class Stopped(Exception):
+    """The server is closing."""
+
+
+def need(body: JSON, name: str, *types: type) -> Any:
+    value = body.get(name)
+    if value is None or value in ("", []):
+        code = "missing_required_parameter"
+        raise Refused(400, f"Missing required parameter: '{name}'.", param=name, code=code)
+    if not isinstance(value, types):
+        raise Refused(400, f"Invalid type for '{name}'.", param=name, code="invalid_type")
+    return value
+
+
+def read_messages(items: Any, param: str, parts: Mapping[str, tuple[str, ...]]) -> list[tuple[str, str]]:
+    """The (role, text) of each message; `parts` names the content types that each role may have."""
+    read: list[tuple[str, str]] = []
+    for n, item in enumerate(items):
+        where = f"{param}[{n}]"
+        if not isinstance(item, dict):
+            raise Refused(400, f"Invalid type for '{where}': expected an object.", param=where, code="invalid_type")
+        if item.get("type") == "function_call_output":
+            read.append(("tool", str(item.get("output"))))
+        if item.get("type", "message") != "message":
+            continue
+        role, content = str(item.get("role")), item.get("content")
+        if role not in parts:
+            supported = ", ".join(f"'{role}'" for role in parts)
+            message = f"Invalid value: '{role}'. Supported values are: {supported}."
+            raise Refused(400, message, param=f"{where}.role", code="invalid_value")
+        texts: list[str] = []
+        if isinstance(content, str):
+            texts.append(content)
+        elif content is None and item.get("tool_calls"):
+            pass
+        elif not isinstance(content, list):
+            raise Refused(400, f"Invalid type for '{where}.content'.", param=f"{where}.content", code="invalid_type")
+        else:
+            for m, part in enumerate(content):
+                kind = part.get("type") if isinstance(part, dict) else part
+                if kind not in parts[role]:
+                    supported = ", ".join(f"'{kind}'" for kind in parts[role])
+                    message = f"Invalid value: '{kind}'. Supported values are: {supported}."
+                    raise Refused(400, message, param=f"{where}.content[{m}].type", code="invalid_value")
+                texts.append(str(part.get("text") or part.get("refusal") or ""))
+        read.append((role, "\n".join(texts)))
+    return read
+
+
+_INPUT = ("input_text", "input_image", "input_file")
+_RESPONSES_PARTS = {"user": _INPUT, "system": _INPUT, "developer": _INPUT, "assistant": ("output_text", "refusal")}
+_CHAT_PARTS = {
+    "user": ("text", "image_url", "input_audio", "file"), "assistant": ("text", "refusal"),
+    "system": ("text",), "developer": ("text",), "tool": ("text",),
+}  # fmt: skip
+_ASSISTANTS_PARTS = dict.fromkeys(("user", "assistant"), ("text", "image_file", "image_url"))
+_SYSTEM = ("system", "developer")
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection: its requests one after another."""
+
+    protocol_version = "HTTP/1.1"
+    server_version, sys_version = "offline-openai", ""
+    disable_nagle_algorithm = True
+    routes: ClassVar[tuple[tuple[str, str, str], ...]] = (
+        ("POST", r"/v1/responses", "on_responses"),
+        ("POST", r"/v1/chat/completions", "on_chat"),
+        ("GET", r"/v1/models", "on_models"),
+        ("POST", r"/v1/threads", "on_thread_create"),
+        ("POST", r"/v1/threads/runs", "on_run_create"),
+        ("GET", r"/v1/threads/([^/]+)", "on_thread_get"),
+        ("GET", r"/v1/threads/([^/]+)/messages", "on_message_list"),
+        ("POST", r"/v1/threads/([^/]+)/messages", "on_message_create"),
+        ("POST", r"/v1/threads/([^/]+)/runs", "on_run_create"),
+        ("GET", r"/v1/threads/([^/]+)/runs/([^/]+)", "on_run_get"),
+        ("POST", r"/v1/threads/([^/]+)/runs/([^/]+)/cancel", "on_run_cancel"),
+    )
+
+    @property
+    def offline(self) -> OfflineServer:
+        return cast("OfflineServer", self.server)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        self.close_connection = self.recorded = True  # what is no HTTP is no request
+        self.answer(int(code), {"error": error_object(message or "Bad request.", "invalid_request_error")})
+
+    def handle_any(self) -> None:
+        length = self.headers.get("Content-Length", "0")
+        if not length.isdecimal() or self.headers.get("Transfer-Encoding"):
+            self.send_error(411, "Send the body with a Content-Length.")
+            return
+        raw = self.rfile.read(int(length))
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        self.headers_sent = self.recorded = False
+        request = self.request_ = Request(self.command, self.path, headers, None, time.monotonic())
+        try:
+            try:
+                request.body = json.loads(raw) if raw else None
+            except ValueError:
+                raise Refused(400, "We could not parse the JSON body of your request.") from None
+            self.route(urlsplit(self.path).path)
+        except Refused as refused:
+            self.answer(refused.status, {"error": refused.error})
+        except (Left, OSError):
+            self.close_connection = True
+            if not self.offline._closing:
+                request.closed_at = time.monotonic()
+        except (Stopped, Cut):
+            self.close_connection = True
+        except Exception as error:  # a script of the user's that fails must show
+            if self.headers_sent:
+                self.close_connection = True
+            else:
+                self.answer(500, {"error": error_object(f"The offline server failed: {error!r}", "server_error")})
+        finally:
+            self.record()
+            request._done.set()
+
+    do_GET = do_POST = do_DELETE = do_PUT = do_PATCH = handle_any
+
+    def route(self, path: str) -> None:
+        allowed = False
+        for method, pattern, name in self.routes:
+            if match := re.fullmatch(pattern, path):
+                if method == self.command:
+                    if method == "POST" and not isinstance(self.request_.body, dict):
+                        if self.request_.body is not None or not name.endswith(("thread_create", "on_run_cancel")):
+                            raise Refused(400, "Send a JSON object as the body.")
+                        self.request_.body = {}
+                    getattr(self, name)(*match.groups())
+                    return
+                allowed = True
+        if allowed:
+            raise Refused(405, f"Not allowed to {self.command} on {path}.", code="method_not_supported")
+        raise Refused(404, f"Invalid URL ({self.command} {path})", code="unknown_url")
+
+    def record(self) -> None:
+        """Once all is known of the request, and before the client can know that it came."""
+        if not self.recorded:
+            self.recorded = True
+            self.offline._record(self.request_)
+
+    def end_headers(self) -> None:
+        self.headers_sent = True
+        self.send_header("x-request-id", self.offline._id("req"))
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        super().end_headers()
+
+    def answer(self, status: int, body: JSON, headers: Mapping[str, str] | None = None) -> None:
+        self.send_body(status, dump(body), headers)
+
+    def send_body(self, status: int, data: bytes, headers: Mapping[str, str] | None = None, cut: bool = False) -> None:
+        self.record()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data[: len(data) // 2] if cut else data)
+        if cut:
+            raise Cut
+
+    def pause(self, seconds: float, until: Callable[[], bool]) -> None:
+        """Wait, and notice at once when the client leaves."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0 and not until():
+            left = min(left, 0.05)
+            self.connection.settimeout(left)
+            try:
+                peeked = self.connection.recv(1, socket.MSG_PEEK)
+            except TimeoutError:
+                peeked = None
+            finally:
+                self.connection.settimeout(None)
+            if self.offline._closing:
+                raise Stopped
+            if peeked == b"":
+                raise Left
+            if peeked:
+                time.sleep(left)  # the next request is here already
+
+    def generate(self, make: Callable[[Reply], Answer]) -> None:
+        self.record()
+        reply = self.offline._reply(self.request_)
+        if reply.fault in HTTP_FAULTS:
+            status, kind, code, text = HTTP_FAULTS[reply.fault]
+            error = error_object(text.format(key=self.request_.key), kind, code)
+            self.answer(status, {"error": error}, {"Retry-After": "1"} if status == 429 else None)
+            return
+        answer = make(reply)
+        if reply.fault == "stall_headers":
+            self.pause(math.inf, lambda: False)
+        if not self.request_.body.get("stream"):
+            self.whole(answer)
+            return
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
+        self.send_header("Cache-Control", "no-cache")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        steps, sizes = answer.encoded(), itertools.cycle((1, 2, 3, 5, 7))
+        try:
+            for step in steps:
+                if isinstance(step, float):
+                    self.pause(step, answer.cancelled)
+                    continue
+                while step:
+                    size = next(sizes) if reply.fault == "tiny_chunks" else len(step)
+                    piece, step = step[:size], step[size:]
+                    self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+        finally:
+            cast(Any, steps).close()
+        try:
+            self.wfile.write(b"0\r\n\r\n")
+        except OSError:
+            self.close_connection = True  # it had all it wanted
+
+    def whole(self, answer: Answer) -> None:
+        fault = answer.fault or ""
+        if fault.startswith("error_") or (fault == "response_failed" and isinstance(answer, Chat)):
+            self.answer(500, {"error": error_object(answer.message(), "server_error", "server_error")})
+            return
+        try:
+            for step in answer.run():
+                if isinstance(step, float):
+                    self.pause(step, answer.cancelled)
+        except Cut:
+            pass
+        data = dump(answer.result())
+        if fault == "malformed":
+            data = data[: len(data) // 2]
+        self.send_body(200, data, cut=fault in ("cut", "ends_early"))
+
+    def asked(self, dialect: str, instructions: list[Any], messages: list[tuple[str, str]], model: Any) -> Request:
+        request = self.request_
+        texts = [text for text in instructions if text] + [text for role, text in messages if role in _SYSTEM]
+        request.dialect, request.model, request.instructions = dialect, str(model), "\n".join(map(str, texts))
+        request.messages = [(role, text) for role, text in messages if role not in _SYSTEM]
+        if not isinstance(request.body.get("stream", False), (bool, type(None))):
+            raise Refused(400, "Invalid type for 'stream'.", param="stream", code="invalid_type")
+        return request
+
+    def on_responses(self) -> None:
+        body = self.request_.body
+        model, items = need(body, "model", str), need(body, "input", str, list)
+        items = [{"role": "user", "content": items}] if isinstance(items, str) else items
+        messages = read_messages(items, "input", _RESPONSES_PARTS)
+        if self.offline.strict:
+            for item in items:
+                typed = item.get("type") == "message" and isinstance(item.get("content"), list)
+                if item.get("role") == "assistant" and not typed:
+                    raise Refused(400, "item['content'] is not an array, or 'type' is missing")
+        request = self.asked("responses", [body.get("instructions")], messages, model)
+        self.generate(lambda reply: Responses(self.offline, request, reply))
+
+    def on_chat(self) -> None:
+        body = self.request_.body
+        model = need(body, "model", str)
+        messages = read_messages(need(body, "messages", list), "messages", _CHAT_PARTS)
+        if body.get("stream_options") and not body.get("stream"):
+            message = "The 'stream_options' parameter is only allowed when 'stream' is enabled."
+            raise Refused(400, message, param="stream_options")
+        request = self.asked("chat", [], messages, model)
+        self.generate(lambda reply: Chat(self.offline, request, reply))
+
+    def on_models(self) -> None:
+        names = ["offline", *(f"offline-{fault}" for fault in FAULTS)]
+        data = [{"id": name, "object": "model", "created": 0, "owned_by": "offline"} for name in names]
+        self.answer(200, {"object": "list", "data": data})
+
+    # Assistants v2
+
+    def thread(self, id: str) -> Thread:
+        try:
+            return self.offline._threads[id]
+        except KeyError:
+            raise Refused(404, f"No thread found with id '{id}'.") from None
+
+    def run_of(self, id: str, run_id: str) -> JSON:
+        try:
+            return self.thread(id).runs[run_id]
+        except KeyError:
+            raise Refused(404, f"No run found with id '{run_id}'.") from None
+
+    def add_messages(self, thread: Thread, items: Any) -> None:
+        if not isinstance(items, list):
+            raise Refused(400, "Invalid type for 'messages'.", param="messages", code="invalid_type")
+        read_messages(items, "messages", _ASSISTANTS_PARTS)
+        for item in items:
+            metadata = item.get("metadata") or {}
+            thread.add(self.offline._id("msg"), item["role"], item["content"], metadata=metadata)
+
+    def new_thread(self, body: JSON) -> Thread:
+        thread = self.offline._new_thread(body.get("metadata"))
+        self.add_messages(thread, body.get("messages") or [])
+        return thread
+
+    def on_thread_create(self) -> None:
+        self.answer(200, self.new_thread(self.request_.body).data)
+
+    def on_thread_get(self, id: str) -> None:
+        self.answer(200, self.thread(id).data)
+
+    def on_message_create(self, id: str) -> None:
+        thread = self.thread(id)
+        self.add_messages(thread, [self.request_.body])
+        self.answer(200, thread.messages[-1])
+
+    def on_message_list(self, id: str) -> None:
+        data = list(self.thread(id).messages)
+        if parse_qs(urlsplit(self.path).query).get("order") != ["asc"]:
+            data.reverse()
+        first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
+        page = {"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": False}
+        self.answer(200, page)
+
+    def on_run_create(self, id: str | None = None) -> None:
+        body = self.request_.body
+        assistant_id = need(body, "assistant_id", str)
+        thread = self.new_thread(body.get("thread") or {}) if id is None else self.thread(id)
+        self.add_messages(thread, body.get("additional_messages") or [])
+        messages = [
+            (message["role"], "\n".join(part["text"]["value"] for part in message["content"] if "text" in part))
+            for message in thread.messages
+        ]
+        told = [body.get("instructions"), body.get("additional_instructions")]
+        request = self.asked("assistants", told, messages, body.get("model") or assistant_id)
+        self.generate(lambda reply: Assistants(self.offline, request, reply, thread, id is None))
+
+    def on_run_get(self, id: str, run_id: str) -> None:
+        self.answer(200, self.run_of(id, run_id))
+
+    def on_run_cancel(self, id: str, run_id: str) -> None:
+        run = self.run_of(id, run_id)
+        if run["status"] not in ("queued", "in_progress", "cancelling"):
+            raise Refused(400, f"Cannot cancel run with status '{run['status']}'.")
+        run["status"] = "cancelling"
+        self.answer(200, run)
