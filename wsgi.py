@@ -1,0 +1,5 @@
+"""`gunicorn wsgi:app` serves the example app; `flask --app wsgi run` does too."""
+
+from example_app import create_app
+
+app = create_app()
