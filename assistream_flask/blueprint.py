@@ -16,7 +16,7 @@ import openai
 from flask import Blueprint, Flask, Response, current_app, request, send_from_directory, session
 from flask.blueprints import BlueprintSetupState
 from sqlalchemy.exc import SQLAlchemyError
-from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
+from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
 
 from . import checks, events, sse, streams
 from .assistants import Assistant, index
@@ -36,7 +36,7 @@ Client = openai.OpenAI | Callable[[], openai.OpenAI]
 
 _EXTENSION: Final = "assistream"
 _SESSION_KEY: Final = "assistream_owner"
-_THREAD_ID: Final = re.compile(r"thread_[0-9a-f]{32}")
+_ID: Final = re.compile(r"(thread|msg|run)_[0-9a-f]{32}")
 
 
 class _Part:
@@ -161,8 +161,10 @@ def _register(setup: BlueprintSetupState, part: _Part) -> None:
     name = f"{setup.name_prefix}.{setup.name}".lstrip(".")
     state.parts[name] = part
     if setup.url_prefix and setup.url_prefix != "/":
-        # Below a prefix of our own every path is ours, and its 404 and 405 are JSON too.
-        setup.add_url_rule("/<path:path>", "nothing", _nothing, methods=["GET", "POST", "PUT", "PATCH", "DELETE"])
+        # Below a prefix of our own every path is ours, and what the router refuses there is JSON too.
+        fixed = re.split("<[^>]*>", setup.url_prefix.rstrip("/") + "/")
+        below = re.compile("[^/]+".join(map(re.escape, fixed)))
+        app.before_request(lambda: _refused(below))
 
 
 class _Call(NamedTuple):
@@ -193,7 +195,7 @@ def _route(view: Callable[..., Response]) -> Callable[..., Response]:
         call = _Call(part, state.runtime(), _caller(part, request.blueprint or ""))
         thread_id = values.get("thread_id")
         if thread_id is not None and not (
-            call.owner and _THREAD_ID.fullmatch(thread_id) and call.runtime.store.owns(call.owner, thread_id)
+            call.owner and _ID.fullmatch(thread_id) and call.runtime.store.owns(call.owner, thread_id)
         ):
             raise _no_thread()
         return view(call, **values)
@@ -206,7 +208,8 @@ def _caller(part: _Part, scope: str) -> Owner | None:
         name = session.get(_SESSION_KEY)
         return Owner(scope, name) if isinstance(name, str) else None
     named = part.owner()
-    if named is None:
+    # An empty name is what apps give for nobody too, and all nobodies would share it.
+    if named is None or named == "":
         raise RequestError(401, "unauthenticated", "This app does not know who you are. Sign in first.")
     named = str(named)
     # The column's length; a name is an id, and one that is cut could be another's.
@@ -232,8 +235,11 @@ def _request_error(error: RequestError) -> Response:
 
 
 def _http_error(error: HTTPException) -> Response:
+    if error.response is not None:
+        # The app's own abort(response), in its owner= say.
+        return cast(Response, error.response)
     status = error.code or 500
-    names = {404: "not_found", 405: "method_not_allowed", 413: "message_too_long"}
+    names = {401: "unauthenticated", 404: "not_found", 405: "method_not_allowed"}
     response = _json(RequestError(status, names.get(status, "invalid_request"), error.description or "").body(), status)
     if isinstance(error, MethodNotAllowed) and error.valid_methods:
         response.headers["Allow"] = ", ".join(error.valid_methods)
@@ -259,19 +265,19 @@ def _no_thread() -> RequestError:
     return RequestError(404, "thread_not_found", "There is no such thread, or it is not yours.")
 
 
-def _nothing(path: str) -> Response:
-    adapter = current_app.create_url_adapter(request)
-    allowed = []
-    for method in ("GET", "POST", "DELETE"):
-        try:
-            endpoint, _ = adapter.match(method=method) if adapter is not None else ("", {})
-        except HTTPException:
-            continue
-        if endpoint.rpartition(".")[2] != "nothing":
-            allowed.append(method)
-    if allowed:
-        raise MethodNotAllowed(allowed, f"Use {' or '.join(allowed)} here.")
-    raise NotFound("There is nothing at this address. See the route table in assistream's README.")
+def _refused(below: re.Pattern[str]) -> Response | None:
+    """The router refuses before it knows of a blueprint, so no error handler of ours would be asked."""
+    error = request.routing_exception
+    if error is None or (error.code or 500) < 400 or not below.match(request.path):
+        return None
+    if isinstance(error, MethodNotAllowed):
+        allowed = sorted(error.valid_methods or ())
+        error = MethodNotAllowed(
+            allowed, f"Use {' or '.join(one for one in allowed if one not in ('HEAD', 'OPTIONS'))} here."
+        )
+    elif isinstance(error, NotFound):
+        error = NotFound("There is nothing at this address. See the route table in assistream's README.")
+    return _http_error(error)
 
 
 # Bodies and answers
@@ -284,13 +290,37 @@ def _json(value: object, status: int = 200) -> Response:
 
 
 def _body(runtime: Runtime, allowed: Sequence[str], required: Sequence[str] = ()) -> Json:
-    # Six bytes a character is JSON's longest escape.
-    request.max_content_length = runtime.settings.max_message_chars * 6 + 65_536
-    return checks.body(request.get_data(cache=True), request.mimetype, allowed, required)
+    # Twelve bytes a character is JSON's longest escape: a surrogate pair.
+    limit = runtime.settings.max_message_chars * 12 + 65_536
+    request.max_content_length = limit + 1
+    try:
+        raw = request.get_data(cache=True)
+        # One without Content-Length is cut there, in silence.
+        if len(raw) > limit:
+            raise RequestEntityTooLarge
+    except RequestEntityTooLarge:
+        raise RequestError(
+            413, "message_too_long", f"The body has more than the {limit} bytes that are allowed. Send a shorter one."
+        ) from None
+    return checks.body(raw, request.mimetype, allowed, required)
+
+
+def _argument(name: str) -> str | None:
+    try:
+        return request.args.get(name)
+    except UnicodeDecodeError:
+        raise checks.invalid("The query is not UTF-8. Percent-encode it.") from None
+
+
+def _before() -> str | None:
+    text = _argument("before")
+    # What is no id is nobody's, and not for every database to read.
+    return text if text is None or _ID.fullmatch(text) else "none"
 
 
 def _limit() -> int:
-    return checks.limit(request.args.get("limit", "50"))
+    text = _argument("limit")
+    return checks.limit("50" if text is None else text)
 
 
 class _Once:
@@ -352,9 +382,8 @@ def _create_thread(call: _Call) -> Response:
 
 
 def _threads(call: _Call) -> Response:
-    if call.owner is None:
-        return _json({"data": [], "has_more": False})
-    found = call.runtime.store.threads(call.owner, _limit(), request.args.get("before"))
+    # A page asks this first: naming the caller here keeps two first commands at once from making two callers.
+    found = call.runtime.store.threads(_someone(call), _limit(), _before())
     if found is None:
         raise RequestError(404, "thread_not_found", "'before' must be the id of one of your threads.")
     return _json({"data": found[0], "has_more": found[1]})
@@ -366,7 +395,7 @@ def _delete_thread(call: _Call, thread_id: str) -> Response:
 
 
 def _messages(call: _Call, thread_id: str) -> Response:
-    found = call.runtime.runner.page(thread_id, _limit(), request.args.get("before"))
+    found = call.runtime.runner.page(thread_id, _limit(), _before())
     if found is None:
         raise RequestError(404, "message_not_found", "'before' must be the id of a message of this thread.")
     data, has_more, place = found
@@ -389,7 +418,7 @@ def _create_runs(call: _Call, thread_id: str) -> Response:
     if body.get("content") is not None:
         content = checks.content(body["content"], settings.max_message_chars)
     mode = checks.mode(body.get("mode", "parallel"))
-    ids = checks.assistant_ids(body["assistant_ids"], settings.max_assistants)
+    ids = checks.assistant_ids(body["assistant_ids"], min(settings.max_assistants, settings.max_runs))
     known = call.part.assistants()
     if unknown := [one for one in ids if one not in known]:
         raise RequestError(
@@ -410,7 +439,7 @@ def _create_runs(call: _Call, thread_id: str) -> Response:
         message_id = message["message"]["id"] if message else None
         return streams.follow(call.runtime, thread_id, message_id, runs, Place.parse(given.place))
 
-    if "text/event-stream" in request.headers.get("Accept", ""):
+    if any(kind.lower() == "text/event-stream" and quality for kind, quality in request.accept_mimetypes):
         return _streamed(call, follow)
     return _json(start().body, 202)
 
@@ -427,8 +456,6 @@ def _start(
     """Stores and starts what the request asks for; gives the answer."""
     assert call.owner is not None
     runtime, once = call.runtime, _Once(call, call.owner)
-    if runtime.stopping.is_set():
-        raise _stopping()
     given = once.before()
     if given is not None:
         return given
@@ -460,17 +487,13 @@ def _start(
     return Answer("", "", status, body(started), str(started.place))
 
 
-def _stopping() -> RequestError:
-    return RequestError(503, "shutting_down", "The server restarts. Try again.", retry_after=1)
-
-
 def _cancel(call: _Call, thread_id: str, run_id: str) -> Response:
     _body(call.runtime, [])
     assert call.owner is not None
     once = _Once(call, call.owner)
     given = once.before()
     if given is None:
-        run = call.runtime.runner.cancel(thread_id, run_id)
+        run = call.runtime.runner.cancel(thread_id, run_id) if _ID.fullmatch(run_id) else None
         if run is None:
             raise RequestError(404, "run_not_found", "There is no such run in this thread.")
         given = once.answer(202, run) or Answer("", "", 202, run)
@@ -486,7 +509,7 @@ def _cancel(call: _Call, thread_id: str, run_id: str) -> Response:
 
 
 def _events(call: _Call, thread_id: str) -> Response:
-    asked = request.headers.get("Last-Event-ID") or request.args.get("last_event_id")
+    asked = request.headers.get("Last-Event-ID") or _argument("last_event_id")
     return _streamed(call, lambda: streams.view(call.runtime, thread_id, Place.parse(asked)))
 
 
@@ -495,7 +518,7 @@ def _streamed(call: _Call, start: Callable[[], streams.Frames]) -> Response:
     if request.method == "HEAD":
         return Response(headers=sse.HEADERS)
     if runtime.stopping.is_set():
-        raise _stopping()
+        raise RequestError(503, "shutting_down", "The server restarts. Try again.", retry_after=1)
     if not runtime.enter_stream(call.owner):
         raise RequestError(
             429,

@@ -47,7 +47,7 @@ def body(raw: bytes, mimetype: str, allowed: Sequence[str], required: Sequence[s
             415, "unsupported_media_type", "Send the body as JSON with the header Content-Type: application/json."
         )
     try:
-        found = json.loads(raw, parse_constant=_no_constant)
+        found = json.loads(raw.decode("utf-8-sig"), parse_constant=_no_constant)
     except (ValueError, RecursionError):
         raise RequestError(400, "invalid_json", "The body is not valid JSON in UTF-8. Send a JSON object.") from None
     if not isinstance(found, dict):

@@ -6,7 +6,9 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
+import gevent
 from gevent import get_hub, getcurrent, monkey
+from greenlet import greenlet
 
 T = TypeVar("T")
 
@@ -31,7 +33,9 @@ class Interruptible:
         """Gives what ``call`` gives. Raises :class:`Interrupted` when :meth:`interrupt` was or is called."""
         if self._interrupted.is_set():
             raise Interrupted
-        self._greenlet = getcurrent()
+        if monkey.is_module_patched("threading"):
+            # Never of a plain thread: greenlet's tidying up after it would run in the midst of other code.
+            self._greenlet = getcurrent()
         self._waiting = True
         try:
             return call()
@@ -54,5 +58,24 @@ class Interruptible:
 
     def _throw(self) -> None:
         # In the hub nothing else runs, so a greenlet that still waits cannot have gone on meanwhile.
-        if self._waiting:
-            self._greenlet.throw(Interrupted)
+        if not self._waiting:
+            return
+        if _tidying(self._greenlet):
+            gevent.spawn_later(0.01, self.interrupt)
+            return
+        # Once: a second throw would break off the cleaning up after the first.
+        self._waiting = False
+        self._greenlet.throw(Interrupted)
+
+
+def _tidying(waiting: greenlet) -> bool:
+    """Whether it waits while it closes something, or for a lock. Both are short, and a connection pool
+    that is stopped there never gets its connection back."""
+    frame = waiting.gr_frame
+    if frame is not None and frame.f_code.co_name in ("acquire", "__enter__"):
+        return True
+    while frame is not None:
+        if frame.f_code.co_name in ("close", "__exit__"):
+            return True
+        frame = frame.f_back
+    return False

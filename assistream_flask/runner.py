@@ -53,7 +53,8 @@ class _Live:
         self.reply, self.asked, self.position, self.place = reply, asked, position, place
         self.id: str = reply.run["id"]
         self.thread_id: str = reply.run["thread_id"]
-        self.lock = threading.Lock()
+        # ``saving`` comes first and keeps an older state from being stored over a newer one.
+        self.saving, self.lock = threading.Lock(), threading.Lock()
         self.dirty = False
         self.ended = threading.Event()
         self.deadline = float("inf")
@@ -123,7 +124,8 @@ class Runner:
                 mode=mode,
                 group_id=events.new_id("group"),
                 worker=self._worker,
-                lease=time.time() + LEASE_SECONDS,
+                # While this worker leaves, its successor takes the run.
+                lease=0 if self._stopping.is_set() else time.time() + LEASE_SECONDS,
                 place=str(started.place),
                 max_runs=self._settings.max_runs,
                 answer=answer(started),
@@ -147,16 +149,16 @@ class Runner:
         if live is not None and live.thread_id == thread_id:
             self._interrupt(live, Reply.cancel)
         run = self._store.run(thread_id, run_id)
-        if live is None and run is not None and run["status"] not in TERMINAL:
+        if run is not None and run["status"] not in TERMINAL:
             self._store.request_cancel(run_id)
         return run
 
     def delete(self, thread_id: str) -> None:
         """Deletes the thread, stopping its runs."""
-        lives = [live for live in list(self._live.values()) if live.thread_id == thread_id]
         with self._log.lock(thread_id):
             self._store.delete_thread(thread_id)
             self._log.append(thread_id, [events.thread_deleted(thread_id)])
+            lives = [live for live in list(self._live.values()) if live.thread_id == thread_id]
         for live in lives:
             self._interrupt(live, Reply.cancel, wait=0)
 
@@ -173,7 +175,9 @@ class Runner:
                     return [one.entry for one in stored], more, self._catch_up(thread_id, stored)
                 except Lost:
                     pass
-            # The log was trimmed past what the store has: store what grew, and look again.
+            # A run that is just ending needs the thread's lock for that.
+            time.sleep(0.005)
+            # The log was trimmed past what the store has: store what is now, and look again.
             self.flush(thread_id)
         raise RequestError(503, "store_unavailable", "The thread cannot be read now. Try again.", retry_after=1)
 
@@ -184,9 +188,11 @@ class Runner:
         for entry, text in stored:
             place = Place.parse(text)
             if entry["run"] is not None and entry["run"]["status"] not in TERMINAL:
-                # Stored under another epoch: by a worker that is gone, or before this log began.
-                known = place.offset if place is not None and place.epoch == end.epoch else 0
-                grow[entry["run"]["id"]] = entry, known
+                if place is not None and place.epoch == end.epoch:
+                    grow[entry["run"]["id"]] = entry, place.offset
+                elif entry["run"]["id"] in self._live:
+                    # Stored as of a log that is gone. Another worker's run has no event in this one.
+                    raise Lost
         if not grow:
             return end
         place = Place(end.epoch, min(known for _, known in grow.values()))
@@ -201,7 +207,7 @@ class Runner:
     # The queue: groups of a thread one after another, the runs of a group at once
 
     def _enqueue(self, thread_id: str, lives: list[_Live], mode: str) -> None:
-        if not lives:
+        if not lives or self._stopping.is_set():
             return
         with self._guard:
             self._live.update((live.id, live) for live in lives)
@@ -276,8 +282,12 @@ class Runner:
                 self._end(live, lambda reply, end=end: reply.finish(end))  # type: ignore[misc]
 
     def _begin(self, live: _Live) -> bool:
-        with self._log.lock(live.thread_id), live.lock:
+        with self._log.lock(live.thread_id), live.saving, live.lock:
             if live.reply.over:
+                return False
+            if self._stopping.is_set():
+                # Left to the next worker, as it is queued.
+                self._forget(live)
                 return False
             told = live.reply.begin()
             if not self._store.save(self._worker, *live.reply.snapshot(), live.place):
@@ -300,7 +310,8 @@ class Runner:
             else:
                 # A model takes every assistant's turn for its own words, and some servers continue the last one.
                 turns.append(Turn("user", f"[{names.get(speaker, speaker)}]\n{text}"))
-        return turns
+        # An assistant may speak first, but servers refuse an empty history.
+        return turns or [Turn("user", "Begin.")]
 
     def _publish(self, live: _Live, parts: list[Part]) -> None:
         with live.lock:
@@ -337,29 +348,36 @@ class Runner:
 
     def _interrupt(self, live: _Live, stop: Callable[[Reply], list[Event]], wait: float = 0.5) -> None:
         live.stop = stop
-        if live.reply.run["status"] != "queued":
-            live.waits.interrupt()
-            if live.ended.wait(wait):
-                return
+        # Also for a queued run, which may be starting at this moment.
+        live.waits.interrupt()
+        if live.reply.run["status"] != "queued" and live.ended.wait(wait):
+            return
         # Not started, or a thread that nothing can stop: it finds the run over when it comes back.
         self._end(live, stop)
 
     # Upkeep, called by the runtime's housekeeper
 
     def flush(self, thread_id: str | None = None) -> None:
-        """Stores the text that grew since it was last stored."""
+        """Stores the text that grew since it was last stored; of the thread ``thread_id``, all that is
+        not over, as of the log's end."""
         for live in list(self._live.values()):
             if thread_id in (None, live.thread_id):
-                with live.lock:
-                    if not live.dirty or live.reply.over:
-                        continue
-                    live.dirty = False
-                    state, place = live.reply.snapshot(), live.place
-                try:
-                    self._store.save(self._worker, *state, place)
-                except SQLAlchemyError:
-                    live.dirty = True
-                    raise
+                with live.saving:
+                    with live.lock:
+                        if live.reply.over or not (live.dirty or thread_id):
+                            continue
+                        live.dirty = False
+                        # Nothing of this run is appended meanwhile, so what it is now is exact there.
+                        live.place = str(self._log.end(live.thread_id))
+                        state = live.reply.snapshot()
+                    try:
+                        kept = self._store.save(self._worker, *state, live.place)
+                    except SQLAlchemyError:
+                        live.dirty = True
+                        raise
+                if not kept:
+                    # The thread is gone, or another worker took the run for lost.
+                    self._interrupt(live, Reply.cancel, wait=0)
 
     def renew(self) -> None:
         """Keeps this worker's runs its own, ends those that took too long, and cancels those that
@@ -367,7 +385,8 @@ class Runner:
         lives = dict(self._live)
         if not lives:
             return
-        for run_id in self._store.renew(self._worker, time.time() + LEASE_SECONDS):
+        queued = not self._stopping.is_set()
+        for run_id in self._store.renew(self._worker, time.time() + LEASE_SECONDS, queued):
             if run_id in lives:
                 self._interrupt(lives[run_id], Reply.cancel, wait=0)
         for live in lives.values():
@@ -390,7 +409,8 @@ class Runner:
         with self._log.lock(thread_id):
             entry = self._store.entry(held.message["id"])
             if entry is not None:
-                told = [events.message_ended(entry["message"]), events.run_status(entry["run"])]
+                told = [events.step_completed(step) for step in entry["steps"]]
+                told += [events.message_ended(entry["message"]), events.run_status(entry["run"])]
                 self._log.append(thread_id, told)
 
     def _take_over(self, group: Sequence[Held]) -> None:
@@ -410,9 +430,16 @@ class Runner:
                     waiting.append(live)
             self._enqueue(thread_id, waiting, group[0].mode)
 
-    def stop(self, drain: float) -> None:
-        """Leaves queued runs to the next worker, gives those under way ``drain`` seconds, then cuts them off."""
+    def leave(self) -> None:
+        """Starts nothing any more, and leaves queued runs to the next worker."""
         self._stopping.set()
+        try:
+            self._store.release(self._worker)
+        except SQLAlchemyError:
+            _log.exception("queued runs wait until their lease ends")
+
+    def stop(self, drain: float) -> None:
+        """Gives the runs under way ``drain`` seconds, then cuts them off. Call :meth:`leave` before."""
         until = time.monotonic() + drain
         under_way = [live for live in list(self._live.values()) if live.reply.run["status"] != "queued"]
         if under_way and drain:
@@ -422,7 +449,6 @@ class Runner:
         for live in under_way:
             if not live.ended.is_set():
                 self._interrupt(live, Reply.cut_off)
-        self._store.release(self._worker)
 
 
 def _groups(held: Sequence[Held]) -> Iterator[list[Held]]:

@@ -36,10 +36,12 @@ class Runtime:
         self.stopping = threading.Event()
         self._stopped = threading.Event()
         self._guard = threading.Lock()
+        self._stop_guard = threading.Lock()
+        self._housekeeper = threading.Thread(target=self._keep_house, daemon=True, name="assistream-housekeeper")
 
     def start(self) -> None:
         """Starts the housekeeper."""
-        threading.Thread(target=self._keep_house, daemon=True, name="assistream-housekeeper").start()
+        self._housekeeper.start()
         # A worker that exits by itself still lets its runs end, see Settings.drain_seconds.
         atexit.register(self.stop)
 
@@ -48,16 +50,21 @@ class Runtime:
         if os.getpid() != self.pid:
             return
         self._begin_stop()
-        with self._guard:
+        with self._stop_guard:
             if not self._stopped.is_set():
-                self._stopped.set()
                 self.runner.stop(self.settings.drain_seconds)
+                # Only now: while runs drain, the housekeeper keeps them this worker's.
+                self._stopped.set()
+                if self._housekeeper.is_alive():
+                    self._housekeeper.join(5)
+                self.runner.leave()
                 self.store.close()
         atexit.unregister(self.stop)
 
     def _begin_stop(self) -> None:
         self.stopping.set()
         self.log.close()
+        self.runner.leave()
 
     def _keep_house(self) -> None:
         jobs: list[tuple[float, Callable[[], object]]] = [

@@ -27,7 +27,7 @@ class Settings:
     run_seconds: float = _setting(600.0, "a run fails when it takes longer", 0.1)
     heartbeat_seconds: float = _setting(15.0, "a `ping` goes out when nothing else did for so long", 0.05)
     flush_seconds: float = _setting(2.0, "growing text is stored at least so often", 0.05)
-    log_events: int = _setting(10_000, "newest events a thread's log keeps for viewers that come back", 1)
+    log_events: int = _setting(10_000, "newest events a thread's log keeps for viewers that come back", 200)
     log_seconds: float = _setting(600.0, "oldest event a thread's log keeps", 1)
     drain_seconds: float = _setting(10.0, "at shutdown, runs under way may finish for so long")
     allowed_origins: str = _setting("", "origins besides the page's own that may send commands, space between")

@@ -38,11 +38,12 @@ class _Reader:
         assert self._subscription is not None
         return self._subscription.read(self._runtime.settings.heartbeat_seconds)
 
-    def snapshot(self) -> bytes:
-        """Gives the frame of a snapshot; reading goes on from there."""
+    def snapshot(self) -> bytes | None:
+        """Gives the frame of a snapshot, ``None`` when the thread is gone; reading goes on from there."""
         self.close()
         found = self._runtime.runner.page(self._thread_id, 50)
-        assert found is not None
+        if found is None:
+            return None
         data, has_more, self._place = found
         event = events.snapshot(self._thread_id, data, has_more)
         return sse.encode(event.name, events.dumps(event.data), str(self._place))
@@ -60,22 +61,26 @@ def view(runtime: Runtime, thread_id: str, place: Place | None) -> Frames:
     Ends when the thread is deleted or the server shuts down.
     """
     reader = _Reader(runtime, thread_id, place)
+    first = sse.RETRY
     try:
-        try:
-            reader.open()
-            # Nothing may come for a while, and servers send no headers before the first byte.
-            yield sse.RETRY + b"\n"
-        except Lost:
-            yield sse.RETRY + reader.snapshot()
         while True:
             try:
-                records = reader.read()
+                reader.open()
+                if first:
+                    # Nothing may come for a while, and servers send no headers before the first byte.
+                    yield first + b"\n"
+                    first = b""
+                records, gone = _until_deleted(reader.read())
             except Lost:
-                yield reader.snapshot()
+                frame = reader.snapshot()
+                yield first + (frame or _deleted(thread_id))
+                first = b""
+                if frame is None:
+                    return
                 continue
             if records:
                 yield b"".join(record.frame for record in records)
-            if runtime.stopping.is_set() or any(record.name == "thread.deleted" for record in records):
+            if gone or runtime.stopping.is_set():
                 return
             if not records:
                 yield sse.PING
@@ -84,27 +89,46 @@ def view(runtime: Runtime, thread_id: str, place: Place | None) -> Frames:
 
 
 def follow(runtime: Runtime, thread_id: str, message_id: str | None, runs: set[str], place: Place | None) -> Frames:
-    """Gives the events of ``runs`` and of the user's message after ``place``, then ``done``."""
+    """Gives the events of ``runs`` and of the user's message after ``place``, then ``done``.
+
+    At a shutdown it ends without ``done``: the runs go on.
+    """
     reader = _Reader(runtime, thread_id, place)
     waiting = set(runs)
     first = sse.RETRY
     try:
-        while waiting and not runtime.stopping.is_set():
+        while waiting:
+            if runtime.stopping.is_set():
+                return
             try:
-                records = reader.read()
+                records, gone = _until_deleted(reader.read())
             except Lost:
-                yield first + reader.snapshot()
+                frame = reader.snapshot()
+                yield first + (frame or _deleted(thread_id))
                 waiting = {run_id for run_id in waiting if not _over(runtime, thread_id, run_id)}
             else:
                 ours = [one for one in records if one.key in runs or _tells_of(one, message_id)]
                 yield first + (b"".join(one.frame for one in ours) or sse.PING)
                 waiting -= {one.key or "" for one in ours if one.name in _ENDS}
-                if any(one.name == "thread.deleted" for one in records):
+                if gone:
                     break
             first = b""
         yield first + sse.DONE
     finally:
         reader.close()
+
+
+def _until_deleted(records: list[Record]) -> tuple[list[Record], bool]:
+    """Gives the records up to the thread's end, and whether it is among them."""
+    for at, record in enumerate(records):
+        if record.name == "thread.deleted":
+            return records[: at + 1], True
+    return records, False
+
+
+def _deleted(thread_id: str) -> bytes:
+    event = events.thread_deleted(thread_id)
+    return sse.encode(event.name, events.dumps(event.data))
 
 
 def _tells_of(record: Record, message_id: str | None) -> bool:

@@ -119,7 +119,9 @@ class ThreadStore:
 
     def close(self) -> None:
         """Closes the pooled connections."""
-        self._engine.dispose()
+        # The one connection of a database in memory may be at work in another thread.
+        with self._reader:
+            self._engine.dispose()
 
     # Threads
 
@@ -187,6 +189,10 @@ class ThreadStore:
         Raises :class:`AnsweredBefore`, :class:`TooManyRuns`.
         """
         with self._write() as connection:
+            # The row lock gives positions in the order of commits where several can write at once.
+            held = sa.select(threads.c.number).where(threads.c.id == thread_id).with_for_update()
+            if connection.execute(held).first() is None:
+                return None
             self._remember(connection, owner, answer)
             if max_runs is not None and started:
                 live = (
@@ -196,10 +202,6 @@ class ThreadStore:
                 )
                 if (connection.execute(live).scalar() or 0) + len(started) > max_runs:
                     raise TooManyRuns
-            # The row lock gives positions in the order of commits where several can write at once.
-            held = sa.select(threads.c.number).where(threads.c.id == thread_id).with_for_update()
-            if connection.execute(held).first() is None:
-                return None
             last = sa.select(sa.func.max(messages.c.position)).where(messages.c.thread_id == thread_id)
             position: int = (connection.execute(last).scalar() or 0) + 1
             new = ([message] if message else []) + [reply for _, reply in started]
@@ -221,7 +223,7 @@ class ThreadStore:
 
     def page(self, thread_id: str, limit: int, before: str | None = None) -> tuple[list[Stored], bool] | None:
         """Gives the newest entries (older than the message ``before``), in order, and whether there are
-        more; ``None`` when ``before`` is no message of the thread."""
+        more; ``None`` when the thread is gone, or ``before`` is no message of it."""
         query = (
             sa.select(messages, *_prefixed(runs))
             .select_from(messages.outerjoin(runs, runs.c.id == messages.c.run_id))
@@ -237,6 +239,11 @@ class ThreadStore:
                     return None
                 query = query.where(messages.c.position < position)
             rows = connection.execute(query).all()
+            if (
+                not rows
+                and not connection.execute(sa.select(threads.c.number).where(threads.c.id == thread_id)).first()
+            ):
+                return None
         return [_stored(row) for row in rows[:limit]][::-1], len(rows) > limit
 
     def history(self, message_id: str) -> list[Json]:
@@ -313,9 +320,11 @@ class ThreadStore:
             row = connection.execute(query).first()
         return None if row is None else _stored(row).entry
 
-    def renew(self, worker: str, lease: float) -> list[str]:
-        """Extends ``worker``'s leases to the Unix time ``lease``; gives the ids of its runs to cancel."""
-        mine = (runs.c.worker == worker, runs.c.status.in_(_LIVE))
+    def renew(self, worker: str, lease: float, queued: bool = True) -> list[str]:
+        """Extends the leases of ``worker``'s runs, those still ``queued`` too, to the Unix time ``lease``;
+        gives the ids of those to cancel."""
+        statuses = _LIVE if queued else [status for status in _LIVE if status != "queued"]
+        mine = (runs.c.worker == worker, runs.c.status.in_(statuses))
         with self._write() as connection:
             connection.execute(runs.update().where(*mine).values(lease=lease))
             return list(connection.execute(sa.select(runs.c.id).where(*mine, runs.c.cancel_requested)).scalars())

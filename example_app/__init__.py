@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +110,14 @@ def _assistants(offline: bool) -> list[Assistant]:
 
 def _offline_client() -> OpenAI:
     # Called in the worker, on the first run: a server started at import would not survive the fork.
-    from assistream_flask.testing import OfflineServer
+    from assistream_flask.testing import OfflineServer, Reply, Request, scripted
 
-    return OfflineServer(first_delay=0.6, delay=0.03).start().client()
+    def answer(request: Request) -> Reply:
+        # One of the three reasons aloud, to show what the page does with it.
+        thought = "A claim, and what it takes for granted. Two doubts will do, and one thing that is good about it."
+        return replace(scripted(request), reasoning=thought if "critic" in (request.instructions or "") else "")
+
+    return OfflineServer(answer, first_delay=0.6, delay=0.03).start().client()
 
 
 def _kept_secret(folder: Path) -> str:

@@ -100,14 +100,12 @@ def scripted(request: Request) -> Reply:
         return text if len(text) <= 80 else text[:79].rstrip() + "…"
 
     who = f"{request.instructions or request.model}".lower()
-    persona = next(persona for persona in _PERSONAS if re.search(persona[0], who))
-    _, bodies, ends = persona
+    _, bodies, ends = next(persona for persona in _PERSONAS if re.search(persona[0], who))
     # assistream sends another assistant's reply as a user's message under its name.
     others = re.compile(r"\[[^\]\n]+\]\n")
     asked = [text for role, text in request.messages if role == "user" and not others.match(text)]
     turn, count = max(len(asked), 1), len(request.messages)
-    last = quote(asked[-1]) if asked else "…"
-    parts = [bodies[(turn - 1) % 2].format(last=last)]
+    parts = [bodies[(turn - 1) % 2].format(last=quote(asked[-1]) if asked else "…")]
     if turn > 1:
         parts.append(f"It began with “{quote(asked[0])}”; I have not forgotten.")
     role, newest = request.messages[-1] if request.messages else ("", "")
@@ -117,8 +115,4 @@ def scripted(request: Request) -> Reply:
     parts.append(ends[(turn - 1) % 2])
     seen = f"{count} message{'s' if count != 1 else ''} seen"
     parts.append(f"_(Turn {turn}, {seen}. I am the offline assistant: a script, no model.)_")
-    # One of the three shows what a page does with a reasoning summary.
-    doubts = persona is _PERSONAS[1]
-    return Reply(
-        "\n\n".join(parts), reasoning=f"What does “{last}” take for granted? Two doubts will do." if doubts else ""
-    )
+    return Reply("\n\n".join(parts))

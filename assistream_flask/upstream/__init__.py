@@ -67,8 +67,10 @@ class Upstream:
             if ended:
                 return
             if translator is None or (end := translator.settled()) is None:
-                _log.warning("the upstream stream broke", exc_info=True)
-                raise RunError(_code(error, "upstream_cut")) from error
+                _log.warning("the upstream stream broke: %r", error)
+                code = _code(error, "upstream_cut")
+                # The SDK has one class for a connection that failed and one that broke later.
+                raise RunError("upstream_cut" if code == "upstream_unreachable" else code) from error
             yield [end]
             return
         if not ended:
@@ -91,7 +93,7 @@ def open(client: openai.OpenAI, assistant: Assistant, turns: Sequence[Turn], sta
         stream = _CREATE[assistant.upstream](client.with_options(max_retries=0), assistant, turns, stall)
     except Exception as error:
         code = _code(error, "server_error")
-        _log.warning("%r could not be asked: %s", assistant, code, exc_info=True)
+        _log.warning("%r: %s: %r, from %r", assistant, code, error, error.__cause__)
         raise RunError(code) from error
     return Upstream(stream, _TRANSLATOR[assistant.upstream]())
 
@@ -101,7 +103,8 @@ def translate(stream: Any) -> Upstream:
 
     Raises ``TypeError`` for what cannot be iterated, such as an async stream.
     """
-    if not hasattr(stream, "__iter__"):
+    # An answer that came whole can be iterated too: stream=True was forgotten.
+    if not hasattr(stream, "__iter__") or isinstance(stream, openai.BaseModel | str | bytes | dict):
         raise TypeError(
             f"got {type(stream).__name__}: pass what client.responses.create(..., stream=True), "
             "client.chat.completions.create(..., stream=True) or an Assistants run with stream=True gives "
@@ -123,7 +126,7 @@ def _translator(kind: str, data: Json) -> Translator | None:
 
 def _code(error: Exception, otherwise: str) -> str:
     if isinstance(error, openai.APITimeoutError) or wire.timed_out(error):
-        return "upstream_stalled"
+        return "upstream_unreachable" if wire.not_connected(error) else "upstream_stalled"
     if isinstance(error, openai.RateLimitError):
         return "rate_limit_exceeded"
     if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):

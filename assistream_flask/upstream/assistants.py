@@ -5,7 +5,6 @@ Events: https://platform.openai.com/docs/api-reference/assistants-streaming.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,11 +24,7 @@ def create(client: openai.OpenAI, assistant: Assistant, turns: Sequence[Turn], s
     if assistant.instructions is not None:
         arguments["instructions"] = assistant.instructions
     messages: list[Any] = [{"role": turn.role, "content": turn.text} for turn in turns]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return client.beta.threads.create_and_run(
-            thread={"messages": messages}, stream=True, timeout=stall, **arguments
-        )
+    return client.beta.threads.create_and_run(thread={"messages": messages}, stream=True, timeout=stall, **arguments)
 
 
 class AssistantsTranslator:
@@ -38,6 +33,8 @@ class AssistantsTranslator:
     def __init__(self) -> None:
         self._slots = Slots()
         self._told: set[object] = set()
+        # A run says of a content filter nothing, its message does.
+        self._why: Any = None
 
     def settled(self) -> End | None:
         return None
@@ -49,12 +46,15 @@ class AssistantsTranslator:
                 delta = data.get("delta")
                 return self._content(data.get("id"), delta.get("content") if isinstance(delta, dict) else None)
             case "thread.message.completed" | "thread.message.incomplete":
-                if data.get("id") not in self._told:
+                self._why = (data.get("incomplete_details") or {}).get("reason")
+                # A server may leave the id out of its deltas.
+                if not self._told & {data.get("id"), None}:
                     return self._content(data.get("id"), data.get("content"))
             case "thread.run.completed":
                 return [End(None, usage(data.get("usage")))]
             case "thread.run.incomplete":
-                return [End(reason((data.get("incomplete_details") or {}).get("reason")), usage(data.get("usage")))]
+                why = (data.get("incomplete_details") or {}).get("reason") or self._why
+                return [End(reason(why), usage(data.get("usage")))]
             case "thread.run.requires_action":
                 raise RunError("tools_not_supported")
             case "thread.run.failed" | "thread.run.cancelled" | "thread.run.expired":

@@ -12,9 +12,9 @@ import openai
 
 from ..assistants import Assistant
 from ..errors import RunError
-from ..events import Json, clean
-from .parts import End, Part, Reasoning, Slots, Turn, failure, reason, usage
-from .wire import DONE
+from ..events import Json
+from .parts import End, Part, Slots, Turn, failure, reason, usage
+from .wire import DONE, unpadded
 
 
 def create(client: openai.OpenAI, assistant: Assistant, turns: Sequence[Turn], stall: float) -> Any:
@@ -22,7 +22,7 @@ def create(client: openai.OpenAI, assistant: Assistant, turns: Sequence[Turn], s
     messages: list[Any] = [{"role": turn.role, "content": turn.text} for turn in turns]
     if assistant.instructions is not None:
         messages.insert(0, {"role": "system", "content": assistant.instructions})
-    arguments: Json = {"stream_options": {"include_usage": True}, **assistant.arguments}
+    arguments: Json = {"stream_options": {"include_usage": True, **unpadded(client)}, **assistant.arguments}
     return client.chat.completions.create(
         model=assistant.model or "", messages=messages, stream=True, timeout=stall, **arguments
     )
@@ -63,10 +63,11 @@ class ChatTranslator:
             raise RunError("tools_not_supported")
         parts: list[Part] = []
         thought = delta.get("reasoning_content") or delta.get("reasoning")
-        if isinstance(thought, str):
-            parts.append(Reasoning(clean(thought)))
+        parts += self._slots.reasoning(thought)
         parts += self._slots.text(0, delta["content"]) if delta.get("content") else []
         parts += self._slots.refusal(0, delta["refusal"]) if delta.get("refusal") else []
+        for note in delta.get("annotations") or ():
+            parts += self._slots.annotation(0, note)
         finish = choice.get("finish_reason")
         if finish in ("tool_calls", "function_call"):
             raise RunError("tools_not_supported")

@@ -89,6 +89,11 @@ class Slots:
         """Gives the annotation for the text part that ``key`` names."""
         return [Annotation(self._place(("text", key)), value)] if isinstance(value, dict) else []
 
+    def reasoning(self, value: object) -> list[Part]:
+        """Gives a piece of the reasoning's summary, of which there is one."""
+        whole = self._whole(("reasoning", None), value)
+        return [Reasoning(whole)] if whole else []
+
     def _place(self, slot: tuple[str, object]) -> int:
         return self._index.setdefault(slot, len(self._index))
 

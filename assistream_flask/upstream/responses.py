@@ -13,8 +13,9 @@ import openai
 
 from ..assistants import Assistant
 from ..errors import RunError
-from ..events import Json, clean
-from .parts import End, Part, Reasoning, Slots, Turn, code_of, failure, reason, usage
+from ..events import Json
+from .parts import End, Part, Slots, Turn, code_of, failure, reason, usage
+from .wire import unpadded
 
 _TOOLS = ("function_call", "custom_tool_call", "computer_call", "local_shell_call", "mcp_approval_request")
 
@@ -24,10 +25,8 @@ def create(client: openai.OpenAI, assistant: Assistant, turns: Sequence[Turn], s
     arguments: Json = {"store": False, **assistant.arguments}
     if assistant.instructions is not None:
         arguments["instructions"] = assistant.instructions
-    host = client.base_url.host
-    if host == "api.openai.com" or host.endswith((".openai.com", ".openai.azure.com")):
-        # Padding against an eavesdropper who reads lengths; it doubles the bytes of a delta.
-        arguments.setdefault("stream_options", {"include_obfuscation": False})
+    if options := unpadded(client):
+        arguments.setdefault("stream_options", options)
     return client.responses.create(
         model=assistant.model or "", input=[_item(turn) for turn in turns], stream=True, timeout=stall, **arguments
     )
@@ -85,7 +84,7 @@ class ResponsesTranslator:
         if not isinstance(value, str) or not value:
             return []
         gap, self._paragraph = "\n\n" if self._paragraph else "", False
-        return [Reasoning(clean(gap + value))]
+        return self._slots.reasoning(gap + value)
 
     def _item(self, kind: str, data: Json) -> list[Part]:
         item = data.get("item")

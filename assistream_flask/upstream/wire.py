@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 import httpx2
+import openai
 
 from ..errors import RunError
 from ..events import Json
@@ -15,6 +16,15 @@ from ..sse import Decoder, Frame
 
 DONE: Final = "[DONE]"
 """The kind of the in-band end mark that OpenAI's streams close with."""
+
+
+def unpadded(client: openai.OpenAI) -> Json:
+    """Gives the stream options that leave out OpenAI's padding; other servers may refuse them.
+
+    It is there against an eavesdropper who reads lengths, and it doubles the bytes of a delta.
+    """
+    host = client.base_url.host
+    return {"include_obfuscation": False} if f".{host}".endswith((".openai.com", ".openai.azure.com")) else {}
 
 
 def read(stream: Any) -> Iterator[list[tuple[str, Json]]]:
@@ -68,11 +78,17 @@ def timed_out(error: Exception) -> bool:
     return isinstance(error, httpx2.TimeoutException)
 
 
+def not_connected(error: Exception) -> bool:
+    """Tells whether a time-out came before there was a connection."""
+    return isinstance(error.__cause__, httpx2.ConnectTimeout)
+
+
 def close(stream: Any) -> None:
     """Closes the stream's connection, also while another thread reads from it."""
     response: Any = getattr(stream, "response", None)
     network = getattr(response, "extensions", {}).get("network_stream")
-    if network is not None and not response.is_closed:
+    # An HTTP/2 connection carries other streams too.
+    if network is not None and not response.is_closed and response.http_version != "HTTP/2":
         raw = network.get_extra_info("socket")
         if raw is not None:
             try:
