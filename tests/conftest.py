@@ -1,0 +1,133 @@
+"""What most tests need: an offline model server, apps that talk to it, and a caller of their routes."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import openai
+import pytest
+from flask import Flask
+from flask.testing import FlaskClient
+
+from assistream_flask import Assistant, create_blueprint
+from assistream_flask.testing import OfflineServer
+
+KEY = "sk-secret-of-the-tests"
+ASSISTANTS = (
+    Assistant("tutor", model="m", instructions="You are a tutor.", name="Tutor"),
+    Assistant("critic", model="m", instructions="You are a critic.", name="Critic"),
+    Assistant("poet", model="m", instructions="You are a poet.", upstream="chat", name="Poet"),
+)
+OVER = ("completed", "incomplete", "failed", "cancelled")
+
+
+def quick_client(server: OfflineServer, **options: Any) -> openai.OpenAI:
+    """The SDK's ordinary client, without the certificates that take longer to load than most tests run."""
+    http_client = openai.DefaultHttpxClient(verify=False)
+    return server.client(**{"api_key": KEY, "http_client": http_client, **options})
+
+
+@pytest.fixture
+def server() -> Iterator[OfflineServer]:
+    with OfflineServer(delay=0) as server:
+        yield server
+
+
+class MakeApp(Protocol):
+    """Gives an app with the blueprint at /assistream; ``settings`` are ASSISTREAM_* in lower case."""
+
+    def __call__(
+        self,
+        assistants: Sequence[Assistant] | Callable[[], Sequence[Assistant]] = ...,
+        *,
+        owner: Callable[[], str | None] | None = ...,
+        client: openai.OpenAI | Callable[[], openai.OpenAI] | None = ...,
+        **settings: Any,
+    ) -> Flask: ...
+
+
+@pytest.fixture
+def make_app(server: OfflineServer, tmp_path: Path) -> Iterator[MakeApp]:
+    """Apps of one test share its database; all are closed at its end."""
+    with contextlib.ExitStack() as stack:
+        ours = stack.enter_context(quick_client(server))
+
+        def make(
+            assistants: Sequence[Assistant] | Callable[[], Sequence[Assistant]] = ASSISTANTS,
+            *,
+            owner: Callable[[], str | None] | None = None,
+            client: openai.OpenAI | Callable[[], openai.OpenAI] | None = None,
+            **settings: Any,
+        ) -> Flask:
+            app = Flask("app", instance_path=str(tmp_path))
+            app.config["SECRET_KEY"] = "only for tests"
+            defaults = {
+                "database_url": f"sqlite:///{tmp_path / 'test.sqlite3'}",
+                "drain_seconds": 0,
+                "heartbeat_seconds": 0.2,
+            }
+            app.config.update((f"ASSISTREAM_{name.upper()}", value) for name, value in {**defaults, **settings}.items())
+            app.register_blueprint(
+                create_blueprint(assistants, owner=owner, client=client or ours), url_prefix="/assistream"
+            )
+            stack.callback(app.extensions["assistream"].close)
+            return app
+
+        yield make
+
+
+def wait_until(true: Callable[[], object], seconds: float = 10) -> None:
+    """Waits for a condition; generous, since a busy machine is no failure."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.01)
+
+
+class Caller:
+    """One caller with one thread, through the app's routes."""
+
+    def __init__(self, app: Flask, thread_id: str | None = None) -> None:
+        self.client: FlaskClient = app.test_client()
+        if thread_id is None:
+            answer = self.client.post("/assistream/threads", json={})
+            assert answer.status_code == 201, answer.text
+            thread_id = answer.get_json()["id"]
+        self.thread_id: str = thread_id
+        self.url = f"/assistream/threads/{self.thread_id}"
+
+    def run(self, *assistant_ids: str, content: str | None = "Hi", mode: str = "parallel") -> list[str]:
+        """Starts runs; gives their ids."""
+        body = {"assistant_ids": assistant_ids, "content": content, "mode": mode}
+        answer = self.client.post(f"{self.url}/runs", json=body)
+        assert answer.status_code == 202, answer.text
+        return [run["id"] for run in answer.get_json()["runs"]]
+
+    def cancel(self, run_id: str) -> dict[str, Any]:
+        answer = self.client.post(f"{self.url}/runs/{run_id}/cancel", json={})
+        assert answer.status_code == 202, answer.text
+        run: dict[str, Any] = answer.get_json()
+        return run
+
+    def entries(self) -> list[dict[str, Any]]:
+        answer = self.client.get(f"{self.url}/messages?limit=200")
+        assert answer.status_code == 200, answer.text
+        data: list[dict[str, Any]] = answer.get_json()["data"]
+        return data
+
+    def entry(self, run_id: str) -> dict[str, Any]:
+        return next(entry for entry in self.entries() if entry["run"] and entry["run"]["id"] == run_id)
+
+    def wait(self, seconds: float = 10) -> list[dict[str, Any]]:
+        """Waits for all runs to be over; gives the entries."""
+        wait_until(lambda: all(one["run"]["status"] in OVER for one in self.entries() if one["run"]), seconds)
+        return self.entries()
+
+
+def text(entry: dict[str, Any]) -> str:
+    """All that an entry says."""
+    return "".join(part.get("refusal") or part["text"]["value"] for part in entry["message"]["content"])

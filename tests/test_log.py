@@ -1,0 +1,584 @@
+"""The log's contract, for every log in ``LOGS``."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import pytest
+
+from assistream_flask.events import Event
+from assistream_flask.log import Log, Lost, Place, Record, Subscription
+from assistream_flask.log.memory import MemoryLog
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class MakeLog(Protocol):
+    def __call__(
+        self, *, max_events: int = 10_000, max_age: float = 600, clock: Callable[[], float] = time.monotonic
+    ) -> Log: ...
+
+
+LOGS: list[MakeLog] = [MemoryLog]
+
+
+@pytest.fixture(params=LOGS, ids=lambda make: make.__name__)
+def make(request: pytest.FixtureRequest) -> Iterator[MakeLog]:
+    made: list[Log] = []
+    factory: MakeLog = request.param
+
+    def one(*, max_events: int = 10_000, max_age: float = 600, clock: Callable[[], float] = time.monotonic) -> Log:
+        made.append(factory(max_events=max_events, max_age=max_age, clock=clock))
+        return made[-1]
+
+    yield one
+    for log in made:
+        log.close()
+
+
+def event(number: int, key: str | None = None) -> Event:
+    return Event("e", {"n": number}, key)
+
+
+def numbers(records: list[Record]) -> list[int]:
+    return [record.data()["n"] for record in records]
+
+
+def after(log: Log, place: Place) -> list[int]:
+    return numbers(log.since("t", place))
+
+
+# Ids
+
+
+def test_a_log_begins_at_offset_0(make: MakeLog) -> None:
+    assert make().end("t").offset == 0
+
+
+def test_offsets_grow_by_one_an_event_in_one_epoch(make: MakeLog) -> None:
+    log = make()
+    start = log.end("t")
+    assert log.append("t", [event(1), event(2)]) == Place(start.epoch, 2)
+    assert log.append("t", [event(3)]) == Place(start.epoch, 3) == log.end("t")
+    assert [record.place for record in log.since("t", start)] == [Place(start.epoch, n) for n in (1, 2, 3)]
+
+
+def test_threads_and_logs_have_epochs_of_their_own(make: MakeLog) -> None:
+    log, other = make(), make()
+    assert len({log.end("t").epoch, log.end("u").epoch, other.end("t").epoch}) == 3
+
+
+def test_an_append_of_nothing_changes_nothing(make: MakeLog) -> None:
+    log = make()
+    assert log.append("t", []) == log.end("t") == Place(log.end("t").epoch, 0)
+
+
+def test_a_record_has_its_frame_with_its_id_and_the_key_of_its_run(make: MakeLog) -> None:
+    log = make()
+    start = log.end("t")
+    log.append("t", [Event("thread.x", {"a": "é\n"}, "run_1")])
+    (record,) = log.since("t", start)
+    assert record.frame == f'id: {start.epoch}-1\nevent: thread.x\ndata: {{"a":"é\\n"}}\n\n'.encode()
+    assert (record.name, record.key, record.data()) == ("thread.x", "run_1", {"a": "é\n"})
+
+
+def test_a_place_reads_back_as_it_was_written() -> None:
+    place = Place("0af", 12)
+    assert Place.parse(str(place)) == place
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        "",
+        "1",
+        "-1",
+        "0a-",
+        "0a--1",
+        "0a-01",
+        "0A-1",
+        "zz-1",
+        "0a-1 ",
+        "0a-1\n",
+        "0a-1e3",
+        "0a-٣",
+        "0a-" + "9" * 19,
+        "a" * 33 + "-1",
+    ],
+)
+def test_what_is_no_place_is_taken_for_none(text: str | None) -> None:
+    assert Place.parse(text) is None
+
+
+# Resume
+
+
+def test_since_gives_all_records_after_a_place_and_none_at_the_end(make: MakeLog) -> None:
+    log = make()
+    start = log.end("t")
+    end = log.append("t", [event(n) for n in range(1, 6)])
+    for offset in range(6):
+        assert after(log, Place(start.epoch, offset)) == list(range(offset + 1, 6))
+    assert after(log, end) == []
+
+
+def lost(log: Log, place: Place) -> bool:
+    """Whether the place is lost, which both ways to read must agree on."""
+    ways: list[Callable[[], object]] = [
+        lambda: log.since("t", place),
+        lambda: log.subscribe("t", place).close(),
+    ]
+    found = []
+    for way in ways:
+        try:
+            way()
+            found.append(False)
+        except Lost:
+            found.append(True)
+    assert found[0] == found[1]
+    return found[0]
+
+
+def test_a_place_of_another_epoch_is_lost_even_at_offset_0(make: MakeLog) -> None:
+    log, other = make(), make()
+    log.append("t", [event(1)])
+    other.append("t", [event(1)])
+    assert lost(log, other.end("t"))
+    assert lost(log, Place(other.end("t").epoch, 0))
+    assert lost(log, log.end("u"))
+
+
+def test_a_place_in_the_future_is_lost(make: MakeLog) -> None:
+    log = make()
+    end = log.append("t", [event(1)])
+    assert not lost(log, end)
+    assert lost(log, end._replace(offset=2))
+
+
+def test_a_place_in_a_thread_that_the_log_never_saw_is_lost(make: MakeLog) -> None:
+    assert lost(make(), Place("0a", 0))
+
+
+# Trimming
+
+
+def test_the_newest_max_events_are_kept(make: MakeLog) -> None:
+    log = make(max_events=3)
+    start = log.end("t")
+    log.append("t", [event(1), event(2)])
+    log.append("t", [event(3), event(4), event(5)])
+    log.trim()
+    assert lost(log, start)
+    assert lost(log, start._replace(offset=1))
+    assert after(log, start._replace(offset=2)) == [3, 4, 5]
+
+
+def test_a_batch_longer_than_the_log_leaves_its_newest(make: MakeLog) -> None:
+    log = make(max_events=2)
+    start = log.end("t")
+    log.append("t", [event(n) for n in range(1, 8)])
+    log.trim()
+    assert lost(log, start._replace(offset=4))
+    assert after(log, start._replace(offset=5)) == [6, 7]
+
+
+def test_what_is_older_than_max_age_goes(make: MakeLog) -> None:
+    clock = Clock()
+    log = make(max_age=10, clock=clock)
+    start = log.end("t")
+    log.append("t", [event(1)])
+    clock.now += 6
+    log.append("t", [event(2)])
+    clock.now += 6
+    log.trim()
+    assert lost(log, start)
+    assert after(log, start._replace(offset=1)) == [2]
+
+
+def test_offsets_go_on_after_all_was_trimmed_while_somebody_reads(make: MakeLog) -> None:
+    clock = Clock()
+    log = make(max_age=10, clock=clock)
+    end = log.append("t", [event(1)])
+    reader = log.subscribe("t", end)
+    clock.now += 100
+    log.trim()
+    assert log.end("t") == end
+    log.append("t", [event(2)])
+    assert numbers(reader.read(0)) == [2]
+    reader.close()
+
+
+def test_an_old_thread_that_nobody_reads_is_dropped_and_begins_anew(make: MakeLog) -> None:
+    clock = Clock()
+    log = make(max_age=10, clock=clock)
+    end = log.append("t", [event(1)])
+    clock.now += 11
+    log.trim()
+    assert log.end("t").epoch != end.epoch
+    assert lost(log, end)
+
+
+def test_a_thread_that_has_records_or_was_just_used_is_not_dropped(make: MakeLog) -> None:
+    clock = Clock()
+    log = make(max_age=10, clock=clock)
+    end = log.append("t", [event(1)])
+    clock.now += 9
+    log.trim()
+    assert log.end("t") == end
+    clock.now += 9
+    log.trim()
+    assert log.end("t") == end
+
+
+def test_a_closed_reader_keeps_no_thread(make: MakeLog) -> None:
+    clock = Clock()
+    log = make(max_age=10, clock=clock)
+    end = log.end("t")
+    reader = log.subscribe("t", end)
+    reader.close()
+    reader.close()
+    for _ in range(3):
+        assert lost(log, end._replace(offset=9))
+    clock.now += 11
+    log.trim()
+    assert log.end("t").epoch != end.epoch
+
+
+def test_a_held_lock_keeps_its_thread(make: MakeLog) -> None:
+    clock = Clock()
+    log = make(max_age=10, clock=clock)
+    with log.lock("t"):
+        end = log.end("t")
+        clock.now += 100
+        log.trim()
+        assert log.end("t") == end
+
+
+# Readers
+
+
+def test_a_reader_gets_replay_and_live_as_one_sequence(make: MakeLog) -> None:
+    log = make()
+    start = log.end("t")
+    log.append("t", [event(1), event(2)])
+    reader = log.subscribe("t", start)
+    log.append("t", [event(3)])
+    assert numbers(reader.read(0)) == [1, 2, 3]
+    assert reader.read(0) == []
+    log.append("t", [event(4)])
+    assert numbers(reader.read(0)) == [4]
+    reader.close()
+
+
+def test_a_reader_hears_nothing_of_other_threads(make: MakeLog) -> None:
+    log = make()
+    reader = log.subscribe("t", log.end("t"))
+    log.append("u", [event(1)])
+    assert reader.read(0) == []
+    reader.close()
+
+
+def test_a_read_waits_for_its_timeout_and_not_longer(make: MakeLog) -> None:
+    log = make()
+    reader = log.subscribe("t", log.end("t"))
+    began = time.monotonic()
+    assert reader.read(0.05) == []
+    assert 0.04 < time.monotonic() - began < 2
+    reader.close()
+
+
+def test_a_reader_that_fell_behind_the_trimming_is_told_so(make: MakeLog) -> None:
+    log = make(max_events=2)
+    reader = log.subscribe("t", log.end("t"))
+    for n in range(3):
+        log.append("t", [event(n)])
+    for _ in range(2):
+        with pytest.raises(Lost):
+            reader.read(0)
+    reader.close()
+
+
+def woken(readers: list[Subscription], act: Callable[[], object]) -> list[list[Record]]:
+    """Lets all readers wait, acts, gives what each got; all must be back well before their timeout."""
+    found: list[list[Record]] = [[] for _ in readers]
+
+    def wait(at: int) -> None:
+        found[at] = readers[at].read(30)
+
+    threads = [threading.Thread(target=wait, args=(at,)) for at in range(len(readers))]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.05)
+    act()
+    for thread in threads:
+        thread.join(5)
+        assert not thread.is_alive()
+    return found
+
+
+def test_an_append_wakes_every_reader(make: MakeLog) -> None:
+    log = make()
+    readers = [log.subscribe("t", log.end("t")) for _ in range(5)]
+    got = woken(readers, lambda: log.append("t", [event(1), event(2)]))
+    assert [numbers(records) for records in got] == [[1, 2]] * 5
+
+
+def test_close_wakes_every_reader_and_later_reads_do_not_wait(make: MakeLog) -> None:
+    log = make()
+    readers = [log.subscribe("t", log.end("t")) for _ in range(5)]
+    assert woken(readers, log.close) == [[]] * 5
+    began = time.monotonic()
+    readers[0].read(5)
+    assert time.monotonic() - began < 1
+
+
+# The lock
+
+
+def test_the_lock_is_reentrant(make: MakeLog) -> None:
+    log = make()
+    with log.lock("t"), log.lock("t"):
+        log.append("t", [event(1)])
+    with log.lock("t"):
+        pass
+
+
+def test_the_lock_is_let_go_of_by_an_error(make: MakeLog) -> None:
+    log = make()
+    with pytest.raises(KeyError), log.lock("t"):
+        raise KeyError
+    assert woken([], lambda: None) == []
+    other = threading.Thread(target=lambda: log.lock("t").__enter__())
+    other.start()
+    other.join(5)
+    assert not other.is_alive()
+
+
+def test_the_lock_keeps_others_out_of_its_thread_and_no_other(make: MakeLog) -> None:
+    log = make()
+    inside = 0
+    worst = 0
+
+    def work() -> None:
+        nonlocal inside, worst
+        for _ in range(200):
+            with log.lock("t"):
+                inside += 1
+                worst = max(worst, inside)
+                time.sleep(0)
+                inside -= 1
+
+    with log.lock("u"):
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+            assert not thread.is_alive()
+    assert worst == 1
+
+
+def test_appending_and_reading_need_no_lock(make: MakeLog) -> None:
+    log = make()
+    with log.lock("t"):
+        reader = log.subscribe("t", log.end("t"))
+        done = threading.Thread(target=lambda: log.append("t", [event(1)]))
+        done.start()
+        done.join(5)
+        assert numbers(reader.read(0)) == [1]
+        reader.close()
+
+
+# Races
+
+
+def test_10000_attaches_while_appending_miss_and_repeat_nothing(make: MakeLog) -> None:
+    log, wrong, trials, readers = make(), 0, 10_000, 4
+    ready = threading.Barrier(readers + 1)
+    places = [log.end("t0")] * readers
+    results: list[list[int]] = [[] for _ in range(readers)]
+    rounds = trials // readers
+    stop = 12
+
+    def read(at: int) -> None:
+        choose = random.Random(at)
+        for number in range(rounds):
+            ready.wait()
+            name, got = f"t{number}", list[int]()
+            for _ in range(choose.randrange(3)):
+                time.sleep(0)
+            place = log.end(name)
+            places[at] = place
+            got = []
+            reader = log.subscribe(name, place)
+            while place.offset + len(got) < stop:
+                got += numbers(reader.read(5))
+                if choose.random() < 0.3:
+                    # A cut: back at the place of the last record seen.
+                    reader.close()
+                    reader = log.subscribe(name, place._replace(offset=place.offset + len(got)))
+            reader.close()
+            results[at] = got
+            ready.wait()
+
+    threads = [threading.Thread(target=read, args=(at,), daemon=True) for at in range(readers)]
+    for thread in threads:
+        thread.start()
+    for number in range(rounds):
+        ready.wait()
+        for n in range(0, stop, 3):
+            log.append(f"t{number}", [event(n + 1), event(n + 2), event(n + 3)])
+        ready.wait(20)
+        for place, got in zip(places, results, strict=True):
+            wrong += got != list(range(place.offset + 1, stop + 1))
+    for thread in threads:
+        thread.join(5)
+    assert wrong == 0
+
+
+def test_writers_at_once_leave_no_hole_and_each_batch_whole(make: MakeLog) -> None:
+    log = make()
+    start = log.end("t")
+
+    def write(writer: int) -> None:
+        for n in range(200):
+            log.append("t", [Event("e", {"w": writer, "n": n, "part": part}) for part in range(3)])
+
+    reader, got = log.subscribe("t", start), list[Record]()
+    threads = [threading.Thread(target=write, args=(writer,)) for writer in range(4)]
+    for thread in threads:
+        thread.start()
+    while len(got) < 2400:
+        records = reader.read(5)
+        assert records
+        got += records
+    for thread in threads:
+        thread.join()
+    reader.close()
+    assert [record.place.offset for record in got] == list(range(1, 2401))
+    data = [record.data() for record in got]
+    for at in range(0, 2400, 3):
+        assert data[at : at + 3] == [{**data[at], "part": part} for part in range(3)]
+    for writer in range(4):
+        assert [d["n"] for d in data if d["w"] == writer and not d["part"]] == list(range(200))
+
+
+def test_trimming_at_once_with_readers_and_writers_loses_nothing_silently(make: MakeLog) -> None:
+    clock = Clock()
+    log, total = make(max_events=20, max_age=10, clock=clock), 3000
+    written = threading.Event()
+
+    def write() -> None:
+        for n in range(1, total + 1):
+            log.append("t", [event(n)])
+            if n % 7 == 0:
+                clock.now += 3
+                log.trim()
+        written.set()
+
+    def read(found: list[str]) -> None:
+        # An epoch may end only while nobody reads, so a hole shows as an offset that is not the next.
+        place = log.end("t")
+        while not (written.is_set() and log.end("t") == place):
+            try:
+                reader = log.subscribe("t", place)
+                try:
+                    while not (written.is_set() and log.end("t") == place):
+                        for record in reader.read(0.01):
+                            if record.place != place._replace(offset=place.offset + 1):
+                                found.append(f"{record.place} after {place}")
+                            place = record.place
+                finally:
+                    reader.close()
+            except Lost:
+                place = log.end("t")
+
+    wrong: list[str] = []
+    threads = [threading.Thread(target=read, args=(wrong,)) for _ in range(3)]
+    threads.append(threading.Thread(target=write))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    assert wrong == []
+
+
+class Model:
+    """A log as anyone would write it: all events for ever, and what of them is kept."""
+
+    def __init__(self, max_events: int, max_age: float) -> None:
+        self.max_events, self.max_age = max_events, max_age
+        self.events: list[tuple[float, int]] = []
+        self.first = 0  # the offset before the oldest event that is kept
+
+    def append(self, at: float, new: list[int]) -> None:
+        self.events += [(at, n) for n in new]
+        self.first = max(self.first, len(self.events) - self.max_events)
+
+    def trim(self, now: float) -> None:
+        while self.first < len(self.events) and self.events[self.first][0] < now - self.max_age:
+            self.first += 1
+
+    def after(self, offset: int) -> list[int] | None:
+        if not self.first <= offset <= len(self.events):
+            return None
+        return [n for _, n in self.events[offset:]]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_interleaving_of_appends_trims_attaches_and_cuts_is_as_the_model_says(make: MakeLog, seed: int) -> None:
+    for trial in range(500):
+        choose = random.Random(seed * 10_000 + trial)
+        clock = Clock()
+        size, age = choose.randrange(1, 8), choose.randrange(1, 20)
+        log, model = make(max_events=size, max_age=age, clock=clock), Model(size, age)
+        # One reader throughout, so that the epoch stays.
+        anchor = log.subscribe("t", log.end("t"))
+        epoch, counter = log.end("t").epoch, 0
+        readers: list[tuple[Subscription, int]] = []
+        for _ in range(40):
+            match choose.randrange(6):
+                case 0 | 1:
+                    new = [counter + n for n in range(choose.randrange(4))]
+                    counter += len(new)
+                    model.append(clock.now, new)
+                    assert log.append("t", [event(n) for n in new]) == Place(epoch, counter)
+                case 2:
+                    clock.now += choose.random() * 8
+                    log.trim()
+                    model.trim(clock.now)
+                case 3:
+                    offset = choose.randrange(counter + 3)
+                    expected = model.after(offset)
+                    if expected is None:
+                        assert lost(log, Place(epoch, offset))
+                    else:
+                        assert after(log, Place(epoch, offset)) == expected
+                        readers.append((log.subscribe("t", Place(epoch, offset)), offset))
+                case 4 if readers:
+                    reader, offset = readers.pop(choose.randrange(len(readers)))
+                    expected = model.after(offset)
+                    if expected is None:
+                        with pytest.raises(Lost):
+                            reader.read(0)
+                        reader.close()
+                    else:
+                        assert numbers(reader.read(0)) == expected
+                        readers.append((reader, counter))
+                case 5 if readers:
+                    readers.pop(choose.randrange(len(readers)))[0].close()
+        anchor.close()
+        for reader, _ in readers:
+            reader.close()

@@ -1,0 +1,570 @@
+"""A snapshot plus the events after its place is the whole, whatever happens in between."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from assistream_flask import events, upstream
+from assistream_flask.assistants import Assistant
+from assistream_flask.errors import RunError
+from assistream_flask.events import TERMINAL, Event, Json
+from assistream_flask.log import Lost, Place, Subscription
+from assistream_flask.log.memory import MemoryLog
+from assistream_flask.runner import Asked, Runner
+from assistream_flask.settings import Settings
+from assistream_flask.threads import Owner, ThreadStore, thread_object
+from assistream_flask.upstream.parts import Annotation, End, Part, Reasoning, Refusal, Text
+
+ME = Owner("blue", "me")
+TRIALS = int(os.environ.get("ASSISTREAM_TRIALS", "30"))
+
+
+class Script:
+    """A model's answer, a batch whenever the test lets one go; closing it breaks it off."""
+
+    def __init__(self, batches: Sequence[list[Part] | RunError]) -> None:
+        self._batches = batches
+        self._go = threading.Semaphore(0)
+        self.opened, self.closed = threading.Event(), threading.Event()
+
+    def go(self, count: int = 1) -> None:
+        self._go.release(count)
+
+    def __iter__(self) -> Iterator[list[Part]]:
+        for batch in self._batches:
+            self._go.acquire()
+            if self.closed.is_set():
+                raise RunError("upstream_cut")
+            if isinstance(batch, RunError):
+                raise batch
+            yield batch
+        last = self._batches[-1] if self._batches else None
+        if not (isinstance(last, list) and isinstance(last[-1], End)):
+            self._go.acquire()
+            raise RunError("upstream_ended_early")
+
+    def close(self) -> None:
+        self.closed.set()
+        self.go()
+
+
+class Tape(MemoryLog):
+    """A log that also remembers for ever what was appended, in order."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.taping = threading.Lock()
+        self.tapes: dict[str, list[tuple[Place, Event]]] = {}
+
+    def append(self, thread_id: str, events: Sequence[Event]) -> Place:
+        with self.taping:
+            place = super().append(thread_id, events)
+            for at, event in enumerate(events, place.offset - len(events) + 1):
+                self.tapes.setdefault(thread_id, []).append((Place(place.epoch, at), copy.deepcopy(event)))
+            return place
+
+    def until(self, thread_id: str, place: Place) -> list[Event]:
+        """Gives all events of the thread up to ``place``, those of earlier epochs included."""
+        with self.taping:
+            tape = list(self.tapes.get(thread_id, ()))
+        before = [at for at, (known, _) in enumerate(tape) if known.epoch == place.epoch and known > place]
+        return [event for _, event in (tape[: before[0]] if before else tape)]
+
+
+class Viewer:
+    """What a page has that knows nothing but events: everything that is created is added."""
+
+    def __init__(self, entries: Sequence[Json] = ()) -> None:
+        self.entries: list[Json] = copy.deepcopy(list(entries))
+        self._runs: dict[str, Json] = {}
+        self.gone = False
+
+    def see(self, told: Sequence[Event]) -> Viewer:
+        for name, data in json.loads(json.dumps([one[:2] for one in told])):
+            if not self.gone:
+                self._see(name, data)
+        return self
+
+    def _see(self, name: str, data: Json) -> None:
+        mine = [one for one in self.entries if data.get("id") in (one["message"]["id"], (one["run"] or {}).get("id"))]
+        mine += [one for one in self.entries if one["run"] and data.get("run_id") == one["run"]["id"]]
+        match name.removeprefix("thread."):
+            case "deleted":
+                self.entries, self.gone = [], True
+            case "message.created":
+                run = self._runs.get(data["run_id"] or "")
+                entry = {"assistant_id": data["assistant_id"], "message": data, "run": run, "steps": []}
+                self.entries.append(entry)
+            case "message.completed" | "message.incomplete":
+                mine[0]["message"] = data
+            case "message.delta":
+                (part,) = data["delta"]["content"]
+                content = mine[0]["message"]["content"]
+                assert part["index"] <= len(content)
+                if part["type"] == "refusal":
+                    if part["index"] == len(content):
+                        content.append({"type": "refusal", "refusal": ""})
+                    content[part["index"]]["refusal"] += part["refusal"]
+                else:
+                    if part["index"] == len(content):
+                        content.append({"type": "text", "text": {"value": "", "annotations": []}})
+                    text = content[part["index"]]["text"]
+                    text["value"] += part["text"].get("value", "")
+                    text["annotations"] += part["text"].get("annotations", [])
+            case "run.step.created":
+                mine[0]["steps"].append(data)
+            case "run.step.delta":
+                (step,) = (step for step in mine[0]["steps"] if step["id"] == data["id"])
+                more = data["delta"]["step_details"]["reasoning"]["text"]
+                step["step_details"]["reasoning"]["text"] += more
+            case "run.step.completed":
+                at = [step["id"] for step in mine[0]["steps"]].index(data["id"])
+                mine[0]["steps"][at] = data
+            case _ if name.startswith("thread.run."):
+                self._runs[data["id"]] = data
+                if mine:
+                    mine[0]["run"] = data
+            case _:
+                pytest.fail(f"unknown event {name}")
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class House:
+    """A store, a log and a runner, with a model that says what the test wants when it wants."""
+
+    def __init__(self, store: ThreadStore, *, max_events: int = 20, max_age: float = 10, worker: str = "w1") -> None:
+        self.store, self.clock = store, Clock()
+        self.log = Tape(max_events=max_events, max_age=max_age, clock=self.clock)
+        self.runner = Runner(store, self.log, Settings(), worker, lambda scope, assistant_id: None)
+        self.scripts: list[Script] = []
+
+    def thread(self) -> str:
+        thread_id = events.new_id("thread")
+        self.store.create_thread(ME, thread_object({"id": thread_id, "created_at": 1, "metadata": {}}))
+        return thread_id
+
+    def post(
+        self, thread_id: str, scripts: Sequence[Script] = (), text: str | None = "hi", mode: str = "parallel"
+    ) -> list[str]:
+        message = None if text is None else events.message(thread_id, "user", [events.text_part(text)])
+        asked = [
+            # What open() is given as the client is the script.
+            Asked(Assistant(f"a{at}", model="m"), cast(Any, lambda script=script: script), {})
+            for at, script in enumerate(scripts)
+        ]
+        self.scripts += scripts
+        started = self.runner.submit(ME, thread_id, message, asked, mode, lambda started: None)
+        return [run["id"] for run in started.runs] if started else []
+
+    def live(self, thread_id: str) -> bool:
+        return any(live.thread_id == thread_id for live in list(self.runner._live.values()))
+
+    def attach(self, thread_id: str) -> tuple[list[Json], Place]:
+        """Gives a page, which must be what the events up to its place add up to."""
+        # A thread that is gone has no page; what its events leave is nothing.
+        entries, more, place = self.runner.page(thread_id, 200) or ([], False, self.log.end(thread_id))
+        assert not more
+        assert entries == Viewer().see(self.log.until(thread_id, place)).entries
+        return entries, place
+
+    def settle(self, thread_id: str) -> None:
+        until(lambda: not self.live(thread_id))
+
+    def close(self) -> None:
+        for script in self.scripts:
+            script.close()
+        until(lambda: not self.runner._live)
+        self.log.close()
+
+
+def until(true: Callable[[], object]) -> None:
+    end = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.0005)
+
+
+@pytest.fixture(autouse=True)
+def _scripted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(client: Script, assistant: Assistant, turns: object, stall: float) -> Script:
+        client.opened.set()
+        return client
+
+    monkeypatch.setattr(upstream, "open", ask)
+
+
+@pytest.fixture(params=["file", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ThreadStore]:
+    store = ThreadStore(f"sqlite:///{tmp_path / 'a.sqlite3'}" if request.param == "file" else "sqlite://")
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def house(store: ThreadStore) -> Iterator[House]:
+    house = House(store)
+    yield house
+    house.close()
+
+
+def random_script(choose: random.Random) -> Script:
+    slots: list[str] = []
+    batches: list[list[Part] | RunError] = []
+
+    def part() -> Part:
+        kind = choose.choice(["text", "text", "text", "refusal", "annotation", "reasoning"])
+        if kind == "reasoning":
+            return Reasoning(f"r{choose.randrange(9)}")
+        slot = "refusal" if kind == "refusal" else "text"
+        at = choose.choice([*(at for at, known in enumerate(slots) if known == slot), len(slots)])
+        if at == len(slots):
+            slots.append(slot)
+        if kind == "annotation":
+            return Annotation(at, {"n": choose.randrange(9)})
+        return Text(at, f"t{choose.randrange(99)} ") if kind == "text" else Refusal(at, f"n{choose.randrange(99)} ")
+
+    for _ in range(choose.randrange(12)):
+        batches.append([part() for _ in range(choose.choice([1, 1, 1, 2, 5]))])
+    last = choose.randrange(6)
+    if last == 0:
+        return Script([*batches, RunError("upstream_cut")])
+    end = End(choose.choice([None, None, "max_tokens"]), {"total_tokens": choose.randrange(99)})
+    return Script([*batches, [part(), end] if last == 1 else [end]])
+
+
+class Seat:
+    """One viewer of a thread: a page, then events; it is cut and comes back where it was."""
+
+    def __init__(self, house: House, thread_id: str) -> None:
+        self._house, self._thread_id = house, thread_id
+        self.place: Place | None = None
+        self.viewer = Viewer()
+        self._subscription: Subscription | None = None
+
+    def read(self) -> None:
+        try:
+            if self._subscription is None:
+                if self.place is None:
+                    raise Lost
+                self._subscription = self._house.log.subscribe(self._thread_id, self.place)
+            records = self._subscription.read(0)
+        except Lost:
+            self.cut()
+            entries, self.place = self._house.attach(self._thread_id)
+            self.viewer = Viewer(entries)
+            return
+        for record in records:
+            assert self.place is not None
+            assert record.place == Place(self.place.epoch, self.place.offset + 1)
+            self.viewer.see([Event(record.name, record.data())])
+            self.place = record.place
+
+    def cut(self) -> None:
+        if self._subscription is not None:
+            self._subscription.close()
+            self._subscription = None
+
+
+def trial(house: House, choose: random.Random) -> int:
+    """Does random things to a thread with viewers; all must end up with the store's state. Gives how many."""
+    thread_id = house.thread()
+    seats: list[Seat] = []
+    scripts: list[Script] = []
+    run_ids: list[str] = []
+    steps = choose.randrange(10, 30)
+    deletes = choose.random() < 0.1
+    for _ in range(steps):
+        match choose.choice(
+            ["post", "go", "go", "go", "go", "flush", "trim", "sit", "look", "look", "read", "read", "cut", "cancel"]
+        ):
+            case "post" if len(scripts) < 6:
+                new = [random_script(choose) for _ in range(choose.choice([0, 1, 1, 2, 3]))]
+                text = "hi" if not new or choose.random() < 0.7 else None
+                mode = choose.choice(["parallel", "sequential"])
+                run_ids += house.post(thread_id, new, text, mode)
+                scripts += new
+            case "go" if scripts:
+                choose.choice(scripts).go(choose.randrange(1, 4))
+                if choose.random() < 0.5:
+                    time.sleep(0.002)
+            case "flush":
+                house.runner.flush()
+            case "trim":
+                house.clock.now += choose.choice([0, 3, 8, 30])
+                house.log.trim()
+            case "sit" if len(seats) < 4:
+                seats.append(Seat(house, thread_id))
+            case "look":
+                house.attach(thread_id)
+            case "read" if seats:
+                choose.choice(seats).read()
+            case "cut" if seats:
+                choose.choice(seats).cut()
+            case "cancel" if run_ids and choose.random() < 0.4:
+                house.runner.cancel(thread_id, choose.choice(run_ids))
+    if deletes:
+        house.runner.delete(thread_id)
+        assert house.post(thread_id) == []
+    for script in scripts:
+        script.go(100)
+    house.settle(thread_id)
+    final = house.store.page(thread_id, 200) or ([], False)
+    whole = [stored.entry for stored in final[0]]
+    assert all(one["run"] is None or one["run"]["status"] in TERMINAL for one in whole)
+    assert (whole == []) is deletes or not run_ids
+    assert Viewer().see([event for _, event in house.log.tapes.get(thread_id, ())]).entries == whole
+    for seat in seats:
+        seat.read()
+        # A seat that was lost just now has its page; there may be nothing after it.
+        seat.read()
+        seat.cut()
+        assert seat.viewer.entries == whole
+    return steps
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_happens_every_viewer_ends_with_the_whole(store: ThreadStore, seed: int) -> None:
+    house = House(store)
+    stop = threading.Event()
+    failures: list[BaseException] = []
+
+    def housekeeper() -> None:
+        # Beside the trials: what they do by turns also happens at any moment.
+        while not stop.wait(0.003):
+            try:
+                house.runner.flush()
+                house.log.trim()
+            except BaseException as error:
+                failures.append(error)
+
+    keeper = threading.Thread(target=housekeeper)
+    keeper.start()
+    did = 0
+    try:
+        for number in range(TRIALS):
+            did += trial(house, random.Random(f"{seed}/{number}"))
+    finally:
+        stop.set()
+        keeper.join()
+        house.close()
+    assert failures == []
+    assert did >= 10 * TRIALS
+
+
+@pytest.mark.parametrize("max_events", [200, 10_000])
+def test_a_page_read_while_tokens_stream_freely_is_exact_as_of_its_place(house: House, max_events: int) -> None:
+    house.log._max_events = max_events
+    thread_id = house.thread()
+    tokens: list[list[Part] | RunError] = [[Text(0, f"{n} ")] for n in range(300)]
+    scripts = [Script([*tokens, [End(None, None)]]) for _ in range(3)]
+    house.post(thread_id, scripts)
+
+    def feed() -> None:
+        for _ in range(301):
+            for script in scripts:
+                script.go()
+            time.sleep(0.0005)
+
+    feeder = threading.Thread(target=feed)
+    feeder.start()
+    pages = 0
+    while house.live(thread_id):
+        house.attach(thread_id)
+        pages += 1
+    feeder.join()
+    assert pages > 0
+    entries, _ = house.attach(thread_id)
+    assert [one["message"]["status"] for one in entries] == ["completed"] * 4
+    said = "".join(f"{n} " for n in range(300))
+    assert [one["message"]["content"][0]["text"]["value"] for one in entries] == ["hi", said, said, said]
+
+
+# Places that the log no longer has
+
+
+def text(value: str) -> list[Part]:
+    return [Text(0, value)]
+
+
+def filled(house: House, thread_id: str) -> None:
+    """Makes the log forget all that was in it."""
+    for _ in range(30):
+        house.post(thread_id)
+
+
+def test_a_thread_is_readable_while_a_run_waits_longer_than_the_log_remembers(house: House) -> None:
+    thread_id = house.thread()
+    house.post(thread_id, [Script([]), Script([])], mode="sequential")
+    filled(house, thread_id)
+    assert len(house.attach(thread_id)[0]) == 33
+
+
+def test_a_thread_is_readable_while_a_silent_run_stays_silent(house: House) -> None:
+    thread_id = house.thread()
+    script = Script([text("a")])
+    house.post(thread_id, [script])
+    script.go()
+    until(lambda: house.attach(thread_id)[0][1]["message"]["content"])
+    house.runner.flush()
+    filled(house, thread_id)
+    house.attach(thread_id)
+    house.clock.now += 100
+    house.log.trim()
+    house.attach(thread_id)
+
+
+def test_text_that_was_not_stored_yet_survives_the_end_of_an_epoch(house: House) -> None:
+    thread_id = house.thread()
+    script = Script([text("a"), text("b")])
+    house.post(thread_id, [script])
+    script.go()
+    until(lambda: house.attach(thread_id)[0][1]["message"]["content"])
+    before = house.attach(thread_id)[1]
+    house.clock.now += 100
+    house.log.trim()
+    entries, place = house.attach(thread_id)
+    assert place.epoch != before.epoch
+    assert entries[1]["message"]["content"] == [events.text_part("a")]
+    script.go()
+    until(lambda: house.attach(thread_id)[0][1]["message"]["content"] == [events.text_part("ab")])
+
+
+def test_a_thread_is_readable_while_another_worker_holds_a_run_of_it(house: House) -> None:
+    thread_id = house.thread()
+    house.post(thread_id, [Script([])])
+    successor = House(house.store, worker="w2")
+    filled(successor, thread_id)
+    found = successor.runner.page(thread_id, 200)
+    assert found is not None
+    assert len(found[0]) == 32
+    assert found[0][1]["run"]["status"] in ("queued", "in_progress")
+    successor.close()
+
+
+def test_text_that_is_stored_already_is_not_added_again(house: House) -> None:
+    thread_id = house.thread()
+    silent, script = Script([]), Script([text("a"), text("b")])
+    house.post(thread_id, [silent, script])
+    for said in ("a", "ab"):
+        script.go()
+        whole = [events.text_part(said)]
+        while house.attach(thread_id)[0][2]["message"]["content"] != whole:
+            time.sleep(0.001)
+        for _ in range(2):
+            house.runner.flush()
+            assert house.attach(thread_id)[0][2]["message"]["content"] == whole
+
+
+# Races, one by one
+
+
+def test_an_older_text_is_never_stored_over_a_newer_one(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    thread_id = house.thread()
+    script = Script([text("a"), text("b")])
+    house.post(thread_id, [script])
+    script.go()
+    until(lambda: house.attach(thread_id)[0][1]["message"]["content"])
+    save, slow, newer = house.store.save, threading.Event(), threading.Event()
+
+    def slow_save(worker: str, run: Json, message: Json, steps: list[Json], place: str | None) -> bool:
+        if message["content"] == [events.text_part("a")]:
+            slow.set()
+            newer.wait(0.3)
+        done = save(worker, run, message, steps, place)
+        if message["content"] == [events.text_part("ab")]:
+            newer.set()
+        return done
+
+    monkeypatch.setattr(house.store, "save", slow_save)
+    first = threading.Thread(target=house.runner.flush)
+    first.start()
+    assert slow.wait(5)
+    script.go()
+    until(lambda: house.attach(thread_id)[0][1]["message"]["content"] == [events.text_part("ab")])
+    house.runner.flush()
+    first.join(5)
+    found = house.store.page(thread_id, 2)
+    assert found is not None
+    assert found[0][1].entry["message"]["content"] == [events.text_part("ab")]
+
+
+def test_a_run_that_began_while_its_thread_was_being_deleted_is_stopped(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thread_id, script = house.thread(), Script([text("a")])
+    lock = house.log.lock
+
+    def begun_before(name: str) -> Any:
+        # Between the call of delete() and its lock.
+        monkeypatch.setattr(house.log, "lock", lock)
+        house.post(thread_id, [script])
+        assert script.opened.wait(5)
+        return lock(name)
+
+    monkeypatch.setattr(house.log, "lock", begun_before)
+    house.runner.delete(thread_id)
+    assert script.closed.wait(1)
+    house.settle(thread_id)
+
+
+def test_a_cancelled_run_keeps_its_text_and_its_upstream_is_closed(house: House) -> None:
+    thread_id = house.thread()
+    script, waiting = Script([text("a"), text("b")]), Script([])
+    first, second = house.post(thread_id, [script, waiting], mode="sequential")
+    script.go()
+    until(lambda: house.attach(thread_id)[0][1]["message"]["content"])
+    cancelled = house.runner.cancel(thread_id, second)
+    assert cancelled is not None
+    assert cancelled["status"] == "cancelled"
+    began = time.monotonic()
+    cancelled = house.runner.cancel(thread_id, first)
+    assert cancelled is not None
+    assert cancelled["status"] == "cancelled"
+    assert script.closed.is_set()
+    assert time.monotonic() - began < 1
+    house.settle(thread_id)
+    assert not waiting.opened.is_set()
+    entries, _ = house.attach(thread_id)
+    assert [one["message"]["status"] for one in entries] == ["completed", "incomplete", "incomplete"]
+    assert [one["message"]["incomplete_details"] for one in entries[1:]] == [{"reason": "run_cancelled"}] * 2
+    assert entries[1]["message"]["content"] == [events.text_part("a")]
+    again = house.runner.cancel(thread_id, first)
+    assert again == cancelled
+    assert house.runner.cancel(house.thread(), first) is None
+
+
+@pytest.mark.parametrize("mode", ["parallel", "sequential"])
+def test_groups_of_a_thread_run_one_after_another_in_the_order_of_their_posts(house: House, mode: str) -> None:
+    thread_id = house.thread()
+    first, second = Script([[End(None, None)]]), Script([[End(None, None)]])
+    last = Script([[End(None, None)]])
+    house.post(thread_id, [first, second], mode=mode)
+    house.post(thread_id, [last])
+    assert first.opened.wait(5)
+    assert second.opened.wait(5 if mode == "parallel" else 0.05) == (mode == "parallel")
+    assert not last.opened.wait(0.05)
+    first.go()
+    assert second.opened.wait(5)
+    assert not last.opened.wait(0.05)
+    second.go()
+    assert last.opened.wait(5)
+    last.go()
+    house.settle(thread_id)
+    assert {one["message"]["status"] for one in house.attach(thread_id)[0]} == {"completed"}

@@ -1,0 +1,521 @@
+"""The store's contract, for every database in ``DATABASES``."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from assistream_flask import events, schema
+from assistream_flask.errors import ConfigurationError
+from assistream_flask.events import Json
+from assistream_flask.threads import Answer, AnsweredBefore, Owner, ThreadStore, TooManyRuns, thread_object
+
+DATABASES = ["sqlite file", "sqlite in memory"]
+ME, OTHER, ELSEWHERE = Owner("blue", "me"), Owner("blue", "other"), Owner("green", "me")
+FUTURE = time.time() + 3600
+
+
+@pytest.fixture(params=DATABASES)
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'threads.sqlite3'}" if request.param == "sqlite file" else "sqlite://"
+
+
+@pytest.fixture
+def store(url: str) -> Iterator[ThreadStore]:
+    store = ThreadStore(url)
+    yield store
+    store.close()
+
+
+def new_thread(store: ThreadStore, owner: Owner = ME, metadata: Json | None = None) -> Json:
+    thread = thread_object({"id": events.new_id("thread"), "created_at": events.now(), "metadata": metadata or {}})
+    store.create_thread(owner, thread)
+    return thread
+
+
+def user(thread_id: str, text: str = "hi") -> Json:
+    return events.message(thread_id, "user", [events.text_part(text)])
+
+
+def pair(thread_id: str, assistant_id: str = "tutor") -> tuple[Json, Json]:
+    run = events.run(thread_id, assistant_id, "gpt")
+    message = events.message(thread_id, "assistant", [], assistant_id=assistant_id, run_id=run["id"])
+    run["message_id"] = message["id"]
+    return run, message
+
+
+def start(store: ThreadStore, thread_id: str, **more: Any) -> tuple[Json, Json]:
+    run, message = pair(thread_id)
+    arguments = {"worker": "w1", "lease": FUTURE, "group_id": "g", "place": "0a-0", **more}
+    assert store.add(ME, thread_id, None, [(run, message)], **arguments) is not None
+    return run, message
+
+
+def entries(store: ThreadStore, thread_id: str) -> list[Json]:
+    found = store.page(thread_id, 200) or ([], False)
+    return [stored.entry for stored in found[0]]
+
+
+def over(run: Json, message: Json, status: str = "completed") -> tuple[Json, Json]:
+    done = {"status": status, "completed_at": 5}
+    return {**run, **done}, {**message, "status": "completed", "completed_at": 5}
+
+
+def at_once(count: int, work: Callable[[int], object]) -> list[object]:
+    """Runs ``work`` in threads that start together; gives what each gave, or raised."""
+    barrier, found = threading.Barrier(count), list[object]([None] * count)
+
+    def one(at: int) -> None:
+        barrier.wait()
+        try:
+            found[at] = work(at)
+        except Exception as error:
+            found[at] = error
+
+    threads = [threading.Thread(target=one, args=(at,)) for at in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return found
+
+
+# The database
+
+
+def test_a_file_is_in_wal_mode_with_foreign_keys_on(tmp_path: Path) -> None:
+    path = tmp_path / "a.sqlite3"
+    store = ThreadStore(f"sqlite:///{path}")
+    with store._read() as connection:
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+        assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 1
+    store.close()
+
+
+def test_the_schema_is_created_at_first_use_and_its_version_recorded_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.sqlite3"
+    for _ in range(2):
+        ThreadStore(f"sqlite:///{path}").close()
+    connection = sqlite3.connect(path)
+    assert connection.execute("SELECT version FROM assistream_schema").fetchall() == [(schema.VERSION,)]
+    connection.close()
+
+
+def test_a_newer_schema_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "a.sqlite3"
+    ThreadStore(f"sqlite:///{path}").close()
+    connection = sqlite3.connect(path)
+    connection.execute("INSERT INTO assistream_schema VALUES (?)", (schema.VERSION + 1,))
+    connection.commit()
+    connection.close()
+    with pytest.raises(ConfigurationError, match="upgrade assistream"):
+        ThreadStore(f"sqlite:///{path}")
+
+
+@pytest.mark.parametrize("bad", ["", "nonsense", "nosuch://x", "sqlite+nosuch://"])
+def test_a_url_that_cannot_work_is_refused_with_what_to_do(bad: str) -> None:
+    with pytest.raises(ConfigurationError, match="ASSISTREAM_DATABASE_URL"):
+        ThreadStore(bad)
+
+
+def test_stores_that_open_a_new_file_at_once_agree_on_its_schema(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'a.sqlite3'}"
+    stores = at_once(8, lambda _: ThreadStore(url))
+    assert [store for store in stores if not isinstance(store, ThreadStore)] == []
+    for store in stores:
+        assert isinstance(store, ThreadStore)
+        store.close()
+
+
+def test_what_was_stored_is_there_after_a_restart(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'a.sqlite3'}"
+    store = ThreadStore(url)
+    thread = new_thread(store)
+    message = user(thread["id"], "é\u2028\n\0😀")
+    store.add(ME, thread["id"], message)
+    store.close()
+    store = ThreadStore(url)
+    assert entries(store, thread["id"]) == [events.entry(message)]
+    store.close()
+
+
+# Threads
+
+
+def test_a_thread_comes_back_as_it_went_in(store: ThreadStore) -> None:
+    thread = new_thread(store, metadata={"k": ["é", None, 1.5]})
+    assert store.threads(ME, 10, None) == ([thread], False)
+
+
+def test_a_thread_is_its_owners_and_nobody_elses(store: ThreadStore) -> None:
+    thread_id = new_thread(store)["id"]
+    assert store.owns(ME, thread_id)
+    for someone in (OTHER, ELSEWHERE, Owner("green", "other"), Owner("", "")):
+        assert not store.owns(someone, thread_id)
+        assert store.threads(someone, 10, None) == ([], False)
+        assert store.threads(someone, 10, thread_id) is None
+    assert not store.owns(ME, "thread_unknown")
+
+
+def test_threads_are_paged_newest_first(store: ThreadStore) -> None:
+    made = [new_thread(store) for _ in range(5)][::-1]
+    new_thread(store, OTHER)
+    assert store.threads(ME, 5, None) == (made, False)
+    assert store.threads(ME, 2, None) == (made[:2], True)
+    assert store.threads(ME, 2, made[1]["id"]) == (made[2:4], True)
+    assert store.threads(ME, 2, made[3]["id"]) == (made[4:], False)
+    assert store.threads(ME, 2, made[4]["id"]) == ([], False)
+    assert store.threads(ME, 2, "thread_unknown") is None
+
+
+def test_deleting_a_thread_deletes_all_that_is_in_it_and_nothing_else(store: ThreadStore) -> None:
+    keep, gone = new_thread(store)["id"], new_thread(store)["id"]
+    for thread_id in (keep, gone):
+        store.add(ME, thread_id, user(thread_id), [pair(thread_id)], worker="w", lease=FUTURE)
+    store.delete_thread(gone)
+    assert not store.owns(ME, gone)
+    assert entries(store, gone) == []
+    assert len(entries(store, keep)) == 2
+    assert [held.run["thread_id"] for held in store.held()] == [keep]
+    store.delete_thread(gone)
+
+
+def test_the_database_itself_deletes_what_hangs_on_a_thread(store: ThreadStore) -> None:
+    thread_id = new_thread(store)["id"]
+    store.add(ME, thread_id, user(thread_id), [pair(thread_id)])
+    with store._write() as connection:
+        connection.execute(schema.threads.delete())
+    with store._read() as connection:
+        for table in (schema.messages, schema.runs):
+            assert connection.execute(sa.select(sa.func.count()).select_from(table)).scalar() == 0
+
+
+def test_the_number_of_a_deleted_thread_is_not_used_again(store: ThreadStore) -> None:
+    first = new_thread(store)["id"]
+    store.delete_thread(first)
+    second = new_thread(store)["id"]
+    with store._read() as connection:
+        assert connection.execute(sa.select(schema.threads.c.number)).scalar_one() == 2
+    assert store.owns(ME, second)
+
+
+# Messages and runs
+
+
+def test_entries_come_back_as_they_went_in_in_their_order(store: ThreadStore) -> None:
+    thread_id = new_thread(store)["id"]
+    message, pairs = user(thread_id), [pair(thread_id, name) for name in ("b", "a", "c")]
+    assert store.add(ME, thread_id, message, pairs) == 1
+    later = user(thread_id)
+    assert store.add(ME, thread_id, later) == 5
+    expected = [events.entry(message), *(events.entry(reply, run) for run, reply in pairs), events.entry(later)]
+    assert entries(store, thread_id) == expected
+    for one in expected:
+        assert store.entry(one["message"]["id"]) == one
+    assert store.entry("msg_unknown") is None
+    for run, _ in pairs:
+        assert store.run(thread_id, run["id"]) == run
+
+
+def test_a_run_is_found_in_its_own_thread_only(store: ThreadStore) -> None:
+    one, two = new_thread(store)["id"], new_thread(store)["id"]
+    run, _ = start(store, one)
+    assert store.run(one, run["id"]) is not None
+    assert store.run(two, run["id"]) is None
+    assert store.run(one, "run_unknown") is None
+
+
+def test_nothing_is_added_to_a_thread_that_is_gone(store: ThreadStore) -> None:
+    answer = Answer("key", "print", 201, {})
+    assert store.add(ME, "thread_unknown", user("thread_unknown"), answer=answer) is None
+    assert store.page("thread_unknown", 10) is None
+    assert store.answer(ME, "key") is None
+
+
+def test_a_page_is_the_newest_in_order_and_before_goes_back(store: ThreadStore) -> None:
+    thread_id = new_thread(store)["id"]
+    ids = []
+    for _ in range(5):
+        message = user(thread_id)
+        ids.append(message["id"])
+        store.add(ME, thread_id, message)
+
+    def page(limit: int, before: str | None = None) -> tuple[list[str], bool]:
+        found = store.page(thread_id, limit, before)
+        assert found is not None
+        return [one.entry["message"]["id"] for one in found[0]], found[1]
+
+    assert page(5) == (ids, False)
+    assert page(2) == (ids[3:], True)
+    assert page(2, ids[3]) == (ids[1:3], True)
+    assert page(2, ids[1]) == (ids[:1], False)
+    assert page(2, ids[0]) == ([], False)
+    other = new_thread(store)["id"]
+    assert store.page(other, 2, ids[1]) is None
+    assert store.page(thread_id, 2, "msg_unknown") is None
+
+
+def test_a_page_tells_the_place_of_what_grows_and_of_nothing_else(store: ThreadStore) -> None:
+    thread_id = new_thread(store)["id"]
+    store.add(ME, thread_id, user(thread_id))
+    run, message = start(store, thread_id, place="0a-4")
+    done_run, done_message = start(store, thread_id, place="0a-5")
+    assert store.save("w1", *over(done_run, done_message), [], "0a-9")
+    found = store.page(thread_id, 10)
+    assert found is not None
+    assert [one.place for one in found[0]] == [None, "0a-4", None]
+    assert store.save("w1", run, message, [], "0a-7")
+    found = store.page(thread_id, 10)
+    assert found is not None
+    assert found[0][1].place == "0a-7"
+
+
+def test_history_is_what_stands_before_a_message_in_its_thread(store: ThreadStore) -> None:
+    thread_id, other = new_thread(store)["id"], new_thread(store)["id"]
+    store.add(ME, other, user(other))
+    message, (first, second) = user(thread_id), (pair(thread_id, "a"), pair(thread_id, "b"))
+    store.add(ME, thread_id, message, [first, second])
+    store.add(ME, thread_id, user(thread_id))
+    assert store.history(first[1]["id"]) == [message]
+    assert store.history(second[1]["id"]) == [message, first[1]]
+    assert store.history("msg_unknown") == []
+
+
+def test_save_stores_run_message_and_steps(store: ThreadStore) -> None:
+    thread_id = new_thread(store)["id"]
+    run, message = start(store, thread_id)
+    step = events.reasoning_step(run)
+    run = {**run, "status": "in_progress", "started_at": 7, "usage": {"total_tokens": 3}}
+    message = {**message, "content": [events.text_part("é")]}
+    assert store.save("w1", run, message, [step], "0a-3")
+    assert entries(store, thread_id) == [events.entry(message, run, [step])]
+
+
+@pytest.mark.parametrize("status", sorted(events.TERMINAL))
+def test_save_changes_nothing_of_a_run_that_is_over(store: ThreadStore, status: str) -> None:
+    thread_id = new_thread(store)["id"]
+    run, message = start(store, thread_id)
+    final = over(run, message, status)
+    assert store.save("w1", *final, [], None)
+    assert not store.save("w1", run, {**message, "content": [events.text_part("late")]}, [], None)
+    assert entries(store, thread_id) == [events.entry(final[1], final[0])]
+
+
+def test_save_changes_nothing_of_another_workers_run_or_a_deleted_one(store: ThreadStore) -> None:
+    thread_id = new_thread(store)["id"]
+    run, message = start(store, thread_id)
+    changed = {**message, "content": [events.text_part("late")]}
+    assert not store.save("w2", run, changed, [], None)
+    assert entries(store, thread_id) == [events.entry(message, run)]
+    store.delete_thread(thread_id)
+    assert not store.save("w1", run, changed, [], None)
+    assert entries(store, thread_id) == []
+
+
+def test_adds_at_once_get_positions_without_gap_or_doubling(store: ThreadStore) -> None:
+    thread_id = new_thread(store)["id"]
+
+    def add(_: int) -> int | None:
+        position = None
+        for _ in range(10):
+            position = store.add(ME, thread_id, user(thread_id), [pair(thread_id)])
+        return position
+
+    assert all(isinstance(found, int) for found in at_once(8, add))
+    with store._read() as connection:
+        positions = connection.execute(sa.select(schema.messages.c.position).order_by(sa.text("1"))).scalars()
+        assert list(positions) == list(range(1, 161))
+    roles = [one["message"]["role"] for one in entries(store, thread_id)]
+    assert roles == ["user", "assistant"] * 80
+
+
+# Limits and idempotency
+
+
+def test_the_limit_of_runs_counts_the_callers_runs_that_are_not_over(store: ThreadStore) -> None:
+    one, two, others = new_thread(store)["id"], new_thread(store)["id"], new_thread(store, OTHER)["id"]
+    store.add(OTHER, others, None, [pair(others), pair(others)], max_runs=2)
+    run, message = start(store, one, max_runs=2)
+    start(store, two, max_runs=2)
+    refused = user(one)
+    with pytest.raises(TooManyRuns):
+        store.add(ME, one, refused, [pair(one)], max_runs=2, answer=Answer("key", "print", 202, {}))
+    assert store.answer(ME, "key") is None
+    assert len(entries(store, one)) == 1
+    assert store.add(ME, one, refused, max_runs=2) is not None
+    store.save("w1", *over(run, message), [], None)
+    start(store, one, max_runs=2)
+
+
+def test_runs_asked_for_at_once_never_exceed_the_limit(store: ThreadStore) -> None:
+    threads = [new_thread(store)["id"] for _ in range(8)]
+    found = at_once(8, lambda at: store.add(ME, threads[at], None, [pair(threads[at])], max_runs=3))
+    assert sorted(type(one).__name__ for one in found) == ["TooManyRuns"] * 5 + ["int"] * 3
+    assert len(store.held()) == 3
+
+
+def test_an_answer_comes_back_to_the_caller_that_got_it_and_to_no_other(store: ThreadStore) -> None:
+    answer = Answer("key", "print", 202, {"a": [1, "é"]}, "0a-1")
+    store.remember(ME, answer)
+    assert store.answer(ME, "key") == answer
+    assert store.answer(ME, "Key") is None
+    assert store.answer(OTHER, "key") is None
+    assert store.answer(ELSEWHERE, "key") is None
+    store.remember(OTHER, answer)
+
+
+def test_a_second_answer_to_a_key_is_refused_with_all_that_goes_with_it(store: ThreadStore) -> None:
+    thread = new_thread(store)
+    answer = Answer("key", "print", 201, {})
+    store.add(ME, thread["id"], user(thread["id"]), answer=answer)
+    with pytest.raises(AnsweredBefore):
+        store.add(ME, thread["id"], user(thread["id"]), answer=answer)
+    with pytest.raises(AnsweredBefore):
+        store.create_thread(ME, {**thread, "id": "thread_2"}, answer)
+    with pytest.raises(AnsweredBefore):
+        store.remember(ME, answer._replace(fingerprint="other"))
+    assert len(entries(store, thread["id"])) == 1
+    assert store.threads(ME, 10, None) == ([thread], False)
+
+
+def test_of_one_key_used_at_once_one_wins_and_one_message_is_stored(store: ThreadStore) -> None:
+    thread_id = new_thread(store)["id"]
+    found = at_once(
+        8, lambda at: store.add(ME, thread_id, user(thread_id), answer=Answer("key", "print", 201, {"at": at}))
+    )
+    assert sorted(type(one).__name__ for one in found) == ["AnsweredBefore"] * 7 + ["int"]
+    assert len(entries(store, thread_id)) == 1
+    answer = store.answer(ME, "key")
+    assert answer is not None
+    assert isinstance(found[answer.body["at"]], int)
+
+
+def test_old_answers_are_forgotten_and_their_keys_can_be_used_again(store: ThreadStore) -> None:
+    answer = Answer("key", "print", 201, {})
+    store.remember(ME, answer)
+    store.forget_answers(int(time.time()) - 100)
+    assert store.answer(ME, "key") == answer
+    store.forget_answers(int(time.time()) + 100)
+    assert store.answer(ME, "key") is None
+    store.remember(ME, answer)
+
+
+# Workers
+
+
+def test_held_gives_the_runs_that_are_not_over_with_all_their_worker_needs(store: ThreadStore) -> None:
+    thread_id = new_thread(store)["id"]
+    store.add(ME, thread_id, user(thread_id))
+    run, message = start(store, thread_id, group_id="g7", mode="sequential", lease=123.5)
+    done = start(store, thread_id)
+    store.save("w1", *over(*done), [], None)
+    step = events.reasoning_step(run)
+    store.save("w1", run, message, [step], None)
+    assert [tuple(held) for held in store.held()] == [
+        (run, message, [step], 2, "blue", "g7", "sequential", "w1", 123.5)
+    ]
+    assert store.held(schema.runs.c.worker != "w1") == []
+
+
+def test_renew_extends_only_ones_own_leases_and_names_the_runs_to_cancel(store: ThreadStore) -> None:
+    thread_id = new_thread(store)["id"]
+    mine, theirs = start(store, thread_id, lease=1)[0], start(store, thread_id, worker="w2", lease=1)[0]
+    assert store.renew("w1", 50.0) == []
+    assert {held.run["id"]: held.lease for held in store.held()} == {mine["id"]: 50.0, theirs["id"]: 1.0}
+    store.request_cancel(mine["id"])
+    store.request_cancel(theirs["id"])
+    assert store.renew("w1", 60.0) == [mine["id"]]
+    assert store.renew("w2", 60.0) == [theirs["id"]]
+
+
+def test_a_run_can_be_claimed_when_its_lease_ran_out_and_not_before(store: ThreadStore) -> None:
+    thread_id = new_thread(store)["id"]
+    run, message = start(store, thread_id)
+    assert not store.claim(run["id"], "w2", FUTURE)
+    store.renew("w1", time.time() - 1)
+    assert store.claim(run["id"], "w2", FUTURE)
+    assert not store.claim(run["id"], "w3", FUTURE)
+    assert not store.save("w1", run, message, [], None)
+    assert store.save("w2", *over(run, message), [], None)
+    store.release("w2")
+    assert not store.claim(run["id"], "w3", FUTURE)
+    assert not store.claim("run_unknown", "w3", FUTURE)
+
+
+def test_of_workers_that_claim_at_once_one_gets_the_run(store: ThreadStore) -> None:
+    thread_id = new_thread(store)["id"]
+    run, _ = start(store, thread_id, lease=0)
+    assert sorted(map(str, at_once(8, lambda at: store.claim(run["id"], f"w{at + 2}", FUTURE)))) == [
+        *["False"] * 7,
+        "True",
+    ]
+
+
+def test_release_lets_go_of_queued_runs_and_keeps_those_under_way(store: ThreadStore) -> None:
+    thread_id = new_thread(store)["id"]
+    queued, (run, message) = start(store, thread_id)[0], start(store, thread_id)
+    theirs = start(store, thread_id, worker="w2")[0]
+    store.save("w1", {**run, "status": "in_progress"}, message, [], None)
+    store.release("w1")
+    assert not store.claim(run["id"], "w3", FUTURE)
+    assert not store.claim(theirs["id"], "w3", FUTURE)
+    assert store.claim(queued["id"], "w3", FUTURE)
+
+
+def test_a_worker_that_leaves_renews_only_what_is_under_way(store: ThreadStore) -> None:
+    thread_id = new_thread(store)["id"]
+    queued, _ = start(store, thread_id)
+    under_way, message = start(store, thread_id, lease=1)
+    store.save("w1", {**under_way, "status": "in_progress"}, message, [], None)
+    store.release("w1")
+    store.renew("w1", FUTURE, queued=False)
+    assert not store.claim(under_way["id"], "w2", FUTURE)
+    assert store.claim(queued["id"], "w2", FUTURE)
+
+
+# More than one process
+
+WRITER = """
+import sys
+from assistream_flask import events
+from assistream_flask.threads import Owner, ThreadStore
+url, thread_id = sys.argv[1:]
+store = ThreadStore(url)
+print("ready", flush=True)
+sys.stdin.readline()
+for n in range(100):
+    message = events.message(thread_id, "user", [events.text_part(f"theirs {n}")])
+    assert store.add(Owner("blue", "me"), thread_id, message)
+store.close()
+"""
+
+
+def test_two_processes_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'a.sqlite3'}"
+    store = ThreadStore(url)
+    thread_id = new_thread(store)["id"]
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITER, url, thread_id], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdin is not None
+        assert other.stdout is not None
+        assert other.stdout.readline() == "ready\n"
+        other.stdin.write("go\n")
+        other.stdin.flush()
+        for n in range(100):
+            assert store.add(ME, thread_id, user(thread_id, f"ours {n}"))
+        other.stdin.close()
+        assert other.wait(30) == 0
+    texts = [one["message"]["content"][0]["text"]["value"] for one in entries(store, thread_id)]
+    store.close()
+    assert [text for text in texts if text.startswith("ours")] == [f"ours {n}" for n in range(100)]
+    assert [text for text in texts if text.startswith("theirs")] == [f"theirs {n}" for n in range(100)]
