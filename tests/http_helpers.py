@@ -1,0 +1,70 @@
+"""Reading answers: our errors, and event streams frame by frame."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+from werkzeug.test import TestResponse
+
+P = "/assistream"
+
+
+class Frame(NamedTuple):
+    id: str | None
+    event: str
+    data: Any
+
+
+def parse(block: str) -> Frame:
+    fields = dict(line.split(": ", 1) for line in block.split("\n") if line)
+    data = fields.get("data", "null")
+    return Frame(fields.get("id"), fields.get("event", ""), data if data == "[DONE]" else json.loads(data))
+
+
+def blocks(chunks: Iterable[bytes]) -> Iterator[str]:
+    """Gives each frame's text as it arrives."""
+    rest = b""
+    for chunk in chunks:
+        rest += chunk
+        while b"\n\n" in rest:
+            block, rest = rest.split(b"\n\n", 1)
+            yield block.decode()
+    assert rest == b"", "the stream ended in mid-frame"
+
+
+def read(answer: TestResponse, until: Callable[[Frame], object] = lambda frame: False) -> list[Frame]:
+    """Reads a stream to the frame that ``until`` is true of, or to its end, and leaves it."""
+    assert answer.status_code == 200, answer.text
+    found = []
+    try:
+        for block in blocks(answer.iter_encoded()):
+            found.append(parse(block))
+            if until(found[-1]):
+                break
+    finally:
+        answer.close()
+    return found
+
+
+def named(event: str) -> Callable[[Frame], bool]:
+    return lambda frame: frame.event == event
+
+
+def refused(answer: TestResponse, status: int, code: str) -> str:
+    """Checks one of our errors; gives its message."""
+    assert answer.status_code == status, (answer.status_code, answer.text[:300])
+    return error_of(answer.mimetype, answer.data, code)
+
+
+def error_of(mimetype: str | None, body: bytes, code: str | None = None) -> str:
+    assert mimetype == "application/json", (mimetype, body[:300])
+    value = json.loads(body)
+    assert set(value) == {"error"}
+    assert set(value["error"]) == {"type", "code", "message"}
+    assert all(isinstance(text, str) and text for text in value["error"].values()), value
+    if code is not None:
+        assert value["error"]["code"] == code, value
+    message: str = value["error"]["message"]
+    return message
