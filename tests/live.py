@@ -1,0 +1,204 @@
+"""Gunicorn in a subprocess, on a free port, with a deadline."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+APP = """
+import gc, json, os, time
+import greenlet
+from flask import Flask, jsonify
+from assistream_flask import Assistant, create_blueprint, event_response
+from assistream_flask.testing import FAULTS, OfflineServer
+
+app = Flask(__name__)
+app.config.update(SECRET_KEY="only for tests", **json.loads(os.environ["APP_CONFIG"]))
+servers = []
+
+def client():
+    servers.append(OfflineServer(delay=float(os.environ.get("APP_DELAY", "0.02"))).start())
+    return servers[0].client()
+
+assistants = [
+    Assistant(dialect + ("-" + fault if fault else ""), model="offline-" + fault if fault else "m", upstream=dialect,
+              **({"assistant_id": "asst_offline-" + fault} if fault and dialect == "assistants" else {}))
+    for dialect in ("responses", "chat", "assistants") for fault in ("", *FAULTS)
+]
+app.register_blueprint(create_blueprint(assistants, client=client, owner=lambda: "me"), url_prefix="/assistream")
+
+@app.get("/asked")
+def asked():
+    return jsonify([[r.path, r.disconnected, r.closed_at is not None] for r in servers[0].requests] if servers else [])
+
+@app.get("/left")
+def left():
+    gc.collect()
+    alive = [o for o in gc.get_objects() if isinstance(o, greenlet.greenlet) and not o.dead]
+    return jsonify(greenlets=len(alive), files=len(os.listdir("/proc/self/fd")), pid=os.getpid())
+
+@app.get("/page")
+def page():
+    return "<!doctype html><title>test</title>"
+"""
+
+
+class Gunicorn:
+    """One gunicorn with one gevent worker, and a caller of the app in it."""
+
+    def __init__(self, folder: Path, *, delay: float = 0.02, app: str = APP, **settings: Any) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port: int = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._folder = folder
+        (folder / "live_app.py").write_text(app)
+        settings.setdefault("database_url", f"sqlite:///{folder / 'live.sqlite3'}")
+        config = {f"ASSISTREAM_{name.upper()}": value for name, value in settings.items()}
+        self.env = {**os.environ, "APP_CONFIG": json.dumps(config), "APP_DELAY": str(delay)}
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Starts it and waits until it answers."""
+        command = [sys.executable, "-m", "gunicorn", "-k", "gevent", "-b", f"127.0.0.1:{self.port}"]
+        command += ["--no-control-socket", "live_app:app"]
+        with open(self._folder / "gunicorn.log", "ab") as log:
+            self._process = subprocess.Popen(command, cwd=self._folder, env=self.env, stdout=log, stderr=log)
+        end = time.monotonic() + 20
+        while True:
+            try:
+                self.get("/page", parse=False)
+                return
+            except OSError:
+                assert time.monotonic() < end, self.log()
+                assert self._process.poll() is None, self.log()
+                time.sleep(0.05)
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        assert self._process is not None
+        return self._process
+
+    def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
+        """Ends it: with SIGKILL the worker too, as a crash would."""
+        if how == signal.SIGKILL:
+            for pid in self.workers():
+                os.kill(pid, how)
+        self.process.send_signal(how)
+        self.process.wait(40)
+
+    def workers(self) -> list[int]:
+        """The pids of its workers."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return [int(pid) for pid in children.split()]
+
+    def log(self) -> str:
+        """All that it has logged."""
+        return (self._folder / "gunicorn.log").read_text()
+
+    def request(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Any:
+        """Gives the JSON answer. Raises ``urllib.error.HTTPError`` for a status of 400 or above."""
+        data = None if body is None else json.dumps(body).encode()
+        head = {"Content-Type": "application/json", **(headers or {})}
+        request = urllib.request.Request(self.url + path, data=data, method=method, headers=head)
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            text = answer.read()
+        return json.loads(text) if text else None
+
+    def get(self, path: str, *, parse: bool = True) -> Any:
+        with urllib.request.urlopen(self.url + path, timeout=20) as answer:
+            text = answer.read()
+        return json.loads(text) if parse else text
+
+    def thread(self) -> str:
+        """Creates a thread, gives its path."""
+        return "/assistream/threads/" + str(self.request("POST", "/assistream/threads", {})["id"])
+
+    def run(self, thread: str, *assistant_ids: str, content: str = "Hello there") -> list[str]:
+        """Starts runs, gives their ids."""
+        body = {"assistant_ids": assistant_ids, "content": content}
+        return [run["id"] for run in self.request("POST", f"{thread}/runs", body)["runs"]]
+
+    def entries(self, thread: str) -> list[Any]:
+        found: list[Any] = self.get(f"{thread}/messages?limit=200")["data"]
+        return found
+
+    def settled(self, thread: str, seconds: float = 40) -> list[Any]:
+        """Waits until all runs of the thread are over, through restarts; gives its entries."""
+        start = time.monotonic()
+        while True:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                entries = self.entries(thread)
+                over = ("completed", "incomplete", "failed", "cancelled")
+                if all(entry["run"]["status"] in over for entry in entries if entry["run"]):
+                    return entries
+            waited = time.monotonic() - start
+            assert waited < seconds, self.log()
+            time.sleep(min(0.1 + waited / 10, 2))
+
+
+class Event:
+    """One received event."""
+
+    def __init__(self, name: str, id: str | None, data: Any) -> None:
+        self.name, self.id, self.data = name, id, data
+
+
+def stream(gunicorn: Gunicorn, path: str, *, last: str | None = None, by: str = "header") -> Iterator[Event]:
+    """Reads an event stream, until its clean end; raises ``OSError`` or ``HTTPException`` for a broken one."""
+    headers = {}
+    if last is not None and by == "header":
+        headers["Last-Event-ID"] = last
+    elif last is not None:
+        path += f"?last_event_id={last}"
+    connection = http.client.HTTPConnection("127.0.0.1", gunicorn.port, timeout=40)
+    try:
+        connection.request("GET", path, headers=headers)
+        answer = connection.getresponse()
+        while answer.status == 503:
+            answer.read()
+            time.sleep(float(answer.headers["Retry-After"]))
+            connection.request("GET", path, headers=headers)
+            answer = connection.getresponse()
+        assert answer.status == 200, answer.status
+        name, id, data = "", None, ""
+        for raw in answer:
+            line = raw.decode().rstrip("\n")
+            field, _, value = line.partition(": ")
+            if field == "event":
+                name = value
+            elif field == "id":
+                id = value
+            elif field == "data":
+                data = value
+            elif not line and data:
+                yield Event(name, id, json.loads(data))
+                name, id, data = "", None, ""
+    finally:
+        connection.close()
+
+
+@contextlib.contextmanager
+def running(folder: Path, **settings: Any) -> Iterator[Gunicorn]:
+    """A started gunicorn, ended whatever happens."""
+    gunicorn = Gunicorn(folder, **settings)
+    gunicorn.start()
+    try:
+        yield gunicorn
+    finally:
+        if gunicorn.process.poll() is None:
+            gunicorn.stop()
