@@ -102,7 +102,7 @@ def test_a_run_goes_on_when_everyone_has_left(live: Gunicorn) -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_at_shutdown_streams_end_cleanly_and_runs_end(tmp_path: Path, how: signal.Signals) -> None:
-    with running(tmp_path, delay=0.03, drain_seconds=0.5) as live:
+    with running(tmp_path, delay=0.06, drain_seconds=0.5) as live:
         thread = live.thread()
         live.run(thread, "responses")
         live.run(thread, "chat")

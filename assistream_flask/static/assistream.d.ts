@@ -1,0 +1,106 @@
+/**
+ * `set` gets the whole thread as a new array, once a frame at most; an entry that did not change is the same
+ * object as before. Never modify them.
+ *
+ * @typedef {{type: "text", text: {value: string, annotations: any[]}} |
+ *   {type: "refusal", refusal: string}} Part
+ * @typedef {{id: string, created_at: number, role: "user" | "assistant", content: Part[],
+ *   status: "in_progress" | "completed" | "incomplete", incomplete_details: {reason: string} | null,
+ *   assistant_id: string | null, run_id: string | null, metadata: Record<string, any>,
+ *   [more: string]: any}} Message
+ * @typedef {{id: string, status: "queued" | "in_progress" | "requires_action" | "completed" | "incomplete" |
+ *   "failed" | "cancelled", last_error: {code: string, message: string} | null, [more: string]: any}} Run
+ * @typedef {{assistant_id: string | null, message: Message, run: Run | null, steps: any[]}} Entry
+ * @typedef {(entries: Entry[]) => void} Setter
+ * @typedef {{signal?: AbortSignal}} Options
+ * @typedef {Error & {code: string, status?: number, runs?: Run[]}} AssistreamError
+ */
+export type Part = {
+    type: "text";
+    text: {
+        value: string;
+        annotations: any[];
+    };
+} | {
+    type: "refusal";
+    refusal: string;
+};
+export type Message = {
+    id: string;
+    created_at: number;
+    role: "user" | "assistant";
+    content: Part[];
+    status: "in_progress" | "completed" | "incomplete";
+    incomplete_details: {
+        reason: string;
+    } | null;
+    assistant_id: string | null;
+    run_id: string | null;
+    metadata: Record<string, any>;
+    [more: string]: any;
+};
+export type Run = {
+    id: string;
+    status: "queued" | "in_progress" | "requires_action" | "completed" | "incomplete" | "failed" | "cancelled";
+    last_error: {
+        code: string;
+        message: string;
+    } | null;
+    [more: string]: any;
+};
+export type Entry = {
+    assistant_id: string | null;
+    message: Message;
+    run: Run | null;
+    steps: any[];
+};
+export type Setter = (entries: Entry[]) => void;
+export type Options = {
+    signal?: AbortSignal;
+};
+export type AssistreamError = Error & {
+    code: string;
+    status?: number;
+    runs?: Run[];
+};
+/**
+ * For a copy of this file: `baseUrl` is where the blueprint is.
+ * @param {{baseUrl?: string, fetch?: typeof fetch, EventSource?: typeof EventSource}} [options]
+ */
+export declare const createAssistream: (options?: {
+    baseUrl?: string;
+    fetch?: typeof fetch;
+    EventSource?: typeof EventSource;
+}) => {
+    /**
+     * Resolves after the first `set`; `signal` ends it.
+     * @type {(thread_id: string, set: Setter, options?: Options) => Promise<Entry[]>}
+     */
+    loadThread: (thread_id: string, set: Setter, options?: Options) => Promise<Entry[]>;
+    /** @type {(thread_id: string, content: string, options?: Options) => Promise<Entry>} */
+    addMessage: (thread_id: string, content: string, options?: Options) => Promise<Entry>;
+    /**
+     * Resolves when it is over; `signal` cancels it.
+     * @type {(thread_id: string, assistant_id: string, set?: Setter | null, options?: Options) => Promise<Run>}
+     */
+    run: (thread_id: string, assistant_id: string, set?: Setter | null, options?: Options) => Promise<Run>;
+    /**
+     * @type {(thread_id: string, content: string, assistant_id: string, set?: Setter | null,
+     *   options?: Options) => Promise<Run>}
+     */
+    addMessageAndRun: (thread_id: string, content: string, assistant_id: string, set?: Setter | null, options?: Options) => Promise<Run>;
+    /**
+     * @type {(thread_id: string, content: string, assistant_ids: string[], set?: Setter | null,
+     *   options?: Options & {mode?: "parallel" | "sequential"}) => Promise<Run[]>}
+     */
+    addMessageAndRuns: (thread_id: string, content: string, assistant_ids: string[], set?: Setter | null, options?: Options & {
+        mode?: "parallel" | "sequential";
+    }) => Promise<Run[]>;
+    /** @type {(metadata?: object, options?: Options) => Promise<string>} */
+    createThread: (metadata?: object, options?: Options) => Promise<string>;
+};
+/** @type {(entry: Entry) => string} */
+export declare const text: (entry: Entry) => string;
+export declare const loadThread: (thread_id: string, set: Setter, options?: Options) => Promise<Entry[]>, addMessage: (thread_id: string, content: string, options?: Options) => Promise<Entry>, run: (thread_id: string, assistant_id: string, set?: Setter | null, options?: Options) => Promise<Run>, addMessageAndRun: (thread_id: string, content: string, assistant_id: string, set?: Setter | null, options?: Options) => Promise<Run>, addMessageAndRuns: (thread_id: string, content: string, assistant_ids: string[], set?: Setter | null, options?: Options & {
+    mode?: "parallel" | "sequential";
+}) => Promise<Run[]>, createThread: (metadata?: object, options?: Options) => Promise<string>;
