@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from dataclasses import fields
 from pathlib import Path
@@ -124,6 +125,18 @@ def test_the_readme_names_no_fault_or_reason_that_is_not_there() -> None:
     reasons = re.findall(r"`(\w+)`", next(row[1] for row in rows("Events") if "message.incomplete" in row[0]))
     source = "".join(path.read_text() for path in (ROOT / "assistream_flask").rglob("*.py"))
     assert all(f'"{reason}"' in source for reason in reasons)
+
+
+def test_the_requirements_are_those_of_the_package_and_the_example() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    pytest_itself = [one for one in extras["test"] if one.startswith("pytest>")]
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    assert [line for line in lines if not line.startswith("#")] == [
+        *project["dependencies"],
+        *extras["example"],
+        *pytest_itself,
+    ]
 
 
 @pytest.mark.parametrize("name", ["assistream.js", "assistream.d.ts"])
