@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -362,7 +363,7 @@ def example(tmp_path: Path) -> Iterator[str]:
     env = {key: value for key, value in os.environ.items() if not key.startswith("OPENAI_")}
     env |= {"BIND": f"127.0.0.1:{port}", "ASSISTREAM_DATABASE_URL": f"sqlite:///{tmp_path / 'page.sqlite3'}"}
     with open(tmp_path / "log", "wb") as log:
-        command = [shutil.which("gunicorn") or "gunicorn", "--no-control-socket", "wsgi:app"]
+        command = [sys.executable, "-m", "gunicorn", "--no-control-socket", "wsgi:app"]
         process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=log, stderr=log)
     end = time.monotonic() + 20
     while True:
@@ -390,8 +391,7 @@ def watched(context: BrowserContext) -> tuple[Page, list[str]]:
     return page, errors
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 360])
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 360)])
 def test_the_page_streams_two_assistants_by_keyboard_alone(
     chromium: Browser, example: str, scheme: Any, width: int
 ) -> None:

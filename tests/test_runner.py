@@ -166,6 +166,7 @@ def test_many_posts_at_once_keep_one_order(make_app: MakeApp, server: OfflineSer
         thread.join()
     entries = caller.wait(30)
     assert [entry["assistant_id"] for entry in entries] == [None, "tutor", "critic"] * 8
+    assert {entry["run"]["status"] for entry in entries if entry["run"]} == {"completed"}
     for at in range(0, 24, 3):
         asked = [one for one in server.requests if one.messages[-1] == ("user", text(entries[at]))]
         assert [len(one.messages) for one in asked] == [at + 1, at + 1]
