@@ -27,7 +27,7 @@ from .relay import relay
 from .runner import Asked, Started
 from .runtime import Runtime, default_database
 from .settings import Settings
-from .threads import Answer, AnsweredBefore, Owner, TooManyRuns, thread_object
+from .threads import Answer, AnsweredBefore, Owner, ThreadStore, TooManyRuns, thread_object
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +47,7 @@ class _Part:
         self.owner = owner
         self._client: Client | None = client
         self._made: openai.OpenAI | None = None
+        self.app: Flask
         if not callable(assistants):
             index(assistants)
 
@@ -65,7 +66,8 @@ class _Part:
             return self._client
         if self._made is None:
             if self._client is not None:
-                self._made = self._client()
+                with self.app.app_context():
+                    self._made = self._client()
             else:
                 # A server of one's own often wants no key, the SDK insists on one.
                 own = os.environ.get("OPENAI_BASE_URL") and not os.environ.get("OPENAI_API_KEY")
@@ -160,6 +162,10 @@ def _register(setup: BlueprintSetupState, part: _Part) -> None:
     state = app.extensions.setdefault(_EXTENSION, _State(app))
     name = f"{setup.name_prefix}.{setup.name}".lstrip(".")
     state.parts[name] = part
+    part.app = app
+    # What cannot work is told now, not to the first visitor.
+    if url := Settings.read(app.config).database_url:
+        ThreadStore.check(url)
     if setup.url_prefix and setup.url_prefix != "/":
         # Below a prefix of our own every path is ours, and what the router refuses there is JSON too.
         fixed = re.split("<[^>]*>", setup.url_prefix.rstrip("/") + "/")
@@ -198,7 +204,7 @@ def _route(view: Callable[..., Response]) -> Callable[..., Response]:
             call.owner and _ID.fullmatch(thread_id) and call.runtime.store.owns(call.owner, thread_id)
         ):
             raise _no_thread()
-        return view(call, **values)
+        return view(call, **{key: values[key] for key in ("thread_id", "run_id") if key in values})
 
     return checked
 
@@ -208,8 +214,8 @@ def _caller(part: _Part, scope: str) -> Owner | None:
         name = session.get(_SESSION_KEY)
         return Owner(scope, name) if isinstance(name, str) else None
     named = part.owner()
-    # An empty name is what apps give for nobody too, and all nobodies would share it.
-    if named is None or named == "":
+    # Apps give "" and False for nobody too, and all nobodies would share such a name.
+    if named is None or named == "" or isinstance(named, bool):
         raise RequestError(401, "unauthenticated", "This app does not know who you are. Sign in first.")
     named = str(named)
     # The column's length; a name is an id, and one that is cut could be another's.
@@ -348,13 +354,14 @@ class _Once:
 
     def answer(self, status: int, body: Json, place: str | None = None) -> Answer | None:
         """Gives what to store with the change that the request makes."""
-        return Answer(self.key, self._fingerprint, status, body, place) if self.key else None
+        thread_id = (request.view_args or {}).get("thread_id")
+        return Answer(self.key, self._fingerprint, status, body, place, thread_id) if self.key else None
 
 
 # Routes
 
 
-def _helper() -> Response:
+def _helper(**_: str) -> Response:
     response = send_from_directory(os.path.join(os.path.dirname(__file__), "static"), "assistream.js")
     response.mimetype = "text/javascript"
     response.headers["X-Content-Type-Options"] = "nosniff"

@@ -22,7 +22,7 @@ RUN_ERRORS: Final[dict[str, str]] = {
     "upstream_stalled": "The model server went silent. Try again.",
     "run_time_limit": "The answer took longer than this app allows. Ask for something shorter.",
     "tools_not_supported": "The model asked for a tool, and this app has none. Ask for an answer without tools.",
-    "worker_lost": "The server restarted in mid-answer. Try again.",
+    "worker_lost": "The server restarted before the answer was whole. Try again.",
     "server_error": "Something failed on the server. Try again.",
 }
 """``last_error.code`` of a failed run, and the message that goes with it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from .errors import RunError
 from .events import Event
 from .interrupt import Interrupted, Interruptible
 from .reply import Reply
+from .shutdown import serving
 from .upstream import Upstream, translate
 from .upstream.parts import End, Part
 
@@ -73,12 +75,18 @@ class relay:
             [events.run_created(dict(run)), *reply.begin(), events.message_created(dict(message))]
         )
         threading.Thread(target=self._read, daemon=True, name="assistream-relay").start()
+        sent = time.monotonic()
         while not reply.over:
             try:
-                item = self._queue.get(timeout=self._heartbeat)
+                item = self._queue.get(timeout=min(self._heartbeat, 0.5))
             except queue.Empty:
-                yield sse.PING
+                if not serving():
+                    yield _frames(reply.cut_off())
+                elif time.monotonic() - sent >= self._heartbeat:
+                    sent = time.monotonic()
+                    yield sse.PING
                 continue
+            sent = time.monotonic()
             if isinstance(item, RunError):
                 yield _frames(reply.fail(item))
                 continue

@@ -87,7 +87,8 @@ class Runner:
         self._guard = threading.Lock()
         self._live: dict[str, _Live] = {}
         self._queues: dict[str, list[list[_Live]]] = {}
-        self._foreign: dict[str, Held] = {}
+        # Runs of other workers that viewers here have seen: run id to thread id and message id.
+        self._foreign: dict[str, tuple[str, str]] = {}
         self._stopping = threading.Event()
 
     # Commands
@@ -191,8 +192,11 @@ class Runner:
                 if place is not None and place.epoch == end.epoch:
                     grow[entry["run"]["id"]] = entry, place.offset
                 elif entry["run"]["id"] in self._live:
-                    # Stored as of a log that is gone. Another worker's run has no event in this one.
+                    # Stored as of a log that is gone.
                     raise Lost
+                if entry["run"]["id"] not in self._live:
+                    # It has no event in this log; the sweep looks after it.
+                    self._foreign[entry["run"]["id"]] = thread_id, entry["message"]["id"]
         if not grow:
             return end
         place = Place(end.epoch, min(known for _, known in grow.values()))
@@ -339,6 +343,10 @@ class Runner:
                 _log.exception("the end of run %s cannot be stored yet", live.id)
                 if self._stopping.wait(1):
                     break
+            except Exception:
+                # Whatever it is, the thread's queue must go on.
+                _log.exception("the end of run %s cannot be told", live.id)
+                break
         self._forget(live)
 
     def _forget(self, live: _Live) -> None:
@@ -395,20 +403,23 @@ class Runner:
 
     def sweep(self) -> None:
         """Takes over what a lost worker left, and tells this worker's viewers how others' runs ended."""
+        seen = dict(self._foreign)
         found = {held.run["id"]: held for held in self._store.held(runs.c.worker != self._worker)}
-        for run_id, held in self._foreign.items():
-            if run_id not in found and run_id not in self._live:
-                self._tell(held)
-        self._foreign = found
+        for run_id, (thread_id, message_id) in seen.items():
+            if run_id not in found:
+                if run_id not in self._live:
+                    self._tell(thread_id, message_id)
+                self._foreign.pop(run_id, None)
+        for run_id, held in found.items():
+            self._foreign[run_id] = held.run["thread_id"], held.message["id"]
         expired = [held for held in found.values() if held.lease < time.time()]
         for group in _groups(expired):
             self._take_over(group)
 
-    def _tell(self, held: Held) -> None:
-        thread_id = held.run["thread_id"]
+    def _tell(self, thread_id: str, message_id: str) -> None:
         with self._log.lock(thread_id):
-            entry = self._store.entry(held.message["id"])
-            if entry is not None:
+            entry = self._store.entry(message_id)
+            if entry is not None and entry["run"]["status"] in TERMINAL:
                 told = [events.step_completed(step) for step in entry["steps"]]
                 told += [events.message_ended(entry["message"]), events.run_status(entry["run"])]
                 self._log.append(thread_id, told)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from .events import new_id
 from .log.memory import MemoryLog
 from .runner import Asked, Runner
 from .settings import Settings
+from .shutdown import serving
 from .threads import ThreadStore
 
 _log = logging.getLogger(__name__)
@@ -76,8 +76,9 @@ class Runtime:
         ]
         due = [time.monotonic()] * len(jobs)
         while not self.stopping.wait(min(0.25, self.settings.flush_seconds)):
-            if not _serving():
-                self._begin_stop()
+            if not serving():
+                # At once: gunicorn lets the process end only when the last request has, however long that takes.
+                threading.Thread(target=self.stop, daemon=True, name="assistream-stop").start()
                 break
             for at, (every, job) in enumerate(jobs):
                 if time.monotonic() >= due[at]:
@@ -116,9 +117,3 @@ def default_database(instance_path: str) -> str:
     folder = Path(instance_path)
     folder.mkdir(parents=True, exist_ok=True)
     return f"sqlite:///{folder / 'assistream.sqlite3'}"
-
-
-def _serving() -> bool:
-    """Whether this worker still takes requests. Gunicorn tells its workers alone, by their attribute
-    ``alive``; the worker is found as the object whose method handles SIGTERM."""
-    return bool(getattr(getattr(signal.getsignal(signal.SIGTERM), "__self__", None), "alive", True))

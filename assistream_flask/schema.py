@@ -92,5 +92,7 @@ answers: Final = sa.Table(
     sa.Column("status", sa.Integer, nullable=False),
     sa.Column("body", _JSON, nullable=False),
     sa.Column("place", sa.String(64)),
+    # What an answer repeats of a thread goes with the thread.
+    _id("thread_id", index=True),
     sa.Column("created_at", sa.BigInteger, nullable=False, index=True),
 )

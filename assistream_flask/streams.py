@@ -5,6 +5,7 @@ Both read the log; what the log can't prove they replace by a snapshot. Knows no
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator
 from typing import Final
 
@@ -32,11 +33,11 @@ class _Reader:
                 raise Lost
             self._subscription = self._runtime.log.subscribe(self._thread_id, self._place)
 
-    def read(self) -> list[Record]:
-        """Gives the next records, none after a heartbeat. Raises :class:`Lost`."""
+    def read(self, seconds: float) -> list[Record]:
+        """Gives the next records, none after so many ``seconds``. Raises :class:`Lost`."""
         self.open()
         assert self._subscription is not None
-        return self._subscription.read(self._runtime.settings.heartbeat_seconds)
+        return self._subscription.read(seconds)
 
     def snapshot(self) -> bytes | None:
         """Gives the frame of a snapshot, ``None`` when the thread is gone; reading goes on from there."""
@@ -70,7 +71,7 @@ def view(runtime: Runtime, thread_id: str, place: Place | None) -> Frames:
                     # Nothing may come for a while, and servers send no headers before the first byte.
                     yield first + b"\n"
                     first = b""
-                records, gone = _until_deleted(reader.read())
+                records, gone = _until_deleted(reader.read(runtime.settings.heartbeat_seconds))
             except Lost:
                 frame = reader.snapshot()
                 yield first + (frame or _deleted(thread_id))
@@ -96,23 +97,26 @@ def follow(runtime: Runtime, thread_id: str, message_id: str | None, runs: set[s
     reader = _Reader(runtime, thread_id, place)
     waiting = set(runs)
     first = sse.RETRY
+    due = time.monotonic() + runtime.settings.heartbeat_seconds
     try:
         while waiting:
             if runtime.stopping.is_set():
                 return
             try:
-                records, gone = _until_deleted(reader.read())
+                records, gone = _until_deleted(reader.read(max(0.0, due - time.monotonic())))
             except Lost:
                 frame = reader.snapshot()
                 yield first + (frame or _deleted(thread_id))
+                first = b""
                 waiting = {run_id for run_id in waiting if not _over(runtime, thread_id, run_id)}
             else:
                 ours = [one for one in records if one.key in runs or _tells_of(one, message_id)]
-                yield first + (b"".join(one.frame for one in ours) or sse.PING)
+                if ours or time.monotonic() >= due:
+                    yield first + (b"".join(one.frame for one in ours) or sse.PING)
+                    first, due = b"", time.monotonic() + runtime.settings.heartbeat_seconds
                 waiting -= {one.key or "" for one in ours if one.name in _ENDS}
                 if gone:
                     break
-            first = b""
         yield first + sse.DONE
     finally:
         reader.close()

@@ -40,6 +40,7 @@ class Answer(NamedTuple):
     status: int
     body: Json
     place: str | None = None
+    thread_id: str | None = None
 
 
 class Stored(NamedTuple):
@@ -79,13 +80,7 @@ class ThreadStore:
     """
 
     def __init__(self, url: str) -> None:
-        try:
-            self._engine = _engine(url)
-        except (sa.exc.ArgumentError, sa.exc.NoSuchModuleError, ImportError) as error:
-            raise ConfigurationError(
-                f"ASSISTREAM_DATABASE_URL cannot be used ({type(error).__name__}): give an SQLAlchemy URL such as "
-                "sqlite:////var/lib/app/assistream.sqlite3, and install the driver that it names"
-            ) from error
+        self._engine = _engine(url)
         sqlite = self._engine.dialect.name == "sqlite"
         # SQLite has one writer: a greenlet that waits for it inside SQLite would stop the one that holds it.
         self._writer: AbstractContextManager[object] = threading.RLock() if sqlite else nullcontext()
@@ -94,6 +89,11 @@ class ThreadStore:
         self._reader: AbstractContextManager[object] = self._writer if alone else nullcontext()
         self._writes = self._engine.execution_options(assistream_write=True)
         self._create()
+
+    @staticmethod
+    def check(url: str) -> None:
+        """Raises :class:`ConfigurationError` for a URL that cannot work. Connects to nothing."""
+        _engine(url).dispose()
 
     @contextmanager
     def _write(self) -> Iterator[Connection]:
@@ -162,6 +162,7 @@ class ThreadStore:
     def delete_thread(self, thread_id: str) -> None:
         """Deletes the thread and all that is in it."""
         with self._write() as connection:
+            connection.execute(answers.delete().where(answers.c.thread_id == thread_id))
             connection.execute(runs.delete().where(runs.c.thread_id == thread_id))
             connection.execute(messages.delete().where(messages.c.thread_id == thread_id))
             connection.execute(threads.delete().where(threads.c.id == thread_id))
@@ -247,11 +248,22 @@ class ThreadStore:
         return [_stored(row) for row in rows[:limit]][::-1], len(rows) > limit
 
     def history(self, message_id: str) -> list[Json]:
-        """Gives the messages before the message ``message_id`` in its thread, in order."""
-        this = sa.select(messages.c.thread_id, messages.c.position).where(messages.c.id == message_id).subquery()
+        """Gives what the run of the message ``message_id`` may see, in order: the messages before it, without
+        the replies of its own group where that runs in parallel."""
+        this = (
+            sa.select(messages.c.thread_id, messages.c.position, runs.c.group_id, runs.c.mode)
+            .join_from(messages, runs, runs.c.id == messages.c.run_id)
+            .where(messages.c.id == message_id)
+            .subquery()
+        )
+        beside = sa.select(runs.c.message_id).where(runs.c.group_id == this.c.group_id, this.c.mode == "parallel")
         query = (
             sa.select(*_MESSAGE)
-            .where(messages.c.thread_id == this.c.thread_id, messages.c.position < this.c.position)
+            .where(
+                messages.c.thread_id == this.c.thread_id,
+                messages.c.position < this.c.position,
+                messages.c.id.not_in(beside),
+            )
             .order_by(messages.c.position)
         )
         with self._read() as connection:
@@ -414,13 +426,19 @@ def _stored(row: Row[Any]) -> Stored:
 
 
 def _engine(url: str) -> Engine:
-    parsed = sa.make_url(url)
-    options: dict[str, Any] = {"pool_pre_ping": True}
-    if parsed.get_backend_name() == "sqlite":
-        options = {"connect_args": {"timeout": 10}}
-        if parsed.database in (None, "", ":memory:"):
-            options = {"poolclass": sa.StaticPool, "connect_args": {"check_same_thread": False}}
-    engine = sa.create_engine(parsed, **options)
+    try:
+        parsed = sa.make_url(url)
+        options: dict[str, Any] = {"pool_pre_ping": True}
+        if parsed.get_backend_name() == "sqlite":
+            options = {"connect_args": {"timeout": 10}}
+            if parsed.database in (None, "", ":memory:"):
+                options = {"poolclass": sa.StaticPool, "connect_args": {"check_same_thread": False}}
+        engine = sa.create_engine(parsed, **options)
+    except (sa.exc.ArgumentError, sa.exc.NoSuchModuleError, ImportError) as error:
+        raise ConfigurationError(
+            f"ASSISTREAM_DATABASE_URL cannot be used ({type(error).__name__}): give an SQLAlchemy URL such as "
+            "sqlite:////var/lib/app/assistream.sqlite3, and install the driver that it names"
+        ) from error
     if engine.dialect.name == "sqlite":
         sa.event.listen(engine, "connect", _sqlite_connect)
         sa.event.listen(engine, "begin", _sqlite_begin)

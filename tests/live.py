@@ -51,6 +51,10 @@ def left():
     alive = [o for o in gc.get_objects() if isinstance(o, greenlet.greenlet) and not o.dead]
     return jsonify(greenlets=len(alive), files=len(os.listdir("/proc/self/fd")), pid=os.getpid())
 
+@app.get("/relay")
+def relay():
+    return event_response(client().responses.create(model="m", input="Hi", stream=True))
+
 @app.get("/page")
 def page():
     return "<!doctype html><title>test</title>"
@@ -186,7 +190,8 @@ def stream(gunicorn: Gunicorn, path: str, *, last: str | None = None, by: str = 
             elif field == "data":
                 data = value
             elif not line and data:
-                yield Event(name, id, json.loads(data))
+                if data != "[DONE]":
+                    yield Event(name, id, json.loads(data))
                 name, id, data = "", None, ""
     finally:
         connection.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import random
 import signal
 import socket
@@ -124,6 +125,21 @@ def test_at_shutdown_streams_end_cleanly_and_runs_end(tmp_path: Path, how: signa
     assert cut["message"]["status"] == "incomplete"
     assert cut["message"]["content"][0]["text"]["value"]
     assert queued["run"]["status"] == "completed"
+
+
+def test_an_event_response_ends_whole_at_shutdown_and_holds_nothing_up(tmp_path: Path) -> None:
+    with running(tmp_path, delay=0.5, drain_seconds=0.5) as live:
+        thread = live.thread()
+        live.run(thread, "responses")
+        events = stream(live, "/relay")
+        next(events)
+        live.process.send_signal(signal.SIGTERM)
+        names = [event.name for event in events]
+        assert names[-2:] == ["thread.message.incomplete", "thread.run.incomplete"]
+        live.process.wait(10)
+        live.start()
+        _, entry = live.settled(thread)
+    assert entry["run"]["incomplete_details"] == {"reason": "server_shutdown"}
 
 
 def test_a_run_that_ends_in_time_survives_the_shutdown(tmp_path: Path) -> None:

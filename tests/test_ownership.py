@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import sqlite3
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -275,3 +278,19 @@ def test_the_owners_own_refusal_is_the_apps_answer(make_app: MakeApp) -> None:
     assert (answer.status_code, answer.headers["Location"]) == (302, "/login")
     message = refused(Someone(app, "banned").open("GET", f"{P}/threads"), 403, "invalid_request")
     assert message == "You are banned. Ask the operator."
+
+
+@pytest.mark.parametrize("nobody", [None, "", False, True])
+def test_what_apps_give_for_nobody_is_nobody(make_app: MakeApp, nobody: Any) -> None:
+    client = make_app(owner=lambda: nobody).test_client()
+    assert client.post(f"{P}/threads", json={}).status_code == 401
+
+
+def test_a_deleted_threads_text_is_nowhere_in_the_database(make_app: MakeApp, tmp_path: Path) -> None:
+    client = make_app(owner=lambda: "me").test_client()
+    url = f"{P}/threads/{client.post(f'{P}/threads', json={}).get_json()['id']}"
+    key = {"Idempotency-Key": "one"}
+    assert client.post(f"{url}/messages", json={"content": "Nobody may read this"}, headers=key).status_code == 201
+    assert client.delete(url).status_code == 204
+    with contextlib.closing(sqlite3.connect(tmp_path / "test.sqlite3")) as database:
+        assert "Nobody may read this" not in "".join(database.iterdump())

@@ -266,3 +266,11 @@ def test_head_gets_headers_and_closes_the_upstream(server: OfflineServer, client
     answer.close()
     assert server.requests[0].wait()
     assert server.requests[0].disconnected
+
+
+def test_the_chat_stream_manager_gives_the_whole_too(server: OfflineServer, client: openai.OpenAI) -> None:
+    server.replies = "All of it."
+    with client.chat.completions.stream(model="m", messages=[{"role": "user", "content": "Hi"}]) as stream:
+        events = frames(event_response(stream).get_data())
+    check_life(events, "completed", "completed")
+    assert said(events) == "All of it."

@@ -16,7 +16,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.test import Client
 from werkzeug.wrappers import Response
 
-from assistream_flask import Assistant, create_blueprint
+from assistream_flask import Assistant, ConfigurationError, create_blueprint
 from assistream_flask.testing import OfflineServer, Reply
 
 from .conftest import Caller, MakeApp, text, wait_until
@@ -663,3 +663,41 @@ def test_a_stream_that_is_left_is_counted_out(app: Flask, caller: Caller) -> Non
         assert len(app.extensions["assistream"].runtime().streams) == 1
         stream.close()
         assert app.extensions["assistream"].runtime().streams == {}
+
+
+def test_a_prefix_with_a_variable_works(make_app: MakeApp, server: OfflineServer) -> None:
+    app = Flask("tenants")
+    app.secret_key = "only for tests"
+    app.config["ASSISTREAM_DATABASE_URL"] = "sqlite://"
+    with server.client() as ours:
+        app.register_blueprint(create_blueprint([Assistant("tutor", model="m")], client=ours), url_prefix="/<tenant>/p")
+        client = app.test_client()
+        with client.get("/acme/p/assistream.js") as answer:
+            assert answer.status_code == 200
+        url = f"/acme/p/threads/{client.post('/acme/p/threads', json={}).get_json()['id']}"
+        assert client.post(f"{url}/messages", json={"content": "Hi"}).status_code == 201
+        app.extensions["assistream"].close()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("REDIS_URL", "redis://127.0.0.1"), ("DATABASE_URL", "nonsense"), ("MAX_RUNS", "x")]
+)
+def test_a_setting_that_cannot_work_fails_the_registration(name: str, value: str) -> None:
+    app = Flask("settings")
+    app.config.update({"SECRET_KEY": "only for tests", f"ASSISTREAM_{name}": value})
+    with pytest.raises(ConfigurationError, match=name):
+        app.register_blueprint(create_blueprint([]))
+
+
+def test_a_posts_own_stream_sends_no_ping_for_the_events_of_other_runs(
+    make_app: MakeApp, server: OfflineServer
+) -> None:
+    server.replies = Reply("word " * 100, delay=0.002)
+    caller = Caller(make_app(heartbeat_seconds=15))
+    caller.run("critic")
+    answer = caller.client.post(
+        f"{caller.url}/runs",
+        json={"assistant_ids": ["tutor"], "content": "Hi"},
+        headers={"Accept": "text/event-stream"},
+    )
+    assert b"event: ping" not in answer.get_data()

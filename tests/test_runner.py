@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 from sqlalchemy.exc import OperationalError
 
@@ -71,6 +72,59 @@ def incomplete(caller: Caller, run_id: str) -> str | None:
 
 
 # Order and context
+
+
+def test_no_parallel_run_sees_a_reply_of_its_own_group_however_quick_it_was(
+    make_app: MakeApp, server: OfflineServer
+) -> None:
+    server.replies = "Quick."
+    caller = Caller(make_app())
+    for number in range(3):
+        caller.run(*["tutor", "critic"] * 8, content=f"Question {number}")
+        caller.wait(30)
+        asked = [one for one in server.requests if one.messages[-1] == ("user", f"Question {number}")]
+        assert [len(one.messages) for one in asked] == [17 * number + 1] * 16
+
+
+def test_nothing_unreadable_from_upstream_holds_up_the_thread(make_app: MakeApp, server: OfflineServer) -> None:
+    server.replies = [Reply("Look.", annotations=({"score": float("nan")},)), "Fine."]
+    caller = Caller(make_app())
+    (first,) = caller.run("tutor")
+    assert ended(caller, first) == ("failed", "upstream_malformed")
+    (second,) = caller.run("tutor")
+    assert ended(caller, second) == ("completed", None)
+
+
+def test_a_viewer_hears_of_another_workers_run_that_ended_before_the_first_sweep(
+    make_app: MakeApp, server: OfflineServer, held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep, sweeps = runner.Runner.sweep, threading.Event()
+    monkeypatch.setattr(runner.Runner, "sweep", lambda self: sweeps.is_set() and sweep(self))
+    old, new = make_app(owner=me), make_app(owner=me)
+    caller = Caller(old)
+    (run_id,) = caller.run("tutor")
+    events = new.test_client().get(f"{caller.url}/events", buffered=False).iter_encoded()
+    assert b'"in_progress"' in next(events)
+    held.let_go()
+    assert ended(caller, run_id) == ("completed", None)
+    sweeps.set()
+    wait_until(lambda: b"thread.run.completed" in next(events))
+
+
+def test_a_client_is_made_in_the_apps_context(make_app: MakeApp, server: OfflineServer) -> None:
+    from flask import current_app
+
+    made: list[str] = []
+    with server.client() as ours:
+
+        def client() -> openai.OpenAI:
+            made.append(current_app.name)
+            return ours
+
+        caller = Caller(make_app(client=client))
+        (run_id,) = caller.run("tutor")
+        assert ended(caller, run_id) == ("completed", None)
+    assert made == ["app"]
 
 
 def test_parallel_runs_start_at_once_and_see_the_thread_up_to_the_users_message(

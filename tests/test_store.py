@@ -283,10 +283,14 @@ def test_history_is_what_stands_before_a_message_in_its_thread(store: ThreadStor
     thread_id, other = new_thread(store)["id"], new_thread(store)["id"]
     store.add(ME, other, user(other))
     message, (first, second) = user(thread_id), (pair(thread_id, "a"), pair(thread_id, "b"))
-    store.add(ME, thread_id, message, [first, second])
+    store.add(ME, thread_id, message, [first, second], mode="sequential", group_id="one")
     store.add(ME, thread_id, user(thread_id))
     assert store.history(first[1]["id"]) == [message]
     assert store.history(second[1]["id"]) == [message, first[1]]
+    third, fourth = pair(thread_id, "a"), pair(thread_id, "b")
+    store.add(ME, thread_id, None, [third, fourth], mode="parallel", group_id="two")
+    assert third[1] not in store.history(fourth[1]["id"])
+    assert second[1] in store.history(fourth[1]["id"])
     assert store.history("msg_unknown") == []
 
 

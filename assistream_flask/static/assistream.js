@@ -27,11 +27,8 @@ const over = ({ status }) => /^(completed|incomplete|failed|cancelled)$/.test(st
 /** @type {(code: string, message: string, more?: object) => AssistreamError} */
 const failure = (code, message, more) => Object.assign(new Error(message), { code, ...more });
 
-/** @type {(signal?: AbortSignal, runs?: Run[]) => Error} */
-const abortError = (signal, runs) =>
-	signal?.reason instanceof Error && !runs
-		? signal.reason
-		: Object.assign(new DOMException("Aborted", "AbortError"), { runs });
+/** @param {Run[]} [runs] */
+const abortError = (runs) => Object.assign(new DOMException("Aborted", "AbortError"), { runs });
 
 /** @type {(ok: any, rule: string, got: any) => void} */
 const need = (ok, rule, got) => {
@@ -105,7 +102,7 @@ export const createAssistream = (options = {}) => {
 		const href = url(path);
 		for (let tries = 0; ; tries++) {
 			let error, final, after = 0;
-			if (signal?.aborted) throw abortError(signal);
+			if (signal?.aborted) throw abortError();
 			try {
 				const until = (post && signal) || AbortSignal.timeout(60e3);
 				const response = await (options.fetch ?? fetch)(
@@ -115,7 +112,8 @@ export const createAssistream = (options = {}) => {
 				if (ok) return [answer, headers.get("Last-Event-ID")];
 				error = failure(`http_${status}`, `The server answered ${status}`, { status, ...answer?.error });
 				after = parseFloat(headers.get("Retry-After") ?? "");
-				final = ![408, 429, 502, 503, 504].includes(status) && (post || status < 500);
+				// Without our error it is some proxy's word.
+				final = ![408, 429, 502, 503, 504].includes(status) && (post || (status < 500 && answer?.error));
 				if (post && status === 429) final = !(after <= 5) || tries > 3;
 			} catch (reason) {
 				error = failure("network_error", `No answer: ${reason}`);
@@ -395,12 +393,12 @@ export const createAssistream = (options = {}) => {
 			need(set == null || typeof set === "function", "set must be a function or null", set);
 			need(Array.isArray(assistant_ids) && assistant_ids.every((id) => id && typeof id === "string"),
 				"assistant ids must be non-empty strings", assistant_ids);
-			if (signal?.aborted) throw abortError(signal);
+			if (signal?.aborted) throw abortError();
 			/** @type {Run[]} */
 			let runs = [];
 			let leave = () => {};
 			const cancel = () => {
-				reject(abortError(signal, runs));
+				reject(abortError(runs));
 				for (const run of runs)
 					if (!over(run)) call(`${path}/${run.id}/cancel`, {}).catch(() => {});
 			};
@@ -434,9 +432,9 @@ export const createAssistream = (options = {}) => {
 		loadThread: (thread_id, set, { signal } = {}) =>
 			new Promise((resolve, reject) => {
 				need(typeof set === "function", "set must be a function", set);
-				if (signal?.aborted) throw abortError(signal);
+				if (signal?.aborted) throw abortError();
 				const leave = join(thread_id)(set, resolve, reject);
-				signal?.addEventListener("abort", () => { leave(); reject(abortError(signal)); });
+				signal?.addEventListener("abort", () => { leave(); reject(abortError()); });
 			}),
 
 		/** @type {(thread_id: string, content: string, options?: Options) => Promise<Entry>} */

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, NamedTuple, Protocol
 
 from ..errors import RunError
-from ..events import Json, clean
+from ..events import Json, clean, dumps
 
 
 class Turn(NamedTuple):
@@ -87,7 +88,14 @@ class Slots:
 
     def annotation(self, key: object, value: object) -> list[Part]:
         """Gives the annotation for the text part that ``key`` names."""
-        return [Annotation(self._place(("text", key)), value)] if isinstance(value, dict) else []
+        if not isinstance(value, dict):
+            return []
+        try:
+            # As pages and every database can read it.
+            whole: Json = json.loads(dumps(value).replace("\\u0000", "\\ufffd"))
+        except (ValueError, TypeError):
+            return []
+        return [Annotation(self._place(("text", key)), whole)]
 
     def reasoning(self, value: object) -> list[Part]:
         """Gives a piece of the reasoning's summary, of which there is one."""
@@ -137,10 +145,11 @@ def usage(value: Any) -> Json | None:
     completion = value.get("completion_tokens", value.get("output_tokens"))
     if not isinstance(prompt, int) or not isinstance(completion, int):
         return None
+    total = value.get("total_tokens")
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
-        "total_tokens": value.get("total_tokens", prompt + completion),
+        "total_tokens": total if isinstance(total, int) else prompt + completion,
     }
 
 

@@ -48,10 +48,15 @@ def _parsed(frame: Frame) -> tuple[str, Json]:
     if frame.data.startswith(DONE):
         return DONE, {}
     try:
-        data = json.loads(frame.data)
+        data = json.loads(frame.data, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise RunError("upstream_malformed") from error
     return _kind(frame.event, data)
+
+
+def _no_constant(name: str) -> None:
+    # NaN and Infinity are no JSON, and no browser reads them.
+    raise ValueError(name)
 
 
 def _kind(name: str, data: Any) -> tuple[str, Json]:
@@ -68,6 +73,9 @@ def _kind(name: str, data: Any) -> tuple[str, Json]:
 def _plain(event: Any) -> tuple[str, Json]:
     """An event object of the SDK, or the mapping it was made from."""
     data = event if isinstance(event, dict) else event.to_dict(mode="json", warnings=False)
+    if data.get("type") == "chunk" and isinstance(data.get("chunk"), dict):
+        # What client.chat.completions.stream() gives beside its own events.
+        data = data["chunk"]
     if "event" in data and "data" in data:
         return _kind(data["event"] or "", data["data"])
     return _kind("", data)

@@ -188,7 +188,7 @@ function gone(error) {
     ? "It was deleted, or it belongs to another browser." : error.message;
 }
 
-const openFromHash = () => open(decodeURIComponent(location.hash.slice(1)) || null);
+const openFromHash = () => open(location.hash.slice(1) || null);
 addEventListener("hashchange", openFromHash);
 
 /** What there is to say about the connection, unless it turns out to be nothing before `ms` are over. */
