@@ -14,6 +14,7 @@ RUN_ERRORS: Final[dict[str, str]] = {
     "The app's operator must check OPENAI_API_KEY.",
     "upstream_rejected": "The model server refused the request. "
     "The app's operator must check the assistant's model and arguments; the log has the details.",
+    "context_length_exceeded": "This thread has become too long for the model. Start a new one.",
     "upstream_error": "The model server failed. Try again.",
     "upstream_unreachable": "The model server could not be reached. Try again in a moment.",
     "upstream_cut": "The connection to the model server broke in mid-answer. Try again.",

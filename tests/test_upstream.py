@@ -561,3 +561,25 @@ def test_the_error_of_a_broken_iterator_is_no_answer() -> None:
 
     got = read(lambda: upstream.translate(events()))
     assert (got.text, got.code) == ("one", "upstream_cut")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "This model's maximum context length is 8192 tokens.",
+        "request (4125 tokens) exceeds the available context size (4096 tokens), try increasing it",
+        "Your input exceeds the context window of this model.",
+    ],
+)
+def test_a_thread_too_long_for_the_model_is_told_as_that(message: str) -> None:
+    def refuse(request: httpx2.Request) -> httpx2.Response:
+        return httpx2.Response(400, json={"error": {"message": message, "type": "invalid_request_error"}})
+
+    with openai.OpenAI(
+        api_key="none",
+        base_url="http://127.0.0.1/v1",
+        http_client=httpx2.Client(transport=httpx2.MockTransport(refuse)),
+    ) as client:
+        with pytest.raises(RunError) as failed:
+            upstream.open(client, Assistant("a", model="m"), [Turn("user", "Hi")], 1)
+        assert failed.value.code == "context_length_exceeded"

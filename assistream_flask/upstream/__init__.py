@@ -7,6 +7,7 @@ Both give an :class:`Upstream`: an iterator of lists of parts, one list a networ
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -131,6 +132,8 @@ def _code(error: Exception, otherwise: str) -> str:
         return "rate_limit_exceeded"
     if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
         return "upstream_unauthorized"
+    if isinstance(error, openai.BadRequestError) and re.search("context.?(length|size|window)", str(error), re.I):
+        return "context_length_exceeded"
     if isinstance(error, openai.APIStatusError):
         return "upstream_error" if error.status_code >= 500 else "upstream_rejected"
     if isinstance(error, openai.APIConnectionError):

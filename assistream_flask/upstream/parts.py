@@ -126,7 +126,9 @@ def code_of(error: Any) -> str:
         return "rate_limit_exceeded"
     if "api_key" in words or "auth" in words or "permission" in words:
         return "upstream_unauthorized"
-    if "invalid" in words or "not_found" in words or "context_length" in words:
+    if "context_length" in words:
+        return "context_length_exceeded"
+    if "invalid" in words or "not_found" in words:
         return "upstream_rejected"
     return "upstream_error"
 
