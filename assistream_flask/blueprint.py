@@ -186,13 +186,7 @@ def _route(view: Callable[..., Response]) -> Callable[..., Response]:
 
     @wraps(view)
     def checked(**values: str) -> Response:
-        if request.environ.get("wsgi.multiprocess"):
-            raise RequestError(
-                503,
-                "too_many_workers",
-                "The event log is in memory and this server runs several processes. "
-                "Its operator must run one worker: gunicorn --workers 1.",
-            )
+        _check_server(request.environ)
         state: _State = current_app.extensions[_EXTENSION]
         part = state.parts[request.blueprint or ""]
         if request.method not in ("GET", "HEAD"):
@@ -207,6 +201,19 @@ def _route(view: Callable[..., Response]) -> Callable[..., Response]:
         return view(call, **{key: values[key] for key in ("thread_id", "run_id") if key in values})
 
     return checked
+
+
+def _check_server(environ: dict[str, Any]) -> None:
+    """Refuses what would fail in silence, and says so in the log too."""
+    fix = None
+    if environ.get("wsgi.multiprocess"):
+        fix = "too_many_workers", "The event log is in memory: run one worker, with gunicorn --workers 1."
+    elif environ.get("SERVER_SOFTWARE", "").startswith("gunicorn") and not environ.get("wsgi.multithread"):
+        fix = "sync_worker", "One event stream would hold up all else: run gunicorn with --worker-class gevent."
+    if fix is not None:
+        _log.error("assistream cannot serve as the server runs: %s", fix[1])
+        # Not 503: trying again does not help.
+        raise RequestError(500, fix[0], f"This server is not set up for event streams. {fix[1]}")
 
 
 def _caller(part: _Part, scope: str) -> Owner | None:

@@ -273,7 +273,12 @@ class Runner:
         live.deadline = time.monotonic() + self._settings.run_seconds
 
         def ask() -> upstream.Upstream:
-            return upstream.open(client(), assistant, turns, stall)
+            try:
+                ours = client()
+            except openai.OpenAIError as error:
+                _log.error("no client could be made: %s", error)
+                raise RunError("upstream_unauthorized") from error
+            return upstream.open(ours, assistant, turns, stall)
 
         live.upstream = live.waits.wait(ask)
         batches = iter(live.upstream)
@@ -454,7 +459,7 @@ class Runner:
         until = time.monotonic() + drain
         under_way = [live for live in list(self._live.values()) if live.reply.run["status"] != "queued"]
         if under_way and drain:
-            _log.warning("shutting down: up to %g s for %d runs under way", drain, len(under_way))
+            _log.warning("shutting down: waiting up to %g s for the runs under way (%d)", drain, len(under_way))
         for live in under_way:
             live.ended.wait(max(0.0, until - time.monotonic()))
         for live in under_way:

@@ -64,7 +64,10 @@ def page():
 class Gunicorn:
     """One gunicorn with one gevent worker, and a caller of the app in it."""
 
-    def __init__(self, folder: Path, *, delay: float = 0.02, app: str = APP, **settings: Any) -> None:
+    def __init__(
+        self, folder: Path, *, delay: float = 0.02, app: str = APP, worker_class: str = "gevent", **settings: Any
+    ) -> None:
+        self._worker_class = worker_class
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port: int = free.getsockname()[1]
@@ -78,7 +81,7 @@ class Gunicorn:
 
     def start(self) -> None:
         """Starts it and waits until it answers."""
-        command = [sys.executable, "-m", "gunicorn", "-k", "gevent", "-b", f"127.0.0.1:{self.port}"]
+        command = [sys.executable, "-m", "gunicorn", "-k", self._worker_class, "-b", f"127.0.0.1:{self.port}"]
         command += ["--no-control-socket", "live_app:app"]
         with open(self._folder / "gunicorn.log", "ab") as log:
             self._process = subprocess.Popen(command, cwd=self._folder, env=self.env, stdout=log, stderr=log)

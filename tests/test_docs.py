@@ -96,14 +96,12 @@ def test_the_owner_example_names_signed_in_users_only() -> None:
 
 
 def test_the_event_response_example_streams(server: OfflineServer) -> None:
-    from flask import request
-
     app = Flask("docs")
     server.replies = "Forty-two."
     with server.client() as client:
         exec(
             code("python")[2],
-            {"app": app, "client": client, "request": request, "event_response": assistream_flask.event_response},
+            {"app": app, "client": client},
         )
         answer = app.test_client().post("/ask", json={"question": "What?"})
         assert answer.mimetype == "text/event-stream"

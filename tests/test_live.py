@@ -287,7 +287,21 @@ def test_a_server_with_several_processes_is_told_what_to_do(tmp_path: Path) -> N
         with pytest.raises(urllib.error.HTTPError) as refused:
             gunicorn.thread()
         with refused.value:
-            assert refused.value.code == 503
+            assert refused.value.code == 500
             assert b"--workers 1" in refused.value.read()
+        assert "--workers 1" in gunicorn.log()
+    finally:
+        gunicorn.stop()
+
+
+def test_a_sync_worker_is_told_what_to_do(tmp_path: Path) -> None:
+    gunicorn = Gunicorn(tmp_path, worker_class="sync")
+    gunicorn.start()
+    try:
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            gunicorn.thread()
+        with refused.value:
+            assert refused.value.code == 500
+            assert b"--worker-class gevent" in refused.value.read()
     finally:
         gunicorn.stop()
