@@ -26,7 +26,7 @@ from assistream_flask.threads import Owner, ThreadStore, thread_object
 from assistream_flask.upstream.parts import Annotation, End, Part, Reasoning, Refusal, Text
 
 ME = Owner("blue", "me")
-TRIALS = int(os.environ.get("ASSISTREAM_TRIALS", "30"))
+TRIALS = int(os.environ.get("ASSISTREAM_TRIALS", "170"))
 
 
 class Script:
