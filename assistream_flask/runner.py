@@ -226,11 +226,12 @@ class Runner:
         while True:
             # Under the thread's lock, so that a group taken over from another worker keeps its turn.
             with self._log.lock(thread_id):
-                busy = self._busy_elsewhere(thread_id)
                 with self._guard:
                     if not self._queues[thread_id] or self._stopping.is_set():
                         del self._queues[thread_id]
                         return
+                busy = self._busy_elsewhere(thread_id)
+                with self._guard:
                     group = [] if busy else self._queues[thread_id].pop(0)
             for live in group:
                 _spawn(self._perform, live)
@@ -241,9 +242,8 @@ class Runner:
 
     def _busy_elsewhere(self, thread_id: str) -> bool:
         """Whether another worker, one that this one replaces, still works on the thread."""
-        where = (runs.c.thread_id == thread_id, runs.c.worker != self._worker)
         try:
-            return bool(self._store.held(*where))
+            return self._store.busy_elsewhere(thread_id, self._worker)
         except SQLAlchemyError:
             _log.exception("the store failed")
             return True

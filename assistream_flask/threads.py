@@ -226,11 +226,7 @@ class ThreadStore:
         """Gives the newest entries (older than the message ``before``), in order, and whether there are
         more; ``None`` when the thread is gone, or ``before`` is no message of it."""
         query = (
-            sa.select(messages, *_prefixed(runs))
-            .select_from(messages.outerjoin(runs, runs.c.id == messages.c.run_id))
-            .where(messages.c.thread_id == thread_id)
-            .order_by(messages.c.position.desc())
-            .limit(limit + 1)
+            _entries().where(messages.c.thread_id == thread_id).order_by(messages.c.position.desc()).limit(limit + 1)
         )
         with self._read() as connection:
             if before is not None:
@@ -321,15 +317,16 @@ class ThreadStore:
             )
         return found
 
+    def busy_elsewhere(self, thread_id: str, worker: str) -> bool:
+        """Tells whether a worker other than ``worker`` has a run of the thread that is not over."""
+        where = (runs.c.thread_id == thread_id, runs.c.worker != worker, runs.c.status.in_(_LIVE))
+        with self._read() as connection:
+            return connection.execute(sa.select(runs.c.id).where(*where).limit(1)).first() is not None
+
     def entry(self, message_id: str) -> Json | None:
         """Gives one entry as stored."""
-        query = (
-            sa.select(messages, *_prefixed(runs))
-            .select_from(messages.outerjoin(runs, runs.c.id == messages.c.run_id))
-            .where(messages.c.id == message_id)
-        )
         with self._read() as connection:
-            row = connection.execute(query).first()
+            row = connection.execute(_entries().where(messages.c.id == message_id)).first()
         return None if row is None else _stored(row).entry
 
     def renew(self, worker: str, lease: float, queued: bool = True) -> list[str]:
@@ -403,6 +400,11 @@ def _columns(value: Json, columns: list[sa.Column[Any]]) -> Json:
 
 def _prefixed(table: sa.Table) -> list[sa.Label[Any]]:
     return [column.label(f"run.{column.name}") for column in table.c]
+
+
+def _entries() -> sa.Select[Any]:
+    joined = messages.outerjoin(runs, runs.c.id == messages.c.run_id)
+    return sa.select(messages, *_prefixed(runs)).select_from(joined)
 
 
 def _message(row: Any) -> Json:

@@ -128,6 +128,16 @@ class Caller:
         return self.entries()
 
 
+@pytest.fixture
+def app(make_app: MakeApp) -> Flask:
+    return make_app()
+
+
+@pytest.fixture
+def caller(app: Flask) -> Caller:
+    return Caller(app)
+
+
 def text(entry: dict[str, Any]) -> str:
     """All that an entry says."""
     return "".join(part.get("refusal") or part["text"]["value"] for part in entry["message"]["content"])

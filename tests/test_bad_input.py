@@ -30,11 +30,6 @@ def app(make_app: MakeApp) -> Flask:
     return make_app(max_message_chars=LIMIT, max_assistants=3)
 
 
-@pytest.fixture
-def caller(app: Flask) -> Caller:
-    return Caller(app)
-
-
 def rows(app: Flask) -> dict[str, int]:
     """How much is stored."""
     path = app.config["ASSISTREAM_DATABASE_URL"].removeprefix("sqlite:///")

@@ -20,16 +20,6 @@ RUNS: dict[str, Any] = {"assistant_ids": ["tutor", "critic"], "content": "Hi"}
 SSE = {"Accept": "text/event-stream"}
 
 
-@pytest.fixture
-def app(make_app: MakeApp) -> Flask:
-    return make_app()
-
-
-@pytest.fixture
-def caller(app: Flask) -> Caller:
-    return Caller(app)
-
-
 def post(caller: Caller, url: str, body: Any, key: str = "key", **headers: str) -> TestResponse:
     return caller.client.post(url, json=body, headers={"Idempotency-Key": key, **headers})
 

@@ -13,28 +13,20 @@ import sys
 import threading
 import time
 import urllib.error
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.conftest import OVER, wait_until
 from tests.live import ROOT, Event, Gunicorn, running, stream
-
-OVER = ("completed", "incomplete", "failed", "cancelled")
 
 
 @pytest.fixture
 def live(tmp_path: Path) -> Iterator[Gunicorn]:
     with running(tmp_path, max_runs=1000, max_streams=1000) as gunicorn:
         yield gunicorn
-
-
-def wait(true: Callable[[], object], seconds: float = 15) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it did not come to pass"
-        time.sleep(0.05)
 
 
 class Viewer:
@@ -82,9 +74,9 @@ def test_cancel_closes_the_upstream_connection_also_before_its_first_byte(live: 
     thread = live.thread()
     for number, assistant in enumerate(["responses", "chat-stall_headers", "assistants-stall"], 1):
         (run,) = live.run(thread, assistant)
-        wait(lambda number=number: len(live.get("/asked")) == number)  # type: ignore[misc]
+        wait_until(lambda number=number: len(live.get("/asked")) == number)  # type: ignore[misc]
         assert live.request("POST", f"{thread}/runs/{run}/cancel")["status"] == "cancelled"
-        wait(lambda number=number: live.get("/asked")[number - 1][1], 1)  # type: ignore[misc]
+        wait_until(lambda number=number: live.get("/asked")[number - 1][1], 1)  # type: ignore[misc]
     for entry in live.entries(thread)[1::2]:
         assert entry["message"]["status"] == "incomplete"
         assert entry["message"]["incomplete_details"] == {"reason": "run_cancelled"}
@@ -269,7 +261,7 @@ def _leaves_nothing(live: Gunicorn) -> None:
         # The model server's idle connections are kept for the next runs, ten at most, on both of their ends.
         return bool(after["greenlets"] <= before["greenlets"] + 12 and after["files"] <= before["files"] + 22)
 
-    wait(as_before, 60)
+    wait_until(as_before, 60)
 
 
 def test_more_than_one_worker_is_refused_at_start(tmp_path: Path) -> None:
@@ -279,29 +271,21 @@ def test_more_than_one_worker_is_refused_at_start(tmp_path: Path) -> None:
     assert "one worker" in found.stderr
 
 
-def test_a_server_with_several_processes_is_told_what_to_do(tmp_path: Path) -> None:
-    gunicorn = Gunicorn(tmp_path)
-    gunicorn.env["WEB_CONCURRENCY"] = "2"
+@pytest.mark.parametrize(
+    ("workers", "worker_class", "fix"), [("2", "gevent", "--workers 1"), ("1", "sync", "--worker-class gevent")]
+)
+def test_a_server_that_cannot_work_is_told_what_to_do(
+    tmp_path: Path, workers: str, worker_class: str, fix: str
+) -> None:
+    gunicorn = Gunicorn(tmp_path, worker_class=worker_class)
+    gunicorn.env["WEB_CONCURRENCY"] = workers
     gunicorn.start()
     try:
         with pytest.raises(urllib.error.HTTPError) as refused:
             gunicorn.thread()
         with refused.value:
             assert refused.value.code == 500
-            assert b"--workers 1" in refused.value.read()
-        assert "--workers 1" in gunicorn.log()
-    finally:
-        gunicorn.stop()
-
-
-def test_a_sync_worker_is_told_what_to_do(tmp_path: Path) -> None:
-    gunicorn = Gunicorn(tmp_path, worker_class="sync")
-    gunicorn.start()
-    try:
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            gunicorn.thread()
-        with refused.value:
-            assert refused.value.code == 500
-            assert b"--worker-class gevent" in refused.value.read()
+            assert fix in refused.value.read().decode()
+        assert fix in gunicorn.log()
     finally:
         gunicorn.stop()

@@ -68,16 +68,6 @@ RUN = {
 }
 
 
-@pytest.fixture
-def app(make_app: MakeApp) -> Flask:
-    return make_app()
-
-
-@pytest.fixture
-def caller(app: Flask) -> Caller:
-    return Caller(app)
-
-
 def say(caller: Caller, content: str) -> str:
     answer = caller.client.post(f"{caller.url}/messages", json={"content": content})
     assert answer.status_code == 201
