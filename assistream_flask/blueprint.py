@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, Final, NamedTuple, cast
 
@@ -18,13 +18,14 @@ from flask.blueprints import BlueprintSetupState
 from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
 
-from . import checks, events, sse, streams
+from . import checks, doctor, events, server, sse, streams
 from .assistants import Assistant, index
 from .errors import AssistreamError, ConfigurationError, RequestError
 from .events import Json
-from .log import Place
+from .live import Asked
+from .log import Away, Place
 from .relay import relay
-from .runner import Asked, Started
+from .runner import Started
 from .runtime import Runtime, default_database
 from .settings import Settings
 from .threads import Answer, AnsweredBefore, Owner, ThreadStore, TooManyRuns, thread_object
@@ -37,6 +38,7 @@ Client = openai.OpenAI | Callable[[], openai.OpenAI]
 _EXTENSION: Final = "assistream"
 _SESSION_KEY: Final = "assistream_owner"
 _ID: Final = re.compile(r"(thread|msg|run)_[0-9a-f]{32}")
+_NOTHING: Final = "There is nothing at this address. See the route table in assistream's README."
 
 
 class _Part:
@@ -86,16 +88,25 @@ class _State:
         self._app = app
         self.parts: dict[str, _Part] = {}
         self._runtimes: dict[int, Runtime] = {}
+        self._patched = doctor.patched()
+
+    def settings(self) -> Settings:
+        """The app's settings, with a database where it names none."""
+        config = dict(self._app.config)
+        if not config.get("ASSISTREAM_DATABASE_URL"):
+            config["ASSISTREAM_DATABASE_URL"] = default_database(self._app.instance_path)
+        return Settings.read(config)
+
+    def patient(self) -> doctor.Patient:
+        """What the doctor looks at."""
+        return doctor.Patient(self.settings(), self.parts, self._app.secret_key, self._patched)
 
     def runtime(self) -> Runtime:
         """The present process's runtime, made at its first request."""
         pid = os.getpid()
         runtime = self._runtimes.get(pid)
         if runtime is None:
-            config = dict(self._app.config)
-            if not config.get("ASSISTREAM_DATABASE_URL"):
-                config["ASSISTREAM_DATABASE_URL"] = default_database(self._app.instance_path)
-            made = Runtime(Settings.read(config), self._adopt)
+            made = Runtime(self.settings(), self._adopt)
             runtime = self._runtimes.setdefault(pid, made)
             if runtime is made:
                 made.start()
@@ -132,11 +143,13 @@ def create_blueprint(
 
     Raises :class:`ConfigurationError`, here or at registration.
     """
-    blueprint = Blueprint(name, __name__)
+    blueprint = Blueprint(name, __name__, cli_group="assistream")
+    blueprint.cli.command("doctor")(doctor.command(lambda: current_app.extensions[_EXTENSION].patient()))
     blueprint.record(lambda setup: _register(setup, _Part(assistants, owner, client)))
     blueprint.register_error_handler(RequestError, _request_error)
     blueprint.register_error_handler(HTTPException, _http_error)
     blueprint.register_error_handler(SQLAlchemyError, _store_error)
+    blueprint.register_error_handler(Away, _log_error)
     blueprint.register_error_handler(Exception, _unexpected)
     blueprint.add_url_rule("/assistream.js", "helper", _helper)
     blueprint.add_url_rule("/assistants", "assistants", _route(_assistants))
@@ -149,6 +162,7 @@ def create_blueprint(
     blueprint.add_url_rule(f"{thread}/runs", "create_runs", _route(_create_runs), methods=["POST"])
     blueprint.add_url_rule(f"{thread}/runs/<run_id>/cancel", "cancel", _route(_cancel), methods=["POST"])
     blueprint.add_url_rule(f"{thread}/events", "events", _route(_events))
+    blueprint.add_url_rule("/doctor", "doctor", _doctor)
     return blueprint
 
 
@@ -164,8 +178,14 @@ def _register(setup: BlueprintSetupState, part: _Part) -> None:
     state.parts[name] = part
     part.app = app
     # What cannot work is told now, not to the first visitor.
-    if url := Settings.read(app.config).database_url:
-        ThreadStore.check(url)
+    settings = Settings.read(app.config)
+    if settings.database_url:
+        ThreadStore.check(settings.database_url)
+    if (server.setting("workers") or 1) > 1 and not settings.redis_url:
+        raise ConfigurationError(
+            f"gunicorn runs {server.setting('workers')} workers, and each has an event log of its own in memory: "
+            "set app.config['ASSISTREAM_REDIS_URL'], or run gunicorn with --workers 1"
+        )
     if setup.url_prefix and setup.url_prefix != "/":
         # Below a prefix of our own every path is ours, and what the router refuses there is JSON too.
         fixed = re.split("<[^>]*>", setup.url_prefix.rstrip("/") + "/")
@@ -186,7 +206,7 @@ def _route(view: Callable[..., Response]) -> Callable[..., Response]:
 
     @wraps(view)
     def checked(**values: str) -> Response:
-        _check_server(request.environ)
+        _check_server()
         state: _State = current_app.extensions[_EXTENSION]
         part = state.parts[request.blueprint or ""]
         if request.method not in ("GET", "HEAD"):
@@ -203,13 +223,9 @@ def _route(view: Callable[..., Response]) -> Callable[..., Response]:
     return checked
 
 
-def _check_server(environ: dict[str, Any]) -> None:
+def _check_server() -> None:
     """Refuses what would fail in silence, and says so in the log too."""
-    fix = None
-    if environ.get("wsgi.multiprocess"):
-        fix = "too_many_workers", "The event log is in memory: run one worker, with gunicorn --workers 1."
-    elif environ.get("SERVER_SOFTWARE", "").startswith("gunicorn") and not environ.get("wsgi.multithread"):
-        fix = "sync_worker", "One event stream would hold up all else: run gunicorn with --worker-class gevent."
+    fix = server.unfit(request.environ, bool(current_app.config.get("ASSISTREAM_REDIS_URL")))
     if fix is not None:
         _log.error("assistream cannot serve as the server runs: %s", fix[1])
         # Not 503: trying again does not help.
@@ -225,8 +241,9 @@ def _caller(part: _Part, scope: str) -> Owner | None:
     if named is None or named == "" or isinstance(named, bool):
         raise RequestError(401, "unauthenticated", "This app does not know who you are. Sign in first.")
     named = str(named)
-    # The column's length; a name is an id, and one that is cut could be another's.
-    return Owner(scope, named if len(named) <= 255 else hashlib.sha256(named.encode()).hexdigest())
+    # What the column holds; a name is an id, and one that is cut or cleaned could be another's.
+    fits = len(named) <= 255 and checks.storable(named)
+    return Owner(scope, named if fits else hashlib.sha256(named.encode("utf-8", "surrogatepass")).hexdigest())
 
 
 def _someone(call: _Call) -> Owner:
@@ -266,6 +283,12 @@ def _store_error(error: SQLAlchemyError) -> Response:
     )
 
 
+def _log_error(_: Away) -> Response:
+    return _request_error(
+        RequestError(503, "log_unavailable", "The event log cannot be reached. Try again.", retry_after=2)
+    )
+
+
 def _unexpected(error: Exception) -> Response:
     if isinstance(error, AssistreamError):
         _log.error("assistream cannot work as it is configured: %s", error)
@@ -289,7 +312,7 @@ def _refused(below: re.Pattern[str]) -> Response | None:
             allowed, f"Use {' or '.join(one for one in allowed if one not in ('HEAD', 'OPTIONS'))} here."
         )
     elif isinstance(error, NotFound):
-        error = NotFound("There is nothing at this address. See the route table in assistream's README.")
+        error = NotFound(_NOTHING)
     return _http_error(error)
 
 
@@ -519,20 +542,33 @@ def _cancel(call: _Call, thread_id: str, run_id: str) -> Response:
     return _json(given.body, 202)
 
 
+def _doctor(**_: str) -> Response:
+    if key := request.headers.get(doctor.HEADER):
+        _check_server()
+        state: _State = current_app.extensions[_EXTENSION]
+        if doctor.admitted(state.runtime().store, key):
+            frames = doctor.frames(request.environ, request.host, state.patient())
+            return Response(frames, headers=doctor.headers())
+    raise NotFound(_NOTHING)
+
+
 # Streams
 
 
 def _events(call: _Call, thread_id: str) -> Response:
     asked = request.headers.get("Last-Event-ID") or _argument("last_event_id")
-    return _streamed(call, lambda: streams.view(call.runtime, thread_id, Place.parse(asked)))
+    return _streamed(call, lambda: streams.view(call.runtime, thread_id, Place.parse(asked)), begin=True)
 
 
-def _streamed(call: _Call, start: Callable[[], streams.Frames]) -> Response:
+def _streamed(call: _Call, start: Callable[[], streams.Frames], begin: bool = False) -> Response:
+    """Answers with a stream; one that is to ``begin`` before the headers can still be answered with an error."""
     runtime = call.runtime
     if request.method == "HEAD":
         return Response(headers=sse.HEADERS)
     if runtime.stopping.is_set():
         raise RequestError(503, "shutting_down", "The server restarts. Try again.", retry_after=1)
+    if runtime.full():
+        raise RequestError(503, "server_full", "The server has too many event streams open. Try again.", retry_after=5)
     if not runtime.enter_stream(call.owner):
         raise RequestError(
             429,
@@ -542,27 +578,14 @@ def _streamed(call: _Call, start: Callable[[], streams.Frames]) -> Response:
         )
     try:
         stream = start()
+        first = next(stream) if begin else b""
     except BaseException:
         runtime.leave_stream(call.owner)
         raise
-    return Response(_Stream(stream, lambda: runtime.leave_stream(call.owner)), headers=sse.HEADERS)
-
-
-class _Stream:
-    """A body whose end is told once, even where it was never begun: a generator's ``finally`` would not run."""
-
-    def __init__(self, frames: streams.Frames, ended: Callable[[], None]) -> None:
-        self._frames, self._ended = frames, ended
-        self._open = True
-
-    def __iter__(self) -> Iterator[bytes]:
-        return self._frames
-
-    def close(self) -> None:
-        if self._open:
-            self._open = False
-            self._ended()
-            self._frames.close()
+    settings = runtime.settings
+    # Given up just before the second heartbeat after the first one that was not acknowledged.
+    peer = server.Peer(request.environ, settings.slow_seconds, 0.9 * settings.heartbeat_seconds)
+    return Response(server.Body(first, stream, peer, lambda: runtime.leave_stream(call.owner)), headers=sse.HEADERS)
 
 
 def event_response(stream: Any, *, heartbeat_seconds: float = 15) -> Response:

@@ -202,12 +202,11 @@ def thread_deleted(thread_id: str) -> Event:
     return Event("thread.deleted", {"id": thread_id, "object": "thread.deleted", "deleted": True})
 
 
-# State: what the deltas add up to
+# State: what the events add up to
 
 
 def apply(entry: Json, event: str, data: Json) -> None:
-    """Adds a delta or a step event to ``entry``, in place. Other events change nothing here:
-    the store has their effect before the log has the event."""
+    """Adds an event of growing text, a delta or one of a step, to ``entry``, in place."""
     if event == "thread.message.delta":
         content = entry["message"]["content"]
         for part in data["delta"]["content"]:

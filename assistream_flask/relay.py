@@ -14,7 +14,7 @@ from .errors import RunError
 from .events import Event
 from .interrupt import Interrupted, Interruptible
 from .reply import Reply
-from .shutdown import serving
+from .server import serving
 from .upstream import Upstream, translate
 from .upstream.parts import End, Part
 

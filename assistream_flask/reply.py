@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from . import events
 from .errors import RunError
 from .events import Event, Json
-from .upstream.parts import Annotation, End, Part, Reasoning, Refusal, Text
+from .upstream.parts import Annotation, Begun, End, Part, Reasoning, Refusal, Text
 
 
 class Reply:
@@ -20,7 +20,8 @@ class Reply:
         self.run, self.message, self._steps = run, message, steps
         # Text grows as a list: a string that grows by a token is copied whole for each.
         self._content: list[tuple[Json, list[str]]] = [(part, []) for part in message["content"]]
-        self._step: tuple[Json, list[str]] | None = None
+        thinks = steps and steps[-1]["status"] == "in_progress"
+        self._step: tuple[Json, list[str]] | None = (steps[-1], []) if thinks else None
 
     @property
     def over(self) -> bool:
@@ -43,7 +44,7 @@ class Reply:
         for part in parts:
             if isinstance(part, Reasoning):
                 found += self._think(part.value)
-            elif not isinstance(part, End):
+            elif not isinstance(part, End | Begun):
                 found += self._stop_thinking()
                 found.append(self._say(part))
         return found
@@ -138,3 +139,40 @@ class Reply:
         else:
             self.message.update(status="incomplete", incomplete_at=at, incomplete_details={"reason": reason})
         return [*found, events.message_ended(dict(self.message)), events.run_status(dict(self.run))]
+
+
+class Ahead:
+    """What a reply has beyond its upstream's ``state``, which will tell it again: viewers saw it before their worker
+    was lost, and the state was not stored since."""
+
+    def __init__(self, state: Json, message: Json, steps: Sequence[Json]) -> None:
+        self._left: dict[object, int] = {}
+        for at, part in enumerate(message["content"]):
+            told = part["refusal"] if part["type"] == "refusal" else part["text"]["value"]
+            notes = part["text"]["annotations"] if part["type"] == "text" else ()
+            self._left[at], self._left["notes", at] = len(told), len(notes)
+        self._left[None] = sum(len(step["step_details"]["reasoning"]["text"]) for step in steps)
+        for kind, _, at, told, notes, _ in state["slots"]:
+            if kind == "reasoning" or at is not None:
+                slot = None if kind == "reasoning" else at
+                self._left[slot] = self._left.get(slot, 0) - told
+                self._left["notes", slot] = self._left.get(("notes", slot), 0) - notes
+
+    def rest(self, parts: Sequence[Part]) -> list[Part]:
+        """Gives what is new in ``parts``."""
+        return [new for part in parts if (new := self._new(part)) is not None]
+
+    def _new(self, part: Part) -> Part | None:
+        if isinstance(part, End | Begun):
+            return part
+        if isinstance(part, Annotation):
+            skipped = self._skip(("notes", part.at), 1)
+            return None if skipped else part
+        skipped = self._skip(None if isinstance(part, Reasoning) else part.at, len(part.value))
+        return part._replace(value=part.value[skipped:]) if skipped < len(part.value) else None
+
+    def _skip(self, slot: object, most: int) -> int:
+        skipped = max(0, min(self._left.get(slot, 0), most))
+        if skipped:
+            self._left[slot] -= skipped
+        return skipped

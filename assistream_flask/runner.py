@@ -7,35 +7,36 @@ import threading
 import time
 from bisect import insort
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from contextlib import closing
+from typing import Final, NamedTuple, TypeVar
 
 import openai
 from sqlalchemy.exc import SQLAlchemyError
 
-from . import events, upstream
-from .assistants import Assistant
+from . import events, pages, upstream
 from .errors import RequestError, RunError
 from .events import TERMINAL, Event, Json
-from .interrupt import Interrupted, Interruptible
-from .log import Log, Lost, Place
-from .reply import Reply
+from .interrupt import Interrupted
+from .live import Asked, Live
+from .log import Away, Log, Lost, Place
+from .reply import Ahead, Reply
 from .schema import runs
 from .settings import Settings
+from .teller import Teller
 from .threads import Answer, Held, Owner, ThreadStore
-from .upstream.parts import End, Part, Turn
+from .upstream.parts import Begun, End, Part, Turn
 
 _log = logging.getLogger(__name__)
 
 LEASE_SECONDS = 10.0
-"""A run whose worker has not renewed its lease for so long is another worker's to end."""
+"""A run whose worker has not renewed its lease for so long is another worker's to end, or to go on with."""
+_BROKEN: Final = ("upstream_cut", "upstream_ended_early", "upstream_stalled", "upstream_unreachable", "upstream_error")
+"""How the connection to a response can fail that goes on in the background."""
+_TRIES: Final = 6
+_TURN_SECONDS: Final = 0.01
+_ENDS: Final = frozenset(f"thread.run.{status}" for status in TERMINAL)
 
-
-class Asked(NamedTuple):
-    """An assistant to run, the client to ask it with, and the names that the history's speakers have."""
-
-    assistant: Assistant
-    client: Callable[[], openai.OpenAI]
-    names: dict[str, str]
+T = TypeVar("T")
 
 
 class Started(NamedTuple):
@@ -44,28 +45,6 @@ class Started(NamedTuple):
     message: Json | None
     runs: list[Json]
     place: Place
-
-
-class _Live:
-    """A run of this worker that is not over."""
-
-    def __init__(self, reply: Reply, asked: Asked | None, position: int, place: str | None) -> None:
-        self.reply, self.asked, self.position, self.place = reply, asked, position, place
-        self.id: str = reply.run["id"]
-        self.thread_id: str = reply.run["thread_id"]
-        # ``saving`` comes first and keeps an older state from being stored over a newer one.
-        self.saving, self.lock = threading.Lock(), threading.Lock()
-        self.dirty = False
-        self.ended = threading.Event()
-        self.deadline = float("inf")
-        self.upstream: upstream.Upstream | None = None
-        self.waits = Interruptible(self.close)
-        # How it ends when it is interrupted.
-        self.stop: Callable[[Reply], list[Event]] = Reply.cancel
-
-    def close(self) -> None:
-        if self.upstream is not None:
-            self.upstream.close()
 
 
 class Runner:
@@ -85,10 +64,12 @@ class Runner:
         self._store, self._log, self._settings = store, log, settings
         self._worker, self._adopt = worker, adopt
         self._guard = threading.Lock()
-        self._live: dict[str, _Live] = {}
-        self._queues: dict[str, list[list[_Live]]] = {}
-        # Runs of other workers that viewers here have seen: run id to thread id and message id.
-        self._foreign: dict[str, tuple[str, str]] = {}
+        self._live: dict[str, Live] = {}
+        self._queues: dict[str, list[list[Live]]] = {}
+        self._teller = Teller(log)
+        # Threads with runs of the worker that this one replaces, where workers do not share a log.
+        self._foreign: set[str] = set()
+        self._renewed = time.monotonic()
         self._stopping = threading.Event()
 
     # Commands
@@ -117,28 +98,31 @@ class Runner:
             started = Started(
                 events.entry(message) if message else None, [run for run, _ in pairs], self._log.end(thread_id)
             )
-            position = self._store.add(
-                owner,
-                thread_id,
-                message,
-                pairs,
-                mode=mode,
-                group_id=events.new_id("group"),
-                worker=self._worker,
-                # While this worker leaves, its successor takes the run.
-                lease=0 if self._stopping.is_set() else time.time() + LEASE_SECONDS,
-                place=str(started.place),
-                max_runs=self._settings.max_runs,
-                answer=answer(started),
-            )
+            group_id = events.new_id("group")
+            with self._teller.telling(thread_id):
+                position = self._store.add(
+                    owner,
+                    thread_id,
+                    message,
+                    pairs,
+                    mode=mode,
+                    group_id=group_id,
+                    worker=self._worker,
+                    # While this worker leaves, its successor takes the run.
+                    lease=0 if self._stopping.is_set() else time.time() + LEASE_SECONDS,
+                    place=str(started.place),
+                    max_runs=self._settings.max_runs,
+                    answer=answer(started),
+                )
             if position is None:
                 return None
             told = [events.message_created(message)] if message else []
             for run, reply in pairs:
                 told += [events.run_created(run), events.run_status(run), events.message_created(reply)]
-            self._log.append(thread_id, told)
+            place = self._teller.tell(thread_id, told)
+            beside = group_id if mode == "parallel" else None
             lives = [
-                _Live(Reply(dict(run), dict(reply), []), one, position + at, str(started.place))
+                Live(Reply(dict(run), dict(reply), []), one, position + at, place or started.place, beside)
                 for at, ((run, reply), one) in enumerate(zip(pairs, asked, strict=True), 1 if message else 0)
             ]
             self._enqueue(thread_id, lives, mode)
@@ -152,65 +136,51 @@ class Runner:
         run = self._store.run(thread_id, run_id)
         if run is not None and run["status"] not in TERMINAL:
             self._store.request_cancel(run_id)
+            self._log.signal(thread_id)
         return run
 
     def delete(self, thread_id: str) -> None:
         """Deletes the thread, stopping its runs."""
         with self._log.lock(thread_id):
-            self._store.delete_thread(thread_id)
-            self._log.append(thread_id, [events.thread_deleted(thread_id)])
+            with self._teller.telling(thread_id):
+                self._store.delete_thread(thread_id)
+            self._teller.tell(thread_id, [events.thread_deleted(thread_id)])
             lives = [live for live in list(self._live.values()) if live.thread_id == thread_id]
         for live in lives:
             self._interrupt(live, Reply.cancel, wait=0)
+        self._log.signal(thread_id)
 
-    def page(self, thread_id: str, limit: int, before: str | None = None) -> tuple[list[Json], bool, Place] | None:
+    def page(self, thread_id: str, limit: int, before: str | None = None) -> pages.Page | None:
         """Gives a page of entries, whether there are older ones, and the place in the log as of which
         the page is exact; ``None`` when ``before`` is no message of the thread."""
-        for _ in range(10):
-            with self._log.lock(thread_id):
-                found = self._store.page(thread_id, limit, before)
-                if found is None:
-                    return None
-                stored, more = found
-                try:
-                    return [one.entry for one in stored], more, self._catch_up(thread_id, stored)
-                except Lost:
-                    pass
-            # A run that is just ending needs the thread's lock for that.
-            time.sleep(0.005)
-            # The log was trimmed past what the store has: store what is now, and look again.
-            self.flush(thread_id)
+        for tries in range(40):
+            try:
+                found = pages.read(self._store, self._log, thread_id, limit, before, self._live)
+                if not self._log.shared and any(map(self._is_foreign, found[0] if found else ())):
+                    self._foreign.add(thread_id)
+                return found
+            except pages.Moved:
+                pass
+            except Lost:
+                # Whoever has the run stores what it is now.
+                if tries % 10 == 0:
+                    self._log.signal(thread_id)
+                self.flush(thread_id)
+            time.sleep(min(0.002 * 2**tries, 0.1))
         raise RequestError(503, "store_unavailable", "The thread cannot be read now. Try again.", retry_after=1)
 
-    def _catch_up(self, thread_id: str, stored: Sequence[tuple[Json, str | None]]) -> Place:
-        """Adds to the entries that still grow what the log has after each was stored."""
-        end = self._log.end(thread_id)
-        grow: dict[str, tuple[Json, int]] = {}
-        for entry, text in stored:
-            place = Place.parse(text)
-            if entry["run"] is not None and entry["run"]["status"] not in TERMINAL:
-                if place is not None and place.epoch == end.epoch:
-                    grow[entry["run"]["id"]] = entry, place.offset
-                elif entry["run"]["id"] in self._live:
-                    # Stored as of a log that is gone.
-                    raise Lost
-                if entry["run"]["id"] not in self._live:
-                    # It has no event in this log; the sweep looks after it.
-                    self._foreign[entry["run"]["id"]] = thread_id, entry["message"]["id"]
-        if not grow:
-            return end
-        place = Place(end.epoch, min(known for _, known in grow.values()))
-        for record in self._log.since(thread_id, place):
-            place = record.place
-            if record.key in grow:
-                entry, known = grow[record.key]
-                if record.place.offset > known:
-                    events.apply(entry, record.name, record.data())
-        return place
+    def _is_foreign(self, entry: Json) -> bool:
+        run = entry["run"]
+        return run is not None and run["status"] not in TERMINAL and run["id"] not in self._live
+
+    def retell(self) -> None:
+        """Begins the logs anew that lack something. Called every second or so."""
+        for thread_id in self._teller.retell():
+            self.flush(thread_id)
 
     # The queue: groups of a thread one after another, the runs of a group at once
 
-    def _enqueue(self, thread_id: str, lives: list[_Live], mode: str) -> None:
+    def _enqueue(self, thread_id: str, lives: list[Live], mode: str) -> None:
         if not lives or self._stopping.is_set():
             return
         with self._guard:
@@ -224,37 +194,48 @@ class Runner:
 
     def _work(self, thread_id: str) -> None:
         while True:
-            # Under the thread's lock, so that a group taken over from another worker keeps its turn.
-            with self._log.lock(thread_id):
-                with self._guard:
-                    if not self._queues[thread_id] or self._stopping.is_set():
-                        del self._queues[thread_id]
-                        return
-                busy = self._busy_elsewhere(thread_id)
-                with self._guard:
-                    group = [] if busy else self._queues[thread_id].pop(0)
+            with self._guard:
+                if not self._queues[thread_id] or self._stopping.is_set():
+                    del self._queues[thread_id]
+                    return
+                group = self._queues[thread_id][0]
+            if self._waits(group[0]):
+                continue
+            with self._guard:
+                self._queues[thread_id].remove(group)
             for live in group:
                 _spawn(self._perform, live)
             for live in group:
                 live.ended.wait()
-            if busy:
-                self._stopping.wait(0.25)
 
-    def _busy_elsewhere(self, thread_id: str) -> bool:
-        """Whether another worker, one that this one replaces, still works on the thread."""
+    def _waits(self, live: Live) -> bool:
+        """Whether a run before it is not over; waits then, for a while, for that."""
         try:
-            return self._store.busy_elsewhere(thread_id, self._worker)
+            end = self._log.end(live.thread_id)
+            if not self._store.busy_before(live.thread_id, live.position, live.group_id):
+                return False
+            until = time.monotonic() + 1
+            with closing(self._log.subscribe(live.thread_id, end)) as reader:
+                while (left := until - time.monotonic()) > 0 and not self._stopping.is_set():
+                    if any(record.name in _ENDS for record in reader.read(left)):
+                        break
+        except (Lost, Away):
+            self._stopping.wait(0.25)
         except SQLAlchemyError:
             _log.exception("the store failed")
-            return True
+            self._stopping.wait(1)
+        return True
 
     # One run
 
-    def _perform(self, live: _Live) -> None:
+    def _perform(self, live: Live) -> None:
         try:
             self._pump(live)
         except Interrupted:
-            self._end(live, live.stop)
+            if live.stop is None:
+                self._forget(live)
+            else:
+                self._end(live, live.stop)
         except RunError as error:
             self._end(live, lambda reply, error=error: reply.fail(error))  # type: ignore[misc]
         except Exception:
@@ -262,15 +243,40 @@ class Runner:
             self._end(live, lambda reply: reply.fail(RunError("server_error")))
         finally:
             live.close()
+            if live.state is not None and live.reply.over and live.reply.run["status"] != "completed":
+                # It goes on in the background otherwise, and is paid.
+                self._cancel_upstream(live)
 
-    def _pump(self, live: _Live) -> None:
-        if live.ended.is_set() or not self._begin(live):
-            return
+    def _cancel_upstream(self, live: Live) -> None:
         assert live.asked is not None
-        assistant, client, names = live.asked
-        turns = self._turns(live, names)
-        stall = self._settings.stall_seconds
+        assert live.state is not None
+        try:
+            upstream.cancel(live.asked.client(), live.state)
+        except Exception:
+            _log.exception("the background response of run %s may go on", live.id)
+
+    def _pump(self, live: Live) -> None:
+        if live.ended.is_set() or not (live.state or self._begin(live)):
+            return None
         live.deadline = time.monotonic() + self._settings.run_seconds
+        turns = [] if live.state else self._patiently(live, lambda: self._turns(live))
+        tries = 0
+        while True:
+            before = live.state
+            try:
+                return self._read(live, turns)
+            except RunError as error:
+                tries = tries + 1 if live.state == before else 0
+                if live.state is None or live.reply.over or error.code not in _BROKEN or tries > _TRIES:
+                    raise
+                _log.warning("run %s goes on in the background (%s): it is asked for again", live.id, error.code)
+                pause = min(0.25 * 2**tries, 4)
+                live.waits.wait(lambda pause=pause: time.sleep(pause))  # type: ignore[misc]
+
+    def _read(self, live: Live, turns: list[Turn]) -> None:
+        assert live.asked is not None
+        assistant, client, _ = live.asked
+        stall = self._settings.stall_seconds
 
         def ask() -> upstream.Upstream:
             try:
@@ -278,19 +284,40 @@ class Runner:
             except openai.OpenAIError as error:
                 _log.error("no client could be made: %s", error)
                 raise RunError("upstream_unauthorized") from error
+            if live.state is not None:
+                return upstream.resume(ours, assistant, live.state, stall)
             return upstream.open(ours, assistant, turns, stall)
 
+        live.close()
         live.upstream = live.waits.wait(ask)
         batches = iter(live.upstream)
         nothing: list[Part] = []
+        turn = time.monotonic()
         # After the end this reads on, so that the connection can serve the next run.
         while (parts := live.waits.wait(lambda: next(batches, nothing))) is not nothing:
             self._publish(live, parts)
+            if time.monotonic() - turn > _TURN_SECONDS:
+                # A greenlet that never has to wait for its next byte would keep all others waiting.
+                time.sleep(0)
+                turn = time.monotonic()
             if isinstance(parts[-1], End):
                 end = parts[-1]
                 self._end(live, lambda reply, end=end: reply.finish(end))  # type: ignore[misc]
 
-    def _begin(self, live: _Live) -> bool:
+    def _patiently(self, live: Live, call: Callable[[], T]) -> T:
+        """Gives what ``call`` gives, as soon as store and log can be reached. Raises :class:`Interrupted`."""
+        while True:
+            try:
+                return call()
+            except (Away, SQLAlchemyError) as error:
+                _log.warning("run %s waits for the store or the log: %r", live.id, error)
+                if live.ended.wait(1) or self._stopping.is_set():
+                    raise Interrupted from error
+
+    def _begin(self, live: Live) -> bool:
+        return self._patiently(live, lambda: self._begin_now(live))
+
+    def _begin_now(self, live: Live) -> bool:
         with self._log.lock(live.thread_id), live.saving, live.lock:
             if live.reply.over:
                 return False
@@ -299,13 +326,17 @@ class Runner:
                 self._forget(live)
                 return False
             told = live.reply.begin()
-            if not self._store.save(self._worker, *live.reply.snapshot(), live.place):
+            with self._teller.telling(live.thread_id):
+                mine = self._store.save(self._worker, *live.now())
+            if not mine:
                 self._forget(live)
                 return False
-            live.place = str(self._log.append(live.thread_id, told))
+            live.place = self._teller.tell(live.thread_id, told) or live.place
             return True
 
-    def _turns(self, live: _Live, names: dict[str, str]) -> list[Turn]:
+    def _turns(self, live: Live) -> list[Turn]:
+        assert live.asked is not None
+        names = live.asked.names
         turns: list[Turn] = []
         for message in self._store.history(live.reply.message["id"]):
             text = "".join(
@@ -322,27 +353,73 @@ class Runner:
         # An assistant may speak first, but servers refuse an empty history.
         return turns or [Turn("user", "Begin.")]
 
-    def _publish(self, live: _Live, parts: list[Part]) -> None:
+    def _publish(self, live: Live, parts: list[Part]) -> None:
+        now = time.monotonic()
+        if now - max(self._renewed, live.checked) > LEASE_SECONDS / 2:
+            # This worker was held up; another may have taken the run for lost.
+            live.checked = now
+            self._keep(live)
         with live.lock:
-            if live.reply.over:
+            if live.reply.over or live.left:
                 raise Interrupted
-            told = live.reply.add(parts)
+            told = live.reply.add(live.ahead.rest(parts) if live.ahead else parts)
+            if live.upstream is not None:
+                live.state = live.upstream.state()
             if told:
-                live.place = str(self._log.append(live.thread_id, told))
                 live.dirty = True
+                live.place = self._teller.tell(live.thread_id, told) or live.place
+            # Its text is stored as of another log, or a crash would lose the response that it is of.
+            at_once = (live.place is not None and live.place.epoch != live.kept) or isinstance(parts[0], Begun)
+        if at_once:
+            self._keep(live)
 
-    def _end(self, live: _Live, finish: Callable[[Reply], list[Event]]) -> None:
+    def _keep(self, live: Live, anew: bool = False) -> None:
+        """Stores what the run is now; ``anew``, as of the log's end. Failures are for the next time."""
+        with live.saving:
+            with live.lock:
+                if live.reply.over:
+                    return
+                if anew:
+                    # Nothing of this run is appended meanwhile, so what it is now is exact there.
+                    live.place = self._log.end(live.thread_id)
+                live.dirty = False
+                state, place = live.now(), live.place
+            try:
+                mine = self._store.save(self._worker, *state)
+            except SQLAlchemyError:
+                _log.exception("the text of run %s cannot be stored yet", live.id)
+                live.dirty = True
+                return
+            live.kept = place.epoch if place else ""
+        if not mine:
+            # The thread is gone, or another worker took the run for lost.
+            self._leave(live)
+
+    def _leave(self, live: Live) -> None:
+        """Does no more for a run that another worker has, or may have."""
+        with live.lock:
+            live.left = True
+        live.stop = None
+        live.waits.interrupt()
+
+    def _end(self, live: Live, finish: Callable[[Reply], list[Event]]) -> None:
         """Ends the run once: the store has its final state before viewers hear of it."""
         with live.lock:
             if live.reply.over:
                 return
-            told = finish(live.reply)
-            final = live.reply.snapshot()
+            if not live.left:
+                told = finish(live.reply)
+                final = live.now()
+        if live.left:
+            self._forget(live)
+            return
         while True:
             try:
-                with self._log.lock(live.thread_id):
-                    if self._store.save(self._worker, *final, live.place):
-                        self._log.append(live.thread_id, told)
+                with self._teller.locked(live.thread_id):
+                    with self._teller.telling(live.thread_id):
+                        mine = self._store.save(self._worker, *final)
+                    if mine:
+                        self._teller.tell(live.thread_id, told)
                 break
             except SQLAlchemyError:
                 _log.exception("the end of run %s cannot be stored yet", live.id)
@@ -354,12 +431,12 @@ class Runner:
                 break
         self._forget(live)
 
-    def _forget(self, live: _Live) -> None:
+    def _forget(self, live: Live) -> None:
         with self._guard:
             self._live.pop(live.id, None)
         live.ended.set()
 
-    def _interrupt(self, live: _Live, stop: Callable[[Reply], list[Event]], wait: float = 0.5) -> None:
+    def _interrupt(self, live: Live, stop: Callable[[Reply], list[Event]], wait: float = 0.5) -> None:
         live.stop = stop
         # Also for a queued run, which may be starting at this moment.
         live.waits.interrupt()
@@ -374,77 +451,81 @@ class Runner:
         """Stores the text that grew since it was last stored; of the thread ``thread_id``, all that is
         not over, as of the log's end."""
         for live in list(self._live.values()):
-            if thread_id in (None, live.thread_id):
-                with live.saving:
-                    with live.lock:
-                        if live.reply.over or not (live.dirty or thread_id):
-                            continue
-                        live.dirty = False
-                        # Nothing of this run is appended meanwhile, so what it is now is exact there.
-                        live.place = str(self._log.end(live.thread_id))
-                        state = live.reply.snapshot()
-                    try:
-                        kept = self._store.save(self._worker, *state, live.place)
-                    except SQLAlchemyError:
-                        live.dirty = True
-                        raise
-                if not kept:
-                    # The thread is gone, or another worker took the run for lost.
-                    self._interrupt(live, Reply.cancel, wait=0)
+            if live.dirty if thread_id is None else live.thread_id == thread_id:
+                self._keep(live, anew=thread_id is not None)
 
     def renew(self) -> None:
         """Keeps this worker's runs its own, ends those that took too long, and cancels those that
         another worker was asked to cancel."""
-        lives = dict(self._live)
-        if not lives:
-            return
-        queued = not self._stopping.is_set()
-        for run_id in self._store.renew(self._worker, time.time() + LEASE_SECONDS, queued):
-            if run_id in lives:
+        leaving = self._stopping.is_set()
+        lives = {id: one for id, one in self._live.items() if not (leaving and one.reply.run["status"] == "queued")}
+        if lives:
+            for run_id in self._store.renew(self._worker, list(lives), time.time() + LEASE_SECONDS):
                 self._interrupt(lives[run_id], Reply.cancel, wait=0)
+        self._renewed = time.monotonic()
         for live in lives.values():
             if time.monotonic() > live.deadline:
                 self._interrupt(live, lambda reply: reply.fail(RunError("run_time_limit")), wait=0)
 
-    def sweep(self) -> None:
-        """Takes over what a lost worker left, and tells this worker's viewers how others' runs ended."""
-        seen = dict(self._foreign)
-        found = {held.run["id"]: held for held in self._store.held(runs.c.worker != self._worker)}
-        for run_id, (thread_id, message_id) in seen.items():
-            if run_id not in found:
-                if run_id not in self._live:
-                    self._tell(thread_id, message_id)
-                self._foreign.pop(run_id, None)
-        for run_id, held in found.items():
-            self._foreign[run_id] = held.run["thread_id"], held.message["id"]
-        expired = [held for held in found.values() if held.lease < time.time()]
-        for group in _groups(expired):
-            self._take_over(group)
+    def attend(self, thread_id: str) -> None:
+        """Another worker asks to look at the thread's runs: see :meth:`Log.signal`. Does not wait."""
+        if any(live.thread_id == thread_id for live in list(self._live.values())):
+            _spawn(self._attend, thread_id)
 
-    def _tell(self, thread_id: str, message_id: str) -> None:
-        with self._log.lock(thread_id):
-            entry = self._store.entry(message_id)
-            if entry is not None and entry["run"]["status"] in TERMINAL:
-                told = [events.step_completed(step) for step in entry["steps"]]
-                told += [events.message_ended(entry["message"]), events.run_status(entry["run"])]
-                self._log.append(thread_id, told)
+    def _attend(self, thread_id: str) -> None:
+        try:
+            self.renew()
+            self.flush(thread_id)
+        except (Away, SQLAlchemyError) as error:
+            _log.warning("the runs of a thread are looked at later: %r", error)
+
+    def sweep(self) -> None:
+        """Takes over what a lost or leaving worker left."""
+        now = time.time()
+        left = [held for held in self._store.held(runs.c.lease < now) if held.run["id"] not in self._live]
+        for group in _groups(left):
+            self._take_over(group)
+        if not self._log.shared:
+            # Its viewers here get what the other worker stores, as long as that has runs.
+            others = self._store.held(runs.c.worker != self._worker)
+            foreign = {held.run["thread_id"] for held in others}
+            for thread_id in foreign | self._foreign:
+                self._teller.untell(thread_id)
+            self._foreign = foreign
 
     def _take_over(self, group: Sequence[Held]) -> None:
-        waiting: list[_Live] = []
+        lives: list[Live] = []
         thread_id = group[0].run["thread_id"]
-        with self._log.lock(thread_id):
-            for held in group:
-                if not self._store.claim(held.run["id"], self._worker, time.time() + LEASE_SECONDS):
-                    continue
-                self._foreign.pop(held.run["id"], None)
-                queued = held.run["status"] == "queued"
-                asked = self._adopt(held.scope, held.run["assistant_id"]) if queued else None
-                live = _Live(Reply(held.run, held.message, held.steps), asked, held.position, None)
-                if asked is None:
-                    self._end(live, lambda reply: reply.fail(RunError("worker_lost")))
-                else:
-                    waiting.append(live)
-            self._enqueue(thread_id, waiting, group[0].mode)
+        for held in group:
+            if not self._store.claim(held.run["id"], self._worker, time.time() + LEASE_SECONDS):
+                continue
+            asked = self._adopt(held.scope, held.run["assistant_id"])
+            reply = Reply(held.run, self._recovered(held), held.steps)
+            beside = held.group_id if held.mode == "parallel" else None
+            live = Live(reply, asked, held.position, Place.parse(held.place), beside)
+            queued = held.run["status"] == "queued"
+            if asked is None or not (queued or asked.assistant.background):
+                self._end(live, lambda reply: reply.fail(RunError("worker_lost")))
+                continue
+            if held.upstream is not None:
+                live.state, live.ahead = held.upstream, Ahead(held.upstream, held.message, held.steps)
+            lives.append(live)
+        self._enqueue(thread_id, lives, group[0].mode)
+
+    def _recovered(self, held: Held) -> Json:
+        """Adds to the message and the steps what the log has beyond the store: viewers saw it. Gives the message."""
+        place = Place.parse(held.place)
+        entry = events.entry(held.message, held.run, held.steps)
+        try:
+            for record in self._log.since(held.run["thread_id"], place) if place else ():
+                if record.key == held.run["id"] and pages.grows(record):
+                    events.apply(entry, record.name, record.data())
+        except (Lost, Away):
+            # What is stored is all there is; viewers may have seen more.
+            self._teller.untell(held.run["thread_id"])
+        held.steps[:] = entry["steps"]
+        message: Json = entry["message"]
+        return message
 
     def leave(self) -> None:
         """Starts nothing any more, and leaves queued runs to the next worker."""
@@ -457,6 +538,9 @@ class Runner:
     def stop(self, drain: float) -> None:
         """Gives the runs under way ``drain`` seconds, then cuts them off. Call :meth:`leave` before."""
         until = time.monotonic() + drain
+        for live in list(self._live.values()):
+            if live.state is not None:
+                self._hand_over(live)
         under_way = [live for live in list(self._live.values()) if live.reply.run["status"] != "queued"]
         if under_way and drain:
             _log.warning("shutting down: waiting up to %g s for the runs under way (%d)", drain, len(under_way))
@@ -465,6 +549,16 @@ class Runner:
         for live in under_way:
             if not live.ended.is_set():
                 self._interrupt(live, Reply.cut_off)
+
+    def _hand_over(self, live: Live) -> None:
+        """Leaves a background response to the next worker, which goes on behind what is stored here."""
+        self._leave(live)
+        live.ended.wait(1)
+        self._keep(live)
+        try:
+            self._store.release(self._worker, live.id)
+        except SQLAlchemyError:
+            _log.exception("run %s waits until its lease ends", live.id)
 
 
 def _groups(held: Sequence[Held]) -> Iterator[list[Held]]:

@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from . import server
 from .events import new_id
+from .live import Asked
+from .log import Log
 from .log.memory import MemoryLog
-from .runner import Asked, Runner
+from .runner import Runner
 from .settings import Settings
-from .shutdown import serving
 from .threads import ThreadStore
 
 _log = logging.getLogger(__name__)
@@ -29,10 +31,13 @@ class Runtime:
     def __init__(self, settings: Settings, adopt: Callable[[str, str], Asked | None]) -> None:
         self.settings = settings
         self.pid = os.getpid()
-        self.store = ThreadStore(settings.database_url)
-        self.log = MemoryLog(max_events=settings.log_events, max_age=settings.log_seconds)
-        self.runner = Runner(self.store, self.log, settings, new_id("worker"), adopt)
+        self.store = ThreadStore(settings.database_url, settings.database_pool)
+        self.worker = new_id("worker")
+        self.log = _log_of(settings)
+        self.runner = Runner(self.store, self.log, settings, self.worker, adopt)
+        self.log.listen(self.runner.attend)
         self.streams: dict[object, int] = {}
+        self.open_streams = 0
         self.stopping = threading.Event()
         self._stopped = threading.Event()
         self._guard = threading.Lock()
@@ -58,12 +63,13 @@ class Runtime:
                 if self._housekeeper.is_alive():
                     self._housekeeper.join(5)
                 self.runner.leave()
+                self.log.close()
                 self.store.close()
         atexit.unregister(self.stop)
 
     def _begin_stop(self) -> None:
         self.stopping.set()
-        self.log.close()
+        self.log.wake()
         self.runner.leave()
 
     def _keep_house(self) -> None:
@@ -71,12 +77,13 @@ class Runtime:
             (self.settings.flush_seconds, self.runner.flush),
             (1.0, self.runner.renew),
             (1.0, self.runner.sweep),
-            (5.0, self.log.trim),
+            (0.5, self.runner.retell),
+            (5.0, self.log.tend),
             (600.0, lambda: self.store.forget_answers(int(time.time()) - ANSWER_SECONDS)),
         ]
         due = [time.monotonic()] * len(jobs)
         while not self.stopping.wait(min(0.25, self.settings.flush_seconds)):
-            if not serving():
+            if not server.serving():
                 # At once: gunicorn lets the process end only when the last request has, however long that takes.
                 threading.Thread(target=self.stop, daemon=True, name="assistream-stop").start()
                 break
@@ -102,14 +109,35 @@ class Runtime:
             if count >= self.settings.max_streams:
                 return False
             self.streams[caller] = count + 1
+            self.open_streams += 1
             return True
+
+    def full(self) -> bool:
+        """Whether the worker has as many streams as it can, so that commands still find a connection."""
+        most = self.settings.worker_streams or (server.setting("worker_connections") or 1_000_000) * 9 // 10
+        return self.open_streams >= most
 
     def leave_stream(self, caller: object) -> None:
         """Counts a stream out."""
         with self._guard:
+            self.open_streams -= 1
             self.streams[caller] -= 1
             if not self.streams[caller]:
                 del self.streams[caller]
+
+
+def _log_of(settings: Settings) -> Log:
+    if not settings.redis_url:
+        return MemoryLog(max_events=settings.log_events, max_bytes=settings.log_bytes, max_age=settings.log_seconds)
+    # Redis's client is an extra.
+    from .log.redis import RedisLog
+
+    return RedisLog(
+        settings.redis_url,
+        max_events=settings.log_events,
+        max_bytes=settings.log_bytes,
+        max_age=settings.log_seconds,
+    )
 
 
 def default_database(instance_path: str) -> str:

@@ -1,4 +1,4 @@
-"""The tables. ``VERSION`` is recorded in the database, for migrations to start from."""
+"""The tables. ``VERSION`` is recorded in the database; a change here comes with a revision in ``migrations/``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import sqlalchemy as sa
 
-VERSION: Final = 1
+VERSION: Final = 2
 
 metadata: Final = sa.MetaData()
 
@@ -72,11 +72,13 @@ runs: Final = sa.Table(
     sa.Column("failed_at", sa.BigInteger),
     sa.Column("cancelled_at", sa.BigInteger),
     sa.Column("metadata", _JSON, nullable=False),
-    # Ours, not the object's: the steps, the group of runs of one POST, and who works on it till when.
+    # Ours, not the object's: the steps, the group of runs of one POST, the state of a background response,
+    # and who works on it till when.
     sa.Column("steps", _JSON, nullable=False),
     _id("group_id", nullable=False),
     sa.Column("mode", sa.String(16), nullable=False),
     sa.Column("place", sa.String(64)),
+    sa.Column("upstream", _JSON),
     _id("worker", nullable=False),
     sa.Column("lease", sa.Float, nullable=False),
     sa.Column("cancel_requested", sa.Boolean, nullable=False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -18,17 +19,21 @@ class Settings:
     """All settings with their defaults. Seconds are seconds; a limit is per caller where it says so."""
 
     database_url: str = _setting("", "SQLAlchemy URL; default: an SQLite file in the app's instance folder")
-    redis_url: str = _setting("", "not supported yet; unset: the log is in memory, for one worker")
+    database_pool: int = _setting(10, "connections that a worker may have open to PostgreSQL", 1)
+    redis_url: str = _setting("", "URL of the Redis that has the event log; unset: it is in memory, for one worker")
     max_message_chars: int = _setting(100_000, "longest message, in characters", 1)
     max_runs: int = _setting(50, "runs a caller may have waiting or under way", 1)
-    max_streams: int = _setting(50, "event streams a caller may have open", 1)
+    max_streams: int = _setting(50, "event streams a caller may have open in a worker", 1)
+    worker_streams: int = _setting(0, "event streams a worker has open at most; 0: nine tenths of its connections")
     max_assistants: int = _setting(16, "assistants that one POST may ask", 1)
     stall_seconds: float = _setting(60.0, "a run fails when the model server sends no byte for so long", 0.1)
     run_seconds: float = _setting(600.0, "a run fails when it takes longer", 0.1)
     heartbeat_seconds: float = _setting(15.0, "a `ping` goes out when nothing else did for so long", 0.05)
     flush_seconds: float = _setting(2.0, "growing text is stored at least so often", 0.05)
     log_events: int = _setting(10_000, "newest events a thread's log keeps for viewers that come back", 200)
-    log_seconds: float = _setting(600.0, "oldest event a thread's log keeps", 1)
+    log_bytes: int = _setting(8 << 20, "bytes a thread's log keeps at most, about", 65_536)
+    log_seconds: float = _setting(600.0, "a thread's log is kept so long after its last event or viewer", 1)
+    slow_seconds: float = _setting(8.0, "a viewer is cut off that takes nothing for so long", 0.1)
     drain_seconds: float = _setting(10.0, "at shutdown, runs under way may finish for so long")
     allowed_origins: str = _setting("", "origins besides the page's own that may send commands, space between")
 
@@ -49,8 +54,11 @@ class Settings:
             if kind is not str and not setting.metadata["minimum"] <= found[setting.name] < float("inf"):
                 raise ConfigurationError(f"{name} is {value!r}: give at least {setting.metadata['minimum']}")
         settings = cls(**found)
-        if settings.redis_url:
+        if settings.redis_url and not settings.redis_url.startswith(("redis://", "rediss://", "unix://")):
+            # Not the URL itself: it may have a password.
+            raise ConfigurationError("ASSISTREAM_REDIS_URL is no URL of a Redis: give redis://host:6379/0, or rediss://")
+        if settings.redis_url and importlib.util.find_spec("redis") is None:
             raise ConfigurationError(
-                "ASSISTREAM_REDIS_URL is set, but this version has no Redis log yet: unset it and run one worker"
+                "ASSISTREAM_REDIS_URL is set, and its client is not installed: pip install 'assistream-flask[redis]'"
             )
         return settings

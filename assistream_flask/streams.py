@@ -11,9 +11,10 @@ from typing import Final
 
 from . import events, sse
 from .events import TERMINAL
-from .log import Lost, Place, Record, Subscription
+from .log import Away, Lost, Place, Record, Subscription
 from .runtime import Runtime
 
+_SNAPSHOT_BYTES: Final = 524_288
 _ENDS: Final = frozenset(f"thread.run.{status}" for status in TERMINAL)
 
 Frames = Generator[bytes, None, None]
@@ -42,12 +43,18 @@ class _Reader:
     def snapshot(self) -> bytes | None:
         """Gives the frame of a snapshot, ``None`` when the thread is gone; reading goes on from there."""
         self.close()
-        found = self._runtime.runner.page(self._thread_id, 50)
-        if found is None:
-            return None
-        data, has_more, self._place = found
-        event = events.snapshot(self._thread_id, data, has_more)
-        return sse.encode(event.name, events.dumps(event.data), str(self._place))
+        limit = 50
+        while True:
+            found = self._runtime.runner.page(self._thread_id, limit)
+            if found is None:
+                return None
+            data, has_more, self._place = found
+            event = events.snapshot(self._thread_id, data, has_more)
+            frame = sse.encode(event.name, events.dumps(event.data), str(self._place))
+            # A slow viewer holds it for a while; one of long messages has a shorter page.
+            if len(frame) <= _SNAPSHOT_BYTES or limit == 1:
+                return frame
+            limit = max(1, min(limit, len(data)) // 3)
 
     def close(self) -> None:
         """Lets go of the log. Idempotent."""
@@ -59,7 +66,8 @@ class _Reader:
 def view(runtime: Runtime, thread_id: str, place: Place | None) -> Frames:
     """Gives the thread's events after ``place``, without an end; a snapshot first where that can't be proven.
 
-    Ends when the thread is deleted or the server shuts down.
+    Ends when the thread is deleted, the server shuts down or, once it has begun, the log is away: the viewer
+    comes back then. Raises :class:`Away` before its first frame, so that the answer can say so.
     """
     reader = _Reader(runtime, thread_id, place)
     first = sse.RETRY
@@ -85,6 +93,9 @@ def view(runtime: Runtime, thread_id: str, place: Place | None) -> Frames:
                 return
             if not records:
                 yield sse.PING
+    except Away:
+        if first:
+            raise
     finally:
         reader.close()
 
@@ -92,7 +103,7 @@ def view(runtime: Runtime, thread_id: str, place: Place | None) -> Frames:
 def follow(runtime: Runtime, thread_id: str, message_id: str | None, runs: set[str], place: Place | None) -> Frames:
     """Gives the events of ``runs`` and of the user's message after ``place``, then ``done``.
 
-    At a shutdown it ends without ``done``: the runs go on.
+    At a shutdown, or when the log is away, it ends without ``done``: the runs go on.
     """
     reader = _Reader(runtime, thread_id, place)
     waiting = set(runs)
@@ -118,6 +129,8 @@ def follow(runtime: Runtime, thread_id: str, message_id: str | None, runs: set[s
                 if gone:
                     break
         yield first + sse.DONE
+    except Away:
+        return
     finally:
         reader.close()
 

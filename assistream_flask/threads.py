@@ -6,16 +6,20 @@ with the place in the log as of which it is exact, so that text plus later event
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
+import sqlite3
+import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection, Engine, Row
+from sqlalchemy.engine import URL, Connection, Engine, Row
 
-from . import schema
+from . import migrations, schema
 from .errors import ConfigurationError
 from .events import TERMINAL, Json, entry
 from .schema import answers, messages, runs, threads
@@ -60,7 +64,8 @@ class Held(NamedTuple):
     scope: str
     group_id: str
     mode: str
-    worker: str
+    place: str | None
+    upstream: Json | None
     lease: float
 
 
@@ -73,14 +78,15 @@ class TooManyRuns(Exception):
 
 
 class ThreadStore:
-    """Threads in the database that ``url`` names (an SQLAlchemy URL).
+    """Threads in the database that ``url`` names (an SQLAlchemy URL), over at most ``pool`` connections.
 
-    The schema is created at first use. Raises :class:`ConfigurationError` for a URL that cannot
-    work, or a schema newer than this code.
+    The schema is created at first use, and an older one is upgraded. Raises :class:`ConfigurationError` for a
+    URL that cannot work, or a schema newer than this code. SQLite takes no ``pool``: it has one writer.
     """
 
-    def __init__(self, url: str) -> None:
-        self._engine = _engine(url)
+    def __init__(self, url: str, pool: int = 10) -> None:
+        self._engine = _engine(_url(url), pool)
+        _check_psycopg()
         sqlite = self._engine.dialect.name == "sqlite"
         # SQLite has one writer: a greenlet that waits for it inside SQLite would stop the one that holds it.
         self._writer: AbstractContextManager[object] = threading.RLock() if sqlite else nullcontext()
@@ -88,12 +94,19 @@ class ThreadStore:
         alone = isinstance(self._engine.pool, sa.StaticPool)
         self._reader: AbstractContextManager[object] = self._writer if alone else nullcontext()
         self._writes = self._engine.execution_options(assistream_write=True)
-        self._create()
+        try:
+            self._create()
+        except BaseException:
+            self.close()
+            raise
 
     @staticmethod
     def check(url: str) -> None:
-        """Raises :class:`ConfigurationError` for a URL that cannot work. Connects to nothing."""
-        _engine(url).dispose()
+        """Raises :class:`ConfigurationError` for a URL that cannot work. Connects to nothing, and does not
+        import psycopg: see :func:`_check_psycopg`."""
+        parsed = _url(url)
+        if parsed.drivername != _PSYCOPG:
+            _engine(parsed, 1).dispose()
 
     @contextmanager
     def _write(self) -> Iterator[Connection]:
@@ -107,10 +120,18 @@ class ThreadStore:
 
     def _create(self) -> None:
         with self._write() as connection:
-            schema.metadata.create_all(connection)
-            found = connection.execute(sa.select(sa.func.max(schema.schema.c.version))).scalar()
+            # Of workers that start at once the first does it, and the others find it done.
+            _take_turns(connection, "schema")
+            recorded = sa.inspect(connection).has_table(schema.schema.name)
+            newest = sa.select(sa.func.max(schema.schema.c.version))
+            found = connection.execute(newest).scalar() if recorded else None
             if found is None:
+                schema.metadata.create_all(connection)
                 connection.execute(schema.schema.insert().values(version=schema.VERSION))
+                migrations.stamp(connection, schema.VERSION)
+            elif found < schema.VERSION:
+                migrations.upgrade(connection, found)
+                connection.execute(schema.schema.update().values(version=schema.VERSION))
             elif found > schema.VERSION:
                 raise ConfigurationError(
                     f"the database has schema version {found}, this assistream knows {schema.VERSION}: "
@@ -162,6 +183,8 @@ class ThreadStore:
     def delete_thread(self, thread_id: str) -> None:
         """Deletes the thread and all that is in it."""
         with self._write() as connection:
+            # Before all else, as in add(): whoever else works on the thread comes wholly before or after.
+            connection.execute(sa.select(threads.c.number).where(threads.c.id == thread_id).with_for_update())
             connection.execute(answers.delete().where(answers.c.thread_id == thread_id))
             connection.execute(runs.delete().where(runs.c.thread_id == thread_id))
             connection.execute(messages.delete().where(messages.c.thread_id == thread_id))
@@ -196,6 +219,8 @@ class ThreadStore:
                 return None
             self._remember(connection, owner, answer)
             if max_runs is not None and started:
+                # Two that count at once would both find room.
+                _take_turns(connection, "runs", *owner)
                 live = (
                     sa.select(sa.func.count())
                     .select_from(runs.join(threads, threads.c.id == runs.c.thread_id))
@@ -272,10 +297,18 @@ class ThreadStore:
             row = connection.execute(query).first()
         return None if row is None else _run(row._mapping)
 
-    def save(self, worker: str, run: Json, message: Json, steps: list[Json], place: str | None) -> bool:
-        """Stores the run with its message and steps as of ``place``. Gives ``False``, and stores nothing,
-        when the run is not ``worker``'s any more or is over or gone."""
-        values = {**_columns(run, _RUN), "steps": steps, "place": place}
+    def save(
+        self,
+        worker: str,
+        run: Json,
+        message: Json,
+        steps: list[Json],
+        place: str | None,
+        upstream: Json | None = None,
+    ) -> bool:
+        """Stores the run with its message, its steps and the state of its upstream, as of ``place``. Gives ``False``,
+        and stores nothing, when the run is not ``worker``'s any more or is over or gone."""
+        values = {**_columns(run, _RUN), "steps": steps, "place": place, "upstream": upstream}
         where = (runs.c.id == run["id"], runs.c.worker == worker, runs.c.status.in_(_LIVE))
         with self._write() as connection:
             if not connection.execute(runs.update().where(*where).values(values)).rowcount:
@@ -311,32 +344,29 @@ class ThreadStore:
                     ours["scope"],
                     ours["run.group_id"],
                     ours["run.mode"],
-                    ours["run.worker"],
+                    ours["run.place"],
+                    ours["run.upstream"],
                     ours["run.lease"],
                 )
             )
         return found
 
-    def busy_elsewhere(self, thread_id: str, worker: str) -> bool:
-        """Tells whether a worker other than ``worker`` has a run of the thread that is not over."""
-        where = (runs.c.thread_id == thread_id, runs.c.worker != worker, runs.c.status.in_(_LIVE))
+    def busy_before(self, thread_id: str, position: int, group_id: str | None) -> bool:
+        """Tells whether a run of the thread that stands before ``position``, and is not of the group, is not over."""
+        where = [runs.c.thread_id == thread_id, runs.c.status.in_(_LIVE), messages.c.position < position]
+        if group_id is not None:
+            where.append(runs.c.group_id != group_id)
+        query = sa.select(runs.c.id).join(messages, messages.c.id == runs.c.message_id).where(*where).limit(1)
         with self._read() as connection:
-            return connection.execute(sa.select(runs.c.id).where(*where).limit(1)).first() is not None
+            return connection.execute(query).first() is not None
 
-    def entry(self, message_id: str) -> Json | None:
-        """Gives one entry as stored."""
-        with self._read() as connection:
-            row = connection.execute(_entries().where(messages.c.id == message_id)).first()
-        return None if row is None else _stored(row).entry
-
-    def renew(self, worker: str, lease: float, queued: bool = True) -> list[str]:
-        """Extends the leases of ``worker``'s runs, those still ``queued`` too, to the Unix time ``lease``;
-        gives the ids of those to cancel."""
-        statuses = _LIVE if queued else [status for status in _LIVE if status != "queued"]
-        mine = (runs.c.worker == worker, runs.c.status.in_(statuses))
+    def renew(self, worker: str, run_ids: Collection[str], lease: float) -> list[str]:
+        """Extends the leases of those runs that are ``worker``'s to the Unix time ``lease``; gives the ids of those
+        to cancel."""
+        renewed = _free(runs.c.worker == worker, runs.c.status.in_(_LIVE), runs.c.id.in_(run_ids)).values(lease=lease)
         with self._write() as connection:
-            connection.execute(runs.update().where(*mine).values(lease=lease))
-            return list(connection.execute(sa.select(runs.c.id).where(*mine, runs.c.cancel_requested)).scalars())
+            rows = connection.execute(renewed.returning(runs.c.id, runs.c.cancel_requested)).all()
+        return [run_id for run_id, cancel in rows if cancel]
 
     def claim(self, run_id: str, worker: str, lease: float) -> bool:
         """Makes ``worker`` the holder of a run whose lease ran out; ``False`` when another was first."""
@@ -344,11 +374,11 @@ class ThreadStore:
         with self._write() as connection:
             return bool(connection.execute(runs.update().where(*where).values(worker=worker, lease=lease)).rowcount)
 
-    def release(self, worker: str) -> None:
-        """Lets go of ``worker``'s queued runs, for the next worker to pick up at once."""
-        where = (runs.c.worker == worker, runs.c.status == "queued")
+    def release(self, worker: str, run_id: str | None = None) -> None:
+        """Lets go of ``worker``'s queued runs, or of the one named, for the next worker to pick up at once."""
+        which = runs.c.status == "queued" if run_id is None else runs.c.id == run_id
         with self._write() as connection:
-            connection.execute(runs.update().where(*where).values(lease=0))
+            connection.execute(_free(runs.c.worker == worker, which).values(lease=0))
 
     def request_cancel(self, run_id: str) -> None:
         """Asks the worker that holds the run to cancel it."""
@@ -381,8 +411,11 @@ class ThreadStore:
 
     def forget_answers(self, before: int) -> None:
         """Drops answers given before the Unix time ``before``."""
+        key = (answers.c.scope, answers.c.owner, answers.c.key)
+        # What another transaction holds is left for the next time: two that wait for many rows can be a deadlock.
+        old = sa.select(*key).where(answers.c.created_at < before).with_for_update(skip_locked=True)
         with self._write() as connection:
-            connection.execute(answers.delete().where(answers.c.created_at < before))
+            connection.execute(answers.delete().where(sa.tuple_(*key).in_(old)))
 
 
 def thread_object(row: Any) -> Json:
@@ -392,6 +425,12 @@ def thread_object(row: Any) -> Json:
 
 def _owned(owner: Owner) -> tuple[sa.ColumnElement[bool], ...]:
     return threads.c.scope == owner.scope, threads.c.owner == owner.name
+
+
+def _free(*where: sa.ColumnElement[bool]) -> sa.Update:
+    # Rows that another transaction holds are passed over: two that wait for many rows can be a deadlock.
+    free = sa.select(runs.c.id).where(*where).with_for_update(skip_locked=True)
+    return runs.update().where(runs.c.id.in_(free))
 
 
 def _columns(value: Json, columns: list[sa.Column[Any]]) -> Json:
@@ -427,30 +466,114 @@ def _stored(row: Row[Any]) -> Stored:
     return Stored(entry(message, run, steps), None if run["status"] in TERMINAL else mapping["run.place"])
 
 
-def _engine(url: str) -> Engine:
+def _take_turns(connection: Connection, *names: str) -> None:
+    # Until the transaction ends. SQLite's one writer needs none of it.
+    if connection.dialect.name == "postgresql":
+        digest = hashlib.sha256("\0".join(("assistream", *names)).encode("utf-8", "surrogatepass")).digest()
+        number = sa.literal(int.from_bytes(digest[:8], signed=True), sa.BigInteger)
+        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(number)))
+
+
+_PSYCOPG: Final = "postgresql+psycopg"
+# What nothing may wait for longer than: a host that is gone must not hold a greenlet, and its thread, for ever.
+_POSTGRES_ARGUMENTS: Final = {
+    "connect_timeout": 5,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 15_000,
+    "client_encoding": "utf8",
+}
+# The operator's own limits stay. Not as connection options: PgBouncer refuses those.
+_POSTGRES_LIMITS: Final = """
+SELECT set_config(name, value, false)
+FROM (VALUES
+    ('statement_timeout', '15s'), ('lock_timeout', '5s'), ('idle_in_transaction_session_timeout', '30s')
+) AS ours (name, value)
+WHERE current_setting(name) = '0'
+"""
+
+
+def _url(url: str) -> URL:
     try:
         parsed = sa.make_url(url)
-        options: dict[str, Any] = {"pool_pre_ping": True}
-        if parsed.get_backend_name() == "sqlite":
-            options = {"connect_args": {"timeout": 10}}
-            if parsed.database in (None, "", ":memory:"):
-                options = {"poolclass": sa.StaticPool, "connect_args": {"check_same_thread": False}}
-        engine = sa.create_engine(parsed, **options)
-    except (sa.exc.ArgumentError, sa.exc.NoSuchModuleError, ImportError) as error:
-        raise ConfigurationError(
-            f"ASSISTREAM_DATABASE_URL cannot be used ({type(error).__name__}): give an SQLAlchemy URL such as "
-            "sqlite:////var/lib/app/assistream.sqlite3, and install the driver that it names"
-        ) from error
+    except (sa.exc.ArgumentError, ValueError) as error:
+        raise _unusable(error) from error
+    if parsed.drivername in ("postgres", "postgresql"):
+        parsed = parsed.set(drivername=_PSYCOPG)
+    if parsed.drivername == _PSYCOPG and importlib.util.find_spec("psycopg") is None:
+        raise _no_psycopg()
+    return parsed
+
+
+def _engine(url: URL, pool: int) -> Engine:
+    options: dict[str, Any] = {"pool_pre_ping": True, "pool_size": pool, "max_overflow": 0, "pool_timeout": 5}
+    if url.get_backend_name() == "sqlite":
+        options = {"connect_args": {"timeout": 10}}
+        if url.database in (None, "", ":memory:"):
+            options = {"poolclass": sa.StaticPool, "connect_args": {"check_same_thread": False}}
+    elif url.drivername == _PSYCOPG:
+        options["connect_args"] = {key: _POSTGRES_ARGUMENTS[key] for key in _POSTGRES_ARGUMENTS.keys() - url.query}
+        # What add() and its like rely on: a statement sees what was committed before it.
+        options["isolation_level"] = "READ COMMITTED"
+    try:
+        engine = sa.create_engine(url, **options)
+    except ImportError as error:
+        raise _no_psycopg() if url.drivername == _PSYCOPG else _unusable(error) from error
+    except (sa.exc.ArgumentError, sa.exc.NoSuchModuleError) as error:
+        raise _unusable(error) from error
     if engine.dialect.name == "sqlite":
         sa.event.listen(engine, "connect", _sqlite_connect)
         sa.event.listen(engine, "begin", _sqlite_begin)
+    elif url.drivername == _PSYCOPG:
+        sa.event.listen(engine, "connect", _postgres_connect)
     return engine
+
+
+def _unusable(error: Exception) -> ConfigurationError:
+    return ConfigurationError(
+        f"ASSISTREAM_DATABASE_URL cannot be used ({type(error).__name__}): give an SQLAlchemy URL such as "
+        "sqlite:////var/lib/app/assistream.sqlite3 or postgresql://user:password@host/database, "
+        "and install the driver that it names"
+    )
+
+
+def _no_psycopg() -> ConfigurationError:
+    return ConfigurationError(
+        "ASSISTREAM_DATABASE_URL names a PostgreSQL database, and its driver is not installed: "
+        "pip install 'assistream-flask[postgres]'"
+    )
+
+
+def _check_psycopg() -> None:
+    """Raises :class:`ConfigurationError` where one query would stop all greenlets: psycopg chooses how it waits
+    when it is imported, and a process that gevent patches later keeps the choice."""
+    patched, waiting = sys.modules.get("gevent.monkey"), sys.modules.get("psycopg.waiting")
+    if patched and waiting and patched.is_module_patched("select") and waiting.wait is vars(waiting).get("wait_c"):
+        raise ConfigurationError(
+            "psycopg was imported before gevent patched this process, so that every query would stop all event "
+            "streams: run gunicorn without --preload, or import psycopg only in the workers"
+        )
+
+
+def _postgres_connect(connection: Any, _: object) -> None:
+    connection.execute(_POSTGRES_LIMITS)
+    connection.commit()
 
 
 def _sqlite_connect(connection: Any, _: object) -> None:
     # The driver begins transactions by itself otherwise, and late: see SQLAlchemy's notes on pysqlite.
     connection.isolation_level = None
-    connection.execute("PRAGMA journal_mode=WAL")
+    end = time.monotonic() + 10
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            break
+        except sqlite3.OperationalError:
+            # Two that change a new file's mode at once: SQLite does not wait here, whatever its timeout says.
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.01)
     connection.execute("PRAGMA synchronous=NORMAL")
     connection.execute("PRAGMA foreign_keys=ON")
 

@@ -16,6 +16,8 @@ from flask.testing import FlaskClient
 from assistream_flask import Assistant, create_blueprint
 from assistream_flask.testing import OfflineServer
 
+from .postgres_server import postgres as postgres
+
 KEY = "sk-secret-of-the-tests"
 ASSISTANTS = (
     Assistant("tutor", model="m", instructions="You are a tutor.", name="Tutor"),

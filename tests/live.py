@@ -13,7 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +65,17 @@ class Gunicorn:
     """One gunicorn with one gevent worker, and a caller of the app in it."""
 
     def __init__(
-        self, folder: Path, *, delay: float = 0.02, app: str = APP, worker_class: str = "gevent", **settings: Any
+        self,
+        folder: Path,
+        *,
+        delay: float = 0.02,
+        app: str = APP,
+        worker_class: str = "gevent",
+        workers: int = 1,
+        options: Sequence[str] | None = None,
+        **settings: Any,
     ) -> None:
-        self._worker_class = worker_class
+        self._options = ["-k", worker_class, "-w", str(workers), *(options or ())]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port: int = free.getsockname()[1]
@@ -81,7 +89,7 @@ class Gunicorn:
 
     def start(self) -> None:
         """Starts it and waits until it answers."""
-        command = [sys.executable, "-m", "gunicorn", "-k", self._worker_class, "-b", f"127.0.0.1:{self.port}"]
+        command = [sys.executable, "-m", "gunicorn", *self._options, "-b", f"127.0.0.1:{self.port}"]
         command += ["--no-control-socket", "live_app:app"]
         with open(self._folder / "gunicorn.log", "ab") as log:
             self._process = subprocess.Popen(command, cwd=self._folder, env=self.env, stdout=log, stderr=log)
@@ -204,8 +212,8 @@ def stream(gunicorn: Gunicorn, path: str, *, last: str | None = None, by: str = 
 def running(folder: Path, **settings: Any) -> Iterator[Gunicorn]:
     """A started gunicorn, ended whatever happens."""
     gunicorn = Gunicorn(folder, **settings)
-    gunicorn.start()
     try:
+        gunicorn.start()
         yield gunicorn
     finally:
         if gunicorn.process.poll() is None:

@@ -18,12 +18,14 @@ MODULES = sorted(HOUSE.rglob("*.py"))
 # A module may import those of its own folder's leaves and of lower floors. What stands on one floor
 # does not know of its neighbours.
 FLOORS: list[set[str]] = [
-    {"errors", "version", "interrupt", "shutdown"},
-    {"sse", "events", "assistants", "settings", "schema"},
-    {"checks", "log", "threads", "upstream.parts", "upstream.wire"},
-    {"log.memory", "upstream.assistants", "upstream.chat", "upstream.responses"},
-    {"upstream", "reply"},
-    {"runner", "relay"},
+    {"errors", "version", "interrupt"},
+    {"sse", "events", "assistants", "settings", "schema", "migrations"},
+    {"checks", "log", "server", "threads", "upstream.parts", "upstream.wire"},
+    {"log.tail", "upstream.assistants", "upstream.chat", "upstream.responses"},
+    {"log.memory", "log.redis", "upstream.background"},
+    {"upstream", "reply", "pages", "teller"},
+    {"live"},
+    {"runner", "relay", "doctor"},
     {"runtime"},
     {"streams"},
     {"blueprint"},
@@ -66,7 +68,8 @@ def floor(name: str) -> int:
 
 
 def test_every_module_has_its_floor() -> None:
-    core = {name for name in NAMES if name.split(".")[0] != "testing"}
+    # Alembic runs the files in migrations by themselves.
+    core = {name for name in NAMES if name.split(".")[0] != "testing" and not name.startswith("migrations.")}
     assert core == set().union(*FLOORS)
 
 
@@ -90,7 +93,9 @@ def test_imports_among_ourselves_stand_at_the_top_where_they_cannot_hide_a_circl
             if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
             for inner in node.body
         }
-        assert not [f"{path}:{line}" for _, line in ours(path) if line not in top | guarded]
+        # What needs an extra is imported when it is asked for.
+        hidden = [other for other, line in ours(path) if line not in top | guarded]
+        assert set(hidden) <= {"log.redis"}, path
 
 
 def test_the_offline_server_stands_alone_and_the_rest_does_not_know_it() -> None:
@@ -123,7 +128,7 @@ def test_no_module_is_over_600_lines(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_the_top_of_a_module_only_imports_and_defines(path: Path) -> None:
-    if path.name == "__main__.py":
+    if path.name in ("__main__.py", "env.py"):
         return
     for node in ast.parse(path.read_text()).body:
         docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)

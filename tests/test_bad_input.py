@@ -460,7 +460,7 @@ def test_over_the_limit_of_streams_is_429_with_retry_after_until_one_closes(make
 def test_several_processes_are_refused_and_the_operator_is_told(app: Flask, caller: Caller) -> None:
     for url in (f"{P}/assistants", f"{P}/threads", f"{caller.url}/events"):
         answer = caller.client.get(url, environ_overrides={"wsgi.multiprocess": True})
-        assert "--workers 1" in refused(answer, 500, "too_many_workers")
+        assert "run one worker" in refused(answer, 500, "too_many_workers")
 
 
 def test_while_the_server_stops_streams_are_503_with_retry_after(app: Flask, caller: Caller) -> None:

@@ -1,37 +1,46 @@
-"""The README's tables and examples, held to the code; and what the wheel has in it."""
+"""The tables and examples of the docs, held to the code; the files to deploy with; and what the wheel has in it."""
 
 from __future__ import annotations
 
+import json
 import re
+import runpy
+import shlex
+import shutil
+import socket
 import subprocess
 import sys
 import tomllib
 import zipfile
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from flask import Flask
 
 import assistream_flask
+from assistream_flask.errors import RUN_ERRORS
 from assistream_flask.settings import Settings
 from assistream_flask.testing import FAULTS, OfflineServer
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+DEPLOY = (ROOT / "docs/deploy.md").read_text()
+DOCS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
 
 
-def section(title: str) -> str:
+def section(title: str, text: str = README) -> str:
     """The text under a heading."""
-    found = re.search(rf"^(#+) {re.escape(title)}\n(.*?)(?=^#{{1,3}} |\Z)", README, re.MULTILINE | re.DOTALL)
+    found = re.search(rf"^(#+) {re.escape(title)}\n(.*?)(?=^#{{1,3}} |\Z)", text, re.MULTILINE | re.DOTALL)
     assert found, title
     return found[2]
 
 
-def rows(title: str) -> list[list[str]]:
+def rows(title: str, text: str = README) -> list[list[str]]:
     """The table under a heading, without its head."""
-    lines = [line for line in section(title).splitlines() if line.startswith("|")]
+    lines = [line for line in section(title, text).splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[2:]]
 
 
@@ -137,10 +146,112 @@ def test_the_requirements_are_those_of_the_package_and_the_example() -> None:
     ]
 
 
+def test_every_file_that_the_docs_name_is_there() -> None:
+    for path in DOCS:
+        links = re.findall(r"\]\((?!https?:|#)([^)#]+)", path.read_text())
+        assert [link for link in links if not (path.parent / link).exists()] == [], path
+
+
+def test_the_docs_name_no_setting_that_is_not_there() -> None:
+    known = {f"ASSISTREAM_{one.name.upper()}" for one in fields(Settings)}
+    for path in [*DOCS, *(ROOT / "deploy").iterdir(), ROOT / "gunicorn.conf.py"]:
+        # The example app's own.
+        named = set(re.findall(r"ASSISTREAM_[A-Z_]+", path.read_text())) - {"ASSISTREAM_UPSTREAM"}
+        assert named <= known, path
+
+
+def test_what_users_see_when_something_fails_is_what_the_code_says() -> None:
+    table = rows("When X fails, your users see Y", DEPLOY)
+    seen = " ".join(row[1] for row in table)
+    source = "".join(path.read_text() for path in (ROOT / "assistream_flask").rglob("*.py"))
+    codes = re.findall(r"`([a-z]+_[a-z_]+)`", seen)
+    assert "worker_lost" in codes
+    assert [code for code in codes if f'"{code}"' not in source] == []
+    assert [said for said in re.findall(r'"(.+?)"', seen) if said not in RUN_ERRORS.values()] == []
+
+
+def test_the_house_names_all_modules() -> None:
+    table = rows("The house", (ROOT / "CONTRIBUTING.md").read_text())
+    named = {name for row in table for name in re.findall(r"`(\w+)(?:\.py|/)`", row[0])}
+    house = ROOT / "assistream_flask"
+    modules = {path.stem for path in house.glob("*.py")} - {"__init__", "version"}
+    packages = {path.parent.name for path in house.glob("*/__init__.py")}
+    assert named == modules | packages
+
+
+# The files to deploy with
+
+
+def test_all_servers_are_started_by_the_same_command() -> None:
+    command = section("Any number of workers", DEPLOY).partition("\ngunicorn ")[2].partition("\n")[0]
+    words = shlex.split(command)
+    assert [line for line in section("Deploy").splitlines() if line == f"gunicorn {command}"]
+    assert (ROOT / "deploy/Procfile").read_text() == f"web: gunicorn {command}\n"
+    unit = re.search(r"^ExecStart=\S+/gunicorn (.*)", (ROOT / "deploy/assistream.service").read_text(), re.MULTILINE)
+    image = re.search(r"^CMD (\[.*\])", (ROOT / "deploy/Dockerfile").read_text(), re.MULTILINE)
+    assert unit
+    assert image
+    for started in (shlex.split(unit[1]), json.loads(image[1])[1:]):
+        assert started[: len(words) - 1] == words[:-1]
+        assert started[-1] == words[-1]
+
+
+def test_nginx_takes_its_file(tmp_path: Path) -> None:
+    nginx = shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/sbin:/usr/local/bin")
+    if nginx is None:
+        pytest.skip("nginx is not installed")
+    certificate = ["-keyout", str(tmp_path / "example.org.key"), "-out", str(tmp_path / "example.org.pem")]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=example.org", *certificate]
+    subprocess.run(command, check=True, capture_output=True)
+    text = (ROOT / "deploy/nginx.conf").read_text().replace("/etc/nginx/example.org", f"{tmp_path}/example.org")
+    # It binds them even to test.
+    for port in ("80", "443"):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            text = text.replace(f"listen {port}", f"listen 127.0.0.1:{free.getsockname()[1]}")
+    (tmp_path / "nginx.conf").write_text(text)
+    command = [nginx, "-t", "-c", str(tmp_path / "nginx.conf"), "-g", f"pid {tmp_path}/pid;"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_systemd_takes_its_unit(tmp_path: Path) -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd is not installed")
+    unit = (ROOT / "deploy/assistream.service").read_text()
+    # It looks whether the program is there.
+    (tmp_path / "assistream.service").write_text(unit.replace("/srv/assistream/.venv/bin/gunicorn", "/bin/true"))
+    command = ["systemd-analyze", "verify", str(tmp_path / "assistream.service")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("where", ["environment", ".env"])
+def test_gunicorn_takes_more_workers_where_redis_has_their_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ASSISTREAM_REDIS_URL", raising=False)
+    monkeypatch.setenv("WEB_CONCURRENCY", "4")
+    server = SimpleNamespace(cfg=SimpleNamespace(workers=4))
+    with pytest.raises(SystemExit, match="set ASSISTREAM_REDIS_URL"):
+        runpy.run_path(str(ROOT / "gunicorn.conf.py"))["on_starting"](server)
+    if where == "environment":
+        monkeypatch.setenv("ASSISTREAM_REDIS_URL", "redis://localhost")
+    else:
+        Path(".env").write_text("ASSISTREAM_REDIS_URL=redis://localhost\n")
+    found = runpy.run_path(str(ROOT / "gunicorn.conf.py"))
+    assert found["workers"] == 4
+    found["on_starting"](server)
+
+
 @pytest.mark.parametrize("name", ["assistream.js", "assistream.d.ts"])
 def test_the_wheel_has_the_static_files_and_the_types(built: list[str], name: str) -> None:
     assert f"assistream_flask/static/{name}" in built
     assert "assistream_flask/py.typed" in built
+    migrations = {path.relative_to(ROOT).as_posix() for path in (ROOT / "assistream_flask/migrations").rglob("*.py")}
+    assert migrations
+    assert migrations <= set(built)
     assert not [one for one in built if one.startswith(("tests", "example_app"))]
 
 

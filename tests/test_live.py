@@ -271,21 +271,11 @@ def test_more_than_one_worker_is_refused_at_start(tmp_path: Path) -> None:
     assert "one worker" in found.stderr
 
 
-@pytest.mark.parametrize(
-    ("workers", "worker_class", "fix"), [("2", "gevent", "--workers 1"), ("1", "sync", "--worker-class gevent")]
-)
-def test_a_server_that_cannot_work_is_told_what_to_do(
-    tmp_path: Path, workers: str, worker_class: str, fix: str
-) -> None:
-    gunicorn = Gunicorn(tmp_path, worker_class=worker_class)
-    gunicorn.env["WEB_CONCURRENCY"] = workers
-    gunicorn.start()
-    try:
+def test_a_worker_class_that_cannot_work_is_told_what_to_do(tmp_path: Path) -> None:
+    with running(tmp_path, worker_class="sync") as gunicorn:
         with pytest.raises(urllib.error.HTTPError) as refused:
             gunicorn.thread()
         with refused.value:
             assert refused.value.code == 500
-            assert fix in refused.value.read().decode()
-        assert fix in gunicorn.log()
-    finally:
-        gunicorn.stop()
+            assert "--worker-class gevent" in refused.value.read().decode()
+        assert "--worker-class gevent" in gunicorn.log()

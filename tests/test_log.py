@@ -6,42 +6,83 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import pytest
 
 from assistream_flask.events import Event
 from assistream_flask.log import Log, Lost, Place, Record, Subscription
 from assistream_flask.log.memory import MemoryLog
+from assistream_flask.log.redis import RedisLog
+from tests.redis_server import RedisServer
 
 
 class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
+    """Time that the test moves: by hand, or, ``real`` seconds of which are a second of it, by waiting."""
+
+    def __init__(self, real: float = 0) -> None:
+        self._now, self.real = 1000.0, real
 
     def __call__(self) -> float:
-        return self.now
+        return self._now
+
+    def forward(self, seconds: float) -> None:
+        self._now += seconds
+        time.sleep(seconds * self.real)
 
 
 class MakeLog(Protocol):
-    def __call__(
-        self, *, max_events: int = 10_000, max_age: float = 600, clock: Callable[[], float] = time.monotonic
-    ) -> Log: ...
+    clock: Clock
+    trims_by_age: bool
+
+    def __call__(self, *, max_events: int = ..., max_bytes: int = ..., max_age: float = ...) -> Log: ...
 
 
-LOGS: list[MakeLog] = [MemoryLog]
+class MakeMemoryLog:
+    trims_by_age = True
+
+    def __init__(self, _: RedisServer) -> None:
+        self.clock = Clock()
+
+    def __call__(self, *, max_events: int = 10_000, max_bytes: int = 8 << 20, max_age: float = 600) -> Log:
+        return MemoryLog(max_events=max_events, max_bytes=max_bytes, max_age=max_age, clock=self.clock)
 
 
-@pytest.fixture(params=LOGS, ids=lambda make: make.__name__)
-def make(request: pytest.FixtureRequest) -> Iterator[MakeLog]:
+class MakeRedisLog:
+    trims_by_age = False
+
+    def __init__(self, server: RedisServer) -> None:
+        # A stream lives for real milliseconds.
+        self.clock, self._server = Clock(0.02), server
+        server.start()
+
+    def __call__(self, *, max_events: int = 10_000, max_bytes: int = 8 << 20, max_age: float = 600) -> Log:
+        # Every log of these tests is one of its own.
+        return RedisLog(
+            self._server.empty_url(), max_events=max_events, max_bytes=max_bytes, max_age=max_age * self.clock.real
+        )
+
+
+@pytest.fixture(scope="module")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture(params=[MakeMemoryLog, MakeRedisLog], ids=["memory", "redis"])
+def make(request: pytest.FixtureRequest, redis_server: RedisServer) -> Iterator[MakeLog]:
     made: list[Log] = []
-    factory: MakeLog = request.param
+    factory = request.param(redis_server)
 
-    def one(*, max_events: int = 10_000, max_age: float = 600, clock: Callable[[], float] = time.monotonic) -> Log:
-        made.append(factory(max_events=max_events, max_age=max_age, clock=clock))
-        return made[-1]
+    class Make:
+        clock, trims_by_age = factory.clock, factory.trims_by_age
 
-    yield one
+        def __call__(self, **limits: Any) -> Log:
+            made.append(factory(**limits))
+            return made[-1]
+
+    yield Make()
     for log in made:
         log.close()
 
@@ -178,7 +219,7 @@ def test_the_newest_max_events_are_kept(make: MakeLog) -> None:
     start = log.end("t")
     log.append("t", [event(1), event(2)])
     log.append("t", [event(3), event(4), event(5)])
-    log.trim()
+    log.tend()
     assert lost(log, start)
     assert lost(log, start._replace(offset=1))
     assert after(log, start._replace(offset=2)) == [3, 4, 5]
@@ -188,31 +229,32 @@ def test_a_batch_longer_than_the_log_leaves_its_newest(make: MakeLog) -> None:
     log = make(max_events=2)
     start = log.end("t")
     log.append("t", [event(n) for n in range(1, 8)])
-    log.trim()
+    log.tend()
     assert lost(log, start._replace(offset=4))
     assert after(log, start._replace(offset=5)) == [6, 7]
 
 
 def test_what_is_older_than_max_age_goes(make: MakeLog) -> None:
-    clock = Clock()
-    log = make(max_age=10, clock=clock)
+    clock = make.clock
+    log = make(max_age=10)
     start = log.end("t")
     log.append("t", [event(1)])
-    clock.now += 6
+    clock.forward(6)
     log.append("t", [event(2)])
-    clock.now += 6
-    log.trim()
-    assert lost(log, start)
+    clock.forward(6)
+    log.tend()
+    if make.trims_by_age:
+        assert lost(log, start)
     assert after(log, start._replace(offset=1)) == [2]
 
 
 def test_offsets_go_on_after_all_was_trimmed_while_somebody_reads(make: MakeLog) -> None:
-    clock = Clock()
-    log = make(max_age=10, clock=clock)
+    clock = make.clock
+    log = make(max_age=10)
     end = log.append("t", [event(1)])
     reader = log.subscribe("t", end)
-    clock.now += 100
-    log.trim()
+    clock.forward(100)
+    log.tend()
     assert log.end("t") == end
     log.append("t", [event(2)])
     assert numbers(reader.read(0)) == [2]
@@ -220,48 +262,48 @@ def test_offsets_go_on_after_all_was_trimmed_while_somebody_reads(make: MakeLog)
 
 
 def test_an_old_thread_that_nobody_reads_is_dropped_and_begins_anew(make: MakeLog) -> None:
-    clock = Clock()
-    log = make(max_age=10, clock=clock)
+    clock = make.clock
+    log = make(max_age=10)
     end = log.append("t", [event(1)])
-    clock.now += 11
-    log.trim()
+    clock.forward(11)
+    log.tend()
     assert log.end("t").epoch != end.epoch
     assert lost(log, end)
 
 
 def test_a_thread_that_has_records_or_was_just_used_is_not_dropped(make: MakeLog) -> None:
-    clock = Clock()
-    log = make(max_age=10, clock=clock)
+    clock = make.clock
+    log = make(max_age=10)
     end = log.append("t", [event(1)])
-    clock.now += 9
-    log.trim()
+    clock.forward(9)
+    log.tend()
     assert log.end("t") == end
-    clock.now += 9
-    log.trim()
+    clock.forward(9)
+    log.tend()
     assert log.end("t") == end
 
 
 def test_a_closed_reader_keeps_no_thread(make: MakeLog) -> None:
-    clock = Clock()
-    log = make(max_age=10, clock=clock)
+    clock = make.clock
+    log = make(max_age=10)
     end = log.end("t")
     reader = log.subscribe("t", end)
     reader.close()
     reader.close()
     for _ in range(3):
         assert lost(log, end._replace(offset=9))
-    clock.now += 11
-    log.trim()
+    clock.forward(11)
+    log.tend()
     assert log.end("t").epoch != end.epoch
 
 
 def test_a_held_lock_keeps_its_thread(make: MakeLog) -> None:
-    clock = Clock()
-    log = make(max_age=10, clock=clock)
+    clock = make.clock
+    log = make(max_age=10)
     with log.lock("t"):
         end = log.end("t")
-        clock.now += 100
-        log.trim()
+        clock.forward(100 if make.trims_by_age else 5)
+        log.tend()
         assert log.end("t") == end
 
 
@@ -475,16 +517,16 @@ def test_writers_at_once_leave_no_hole_and_each_batch_whole(make: MakeLog) -> No
 
 
 def test_trimming_at_once_with_readers_and_writers_loses_nothing_silently(make: MakeLog) -> None:
-    clock = Clock()
-    log, total = make(max_events=20, max_age=10, clock=clock), 3000
+    clock = make.clock
+    log, total = make(max_events=20, max_age=10), 3000
     written = threading.Event()
 
     def write() -> None:
         for n in range(1, total + 1):
             log.append("t", [event(n)])
             if n % 7 == 0:
-                clock.now += 3
-                log.trim()
+                clock.forward(3)
+                log.tend()
         written.set()
 
     def read(found: list[str]) -> None:
@@ -541,9 +583,10 @@ class Model:
 def test_any_interleaving_of_appends_trims_attaches_and_cuts_is_as_the_model_says(make: MakeLog, seed: int) -> None:
     for trial in range(500):
         choose = random.Random(seed * 10_000 + trial)
-        clock = Clock()
+        clock = make.clock
         size, age = choose.randrange(1, 8), choose.randrange(1, 20)
-        log, model = make(max_events=size, max_age=age, clock=clock), Model(size, age)
+        log = make(max_events=size, max_age=age if make.trims_by_age else 30_000)
+        model = Model(size, age)
         # One reader throughout, so that the epoch stays.
         anchor = log.subscribe("t", log.end("t"))
         epoch, counter = log.end("t").epoch, 0
@@ -553,12 +596,14 @@ def test_any_interleaving_of_appends_trims_attaches_and_cuts_is_as_the_model_say
                 case 0 | 1:
                     new = [counter + n for n in range(choose.randrange(4))]
                     counter += len(new)
-                    model.append(clock.now, new)
+                    model.append(clock(), new)
                     assert log.append("t", [event(n) for n in new]) == Place(epoch, counter)
                 case 2:
-                    clock.now += choose.random() * 8
-                    log.trim()
-                    model.trim(clock.now)
+                    log.tend()
+                    if make.trims_by_age:
+                        clock.forward(choose.random() * 8)
+                        log.tend()
+                        model.trim(clock())
                 case 3:
                     offset = choose.randrange(counter + 3)
                     expected = model.after(offset)
@@ -582,3 +627,4 @@ def test_any_interleaving_of_appends_trims_attaches_and_cuts_is_as_the_model_say
         anchor.close()
         for reader, _ in readers:
             reader.close()
+        log.close()

@@ -50,7 +50,8 @@ def verbs(app: Flask) -> Iterator[tuple[str, str, Any]]:
     found = []
     for rule in app.url_map.iter_rules():
         blueprint, _, endpoint = rule.endpoint.rpartition(".")
-        if blueprint == "assistream":
+        # The doctor's has no owner: test_doctor.py.
+        if blueprint == "assistream" and endpoint != "doctor":
             found += [(method, rule.rule, BODIES.get(endpoint)) for method in sorted(rule.methods or ())]
     assert len(found) > 20
     yield from sorted(found, key=lambda one: (one[0] == "DELETE", one[1], one[0]))

@@ -108,7 +108,7 @@ def test_a_viewer_hears_of_another_workers_run_that_ended_before_the_first_sweep
     held.let_go()
     assert ended(caller, run_id) == ("completed", None)
     sweeps.set()
-    wait_until(lambda: b"thread.run.completed" in next(events))
+    wait_until(lambda: b'"status":"in_progress"' not in next(events))
 
 
 def test_a_client_is_made_in_the_apps_context(make_app: MakeApp, server: OfflineServer) -> None:

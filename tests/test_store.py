@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sqlite3
+import re
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,31 @@ from assistream_flask.errors import ConfigurationError
 from assistream_flask.events import Json
 from assistream_flask.threads import Answer, AnsweredBefore, Owner, ThreadStore, TooManyRuns, thread_object
 
-DATABASES = ["sqlite file", "sqlite in memory"]
+from .postgres_server import PostgresServer
+
+LASTING = ["sqlite file", "postgresql"]
+DATABASES = [*LASTING, "sqlite in memory"]
 ME, OTHER, ELSEWHERE = Owner("blue", "me"), Owner("blue", "other"), Owner("green", "me")
 FUTURE = time.time() + 3600
 
 
+def new_url(request: pytest.FixtureRequest) -> str:
+    if request.param == "postgresql":
+        server: PostgresServer = request.getfixturevalue("postgres")
+        return server.new_database()
+    folder: Path = request.getfixturevalue("tmp_path")
+    return f"sqlite:///{folder / 'threads.sqlite3'}" if request.param == "sqlite file" else "sqlite://"
+
+
 @pytest.fixture(params=DATABASES)
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path / 'threads.sqlite3'}" if request.param == "sqlite file" else "sqlite://"
+def url(request: pytest.FixtureRequest) -> str:
+    return new_url(request)
+
+
+@pytest.fixture(params=LASTING)
+def lasting(request: pytest.FixtureRequest) -> str:
+    """The URL of a database that more than one store can open."""
+    return new_url(request)
 
 
 @pytest.fixture
@@ -101,49 +119,49 @@ def test_a_file_is_in_wal_mode_with_foreign_keys_on(tmp_path: Path) -> None:
     store.close()
 
 
-def test_the_schema_is_created_at_first_use_and_its_version_recorded_once(tmp_path: Path) -> None:
-    path = tmp_path / "a.sqlite3"
+def test_the_schema_is_created_at_first_use_and_its_version_recorded_once(lasting: str) -> None:
     for _ in range(2):
-        ThreadStore(f"sqlite:///{path}").close()
-    connection = sqlite3.connect(path)
-    assert connection.execute("SELECT version FROM assistream_schema").fetchall() == [(schema.VERSION,)]
-    connection.close()
+        ThreadStore(lasting).close()
+    store = ThreadStore(lasting)
+    with store._read() as connection:
+        assert connection.execute(sa.select(schema.schema)).all() == [(schema.VERSION,)]
+    store.close()
 
 
-def test_a_newer_schema_is_refused_with_what_to_do(tmp_path: Path) -> None:
-    path = tmp_path / "a.sqlite3"
-    ThreadStore(f"sqlite:///{path}").close()
-    connection = sqlite3.connect(path)
-    connection.execute("INSERT INTO assistream_schema VALUES (?)", (schema.VERSION + 1,))
-    connection.commit()
-    connection.close()
+def test_a_newer_schema_is_refused_with_what_to_do(lasting: str) -> None:
+    store = ThreadStore(lasting)
+    with store._write() as connection:
+        connection.execute(schema.schema.update().values(version=schema.VERSION + 1))
+    thread = new_thread(store)
     with pytest.raises(ConfigurationError, match="upgrade assistream"):
-        ThreadStore(f"sqlite:///{path}")
+        ThreadStore(lasting)
+    # A worker of the older release, which is running already, is not stopped.
+    assert store.threads(ME, 10, None) == ([thread], False)
+    store.close()
 
 
-@pytest.mark.parametrize("bad", ["", "nonsense", "nosuch://x", "sqlite+nosuch://"])
+@pytest.mark.parametrize("bad", ["", "nonsense", "nosuch://x", "sqlite+nosuch://", "postgresql://host:port/x"])
 def test_a_url_that_cannot_work_is_refused_with_what_to_do(bad: str) -> None:
-    with pytest.raises(ConfigurationError, match="ASSISTREAM_DATABASE_URL"):
-        ThreadStore(bad)
+    for use in (ThreadStore, ThreadStore.check):
+        with pytest.raises(ConfigurationError, match="ASSISTREAM_DATABASE_URL"):
+            use(bad)
 
 
-def test_stores_that_open_a_new_file_at_once_agree_on_its_schema(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path / 'a.sqlite3'}"
-    stores = at_once(8, lambda _: ThreadStore(url))
+def test_stores_that_open_a_new_database_at_once_agree_on_its_schema(lasting: str) -> None:
+    stores = at_once(8, lambda _: ThreadStore(lasting))
     assert [store for store in stores if not isinstance(store, ThreadStore)] == []
     for store in stores:
         assert isinstance(store, ThreadStore)
         store.close()
 
 
-def test_what_was_stored_is_there_after_a_restart(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path / 'a.sqlite3'}"
-    store = ThreadStore(url)
+def test_what_was_stored_is_there_after_a_restart(lasting: str) -> None:
+    store = ThreadStore(lasting)
     thread = new_thread(store)
     message = user(thread["id"], "é\u2028\n\0😀")
     store.add(ME, thread["id"], message)
     store.close()
-    store = ThreadStore(url)
+    store = ThreadStore(lasting)
     assert entries(store, thread["id"]) == [events.entry(message)]
     store.close()
 
@@ -219,9 +237,6 @@ def test_entries_come_back_as_they_went_in_in_their_order(store: ThreadStore) ->
     assert store.add(ME, thread_id, later) == 5
     expected = [events.entry(message), *(events.entry(reply, run) for run, reply in pairs), events.entry(later)]
     assert entries(store, thread_id) == expected
-    for one in expected:
-        assert store.entry(one["message"]["id"]) == one
-    assert store.entry("msg_unknown") is None
     for run, _ in pairs:
         assert store.run(thread_id, run["id"]) == run
 
@@ -423,9 +438,10 @@ def test_held_gives_the_runs_that_are_not_over_with_all_their_worker_needs(store
     done = start(store, thread_id)
     store.save("w1", *over(*done), [], None)
     step = events.reasoning_step(run)
-    store.save("w1", run, message, [step], None)
+    upstream = {"id": "resp_1", "sequence_number": 7}
+    store.save("w1", run, message, [step], "0a-3", upstream)
     assert [tuple(held) for held in store.held()] == [
-        (run, message, [step], 2, "blue", "g7", "sequential", "w1", 123.5)
+        (run, message, [step], 2, "blue", "g7", "sequential", "0a-3", upstream, 123.5)
     ]
     assert store.held(schema.runs.c.worker != "w1") == []
 
@@ -433,19 +449,22 @@ def test_held_gives_the_runs_that_are_not_over_with_all_their_worker_needs(store
 def test_renew_extends_only_ones_own_leases_and_names_the_runs_to_cancel(store: ThreadStore) -> None:
     thread_id = new_thread(store)["id"]
     mine, theirs = start(store, thread_id, lease=1)[0], start(store, thread_id, worker="w2", lease=1)[0]
-    assert store.renew("w1", 50.0) == []
+    both = [mine["id"], theirs["id"]]
+    assert store.renew("w1", both, 50.0) == []
     assert {held.run["id"]: held.lease for held in store.held()} == {mine["id"]: 50.0, theirs["id"]: 1.0}
     store.request_cancel(mine["id"])
     store.request_cancel(theirs["id"])
-    assert store.renew("w1", 60.0) == [mine["id"]]
-    assert store.renew("w2", 60.0) == [theirs["id"]]
+    assert store.renew("w1", both, 60.0) == [mine["id"]]
+    assert store.renew("w2", both, 60.0) == [theirs["id"]]
+    assert store.renew("w1", [], 70.0) == []
+    assert {held.lease for held in store.held()} == {60.0}
 
 
 def test_a_run_can_be_claimed_when_its_lease_ran_out_and_not_before(store: ThreadStore) -> None:
     thread_id = new_thread(store)["id"]
     run, message = start(store, thread_id)
     assert not store.claim(run["id"], "w2", FUTURE)
-    store.renew("w1", time.time() - 1)
+    store.renew("w1", [run["id"]], time.time() - 1)
     assert store.claim(run["id"], "w2", FUTURE)
     assert not store.claim(run["id"], "w3", FUTURE)
     assert not store.save("w1", run, message, [], None)
@@ -475,15 +494,29 @@ def test_release_lets_go_of_queued_runs_and_keeps_those_under_way(store: ThreadS
     assert store.claim(queued["id"], "w3", FUTURE)
 
 
-def test_a_worker_that_leaves_renews_only_what_is_under_way(store: ThreadStore) -> None:
+def test_release_of_one_run_lets_go_of_it_alone_and_only_for_its_worker(store: ThreadStore) -> None:
     thread_id = new_thread(store)["id"]
-    queued, _ = start(store, thread_id)
-    under_way, message = start(store, thread_id, lease=1)
-    store.save("w1", {**under_way, "status": "in_progress"}, message, [], None)
-    store.release("w1")
-    store.renew("w1", FUTURE, queued=False)
-    assert not store.claim(under_way["id"], "w2", FUTURE)
-    assert store.claim(queued["id"], "w2", FUTURE)
+    (run, message), (other, _) = start(store, thread_id), start(store, thread_id)
+    store.save("w1", {**run, "status": "in_progress"}, message, [], None)
+    store.release("w2", run["id"])
+    assert not store.claim(run["id"], "w3", FUTURE)
+    store.release("w1", run["id"])
+    assert store.claim(run["id"], "w3", FUTURE)
+    assert not store.claim(other["id"], "w3", FUTURE)
+
+
+def test_a_run_waits_for_those_before_it_in_its_thread_but_not_for_its_own_group(store: ThreadStore) -> None:
+    thread_id, elsewhere = new_thread(store)["id"], new_thread(store)["id"]
+    start(store, elsewhere)
+    first = start(store, thread_id, group_id="g1")
+    start(store, thread_id, group_id="g1")
+    assert not store.busy_before(thread_id, 1, "g1")
+    assert not store.busy_before(thread_id, 2, "g1")
+    assert store.busy_before(thread_id, 2, None)
+    assert store.busy_before(thread_id, 3, "g2")
+    assert store.save("w1", *over(*first), [], None)
+    assert not store.busy_before(thread_id, 2, None)
+    assert store.busy_before(thread_id, 3, "g2")
 
 
 # More than one process
@@ -503,12 +536,11 @@ store.close()
 """
 
 
-def test_two_processes_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path / 'a.sqlite3'}"
-    store = ThreadStore(url)
+def test_two_processes_that_write_at_once_lose_nothing(lasting: str) -> None:
+    store = ThreadStore(lasting)
     thread_id = new_thread(store)["id"]
     with subprocess.Popen(
-        [sys.executable, "-c", WRITER, url, thread_id], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", WRITER, lasting, thread_id], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
         assert other.stdin is not None
         assert other.stdout is not None
@@ -523,3 +555,182 @@ def test_two_processes_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
     store.close()
     assert [text for text in texts if text.startswith("ours")] == [f"ours {n}" for n in range(100)]
     assert [text for text in texts if text.startswith("theirs")] == [f"theirs {n}" for n in range(100)]
+
+
+def test_what_works_on_many_rows_at_once_ends_without_a_deadlock(lasting: str) -> None:
+    store = ThreadStore(lasting, pool=12)
+    for _ in range(10):
+        thread_id = new_thread(store)["id"]
+        started = [start(store, thread_id, answer=Answer(f"{thread_id}{n}", "", 202, {})) for n in range(20)]
+        jobs: list[Callable[[], object]] = [
+            partial(store.renew, "w1", [run["id"] for run, _ in started], FUTURE),
+            lambda: store.release("w1"),
+            lambda: store.forget_answers(int(FUTURE)),
+            partial(store.delete_thread, thread_id),
+            lambda started=started: [store.save("w1", *over(*one), [], None) for one in started],  # type: ignore[misc]
+        ]
+        found = at_once(10, lambda at, jobs=jobs: jobs[at % 5]())  # type: ignore[misc]
+        assert [error for error in found if isinstance(error, Exception)] == []
+    store.close()
+
+
+# PostgreSQL
+
+
+@pytest.fixture
+def postgres_url(postgres: PostgresServer) -> str:
+    return postgres.new_database()
+
+
+@pytest.mark.parametrize("name", ["postgresql", "postgres", "postgresql+psycopg"])
+def test_the_urls_that_hosts_hand_out_mean_psycopg_3(postgres_url: str, name: str) -> None:
+    store = ThreadStore(postgres_url.replace("postgresql+psycopg", name))
+    assert store._engine.driver == "psycopg"
+    store.close()
+
+
+@pytest.mark.parametrize("use", [ThreadStore, ThreadStore.check])
+def test_a_missing_driver_is_told_with_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, use: Callable[[str], object]
+) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(ConfigurationError, match=re.escape("pip install 'assistream-flask[postgres]'")):
+        use("postgres://host/database")
+
+
+def test_a_store_has_no_more_connections_than_its_pool_and_waiting_for_one_ends(postgres_url: str) -> None:
+    store = ThreadStore(postgres_url, pool=2)
+    assert isinstance(store._engine.pool, sa.QueuePool)
+    store._engine.pool._timeout = 0.1
+    with store._read(), store._read(), pytest.raises(sa.exc.SQLAlchemyError, match="QueuePool limit"):
+        store.held()
+    assert store.held() == []
+    store.close()
+
+
+def test_nothing_waits_for_ever(postgres_url: str) -> None:
+    store = ThreadStore(postgres_url)
+    with store._read() as connection:
+        limits = "statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout"
+        assert [connection.exec_driver_sql(f"SHOW {name}").scalar() for name in limits] == ["15s", "5s", "30s"]
+    store.close()
+
+
+def test_a_limit_that_the_operator_set_stays_and_ends_a_wait(postgres_url: str) -> None:
+    store = ThreadStore(f"{postgres_url}&options=-clock_timeout%3D100&connect_timeout=7")
+    thread_id = new_thread(store)["id"]
+    with store._write() as connection:
+        connection.execute(sa.select(schema.threads).with_for_update())
+        with pytest.raises(sa.exc.SQLAlchemyError, match="lock timeout"):
+            store.add(ME, thread_id, user(thread_id))
+    assert store.add(ME, thread_id, user(thread_id)) == 1
+    store.close()
+
+
+def test_what_another_transaction_holds_is_left_for_the_next_time_where_many_rows_are_changed(
+    postgres_url: str,
+) -> None:
+    store = ThreadStore(postgres_url)
+    thread_id = new_thread(store)["id"]
+    one, two = (start(store, thread_id, answer=Answer(key, "", 202, {}))[0]["id"] for key in "ab")
+    with store._write() as connection:
+        connection.execute(sa.select(schema.runs).where(schema.runs.c.id == two).with_for_update())
+        connection.execute(sa.select(schema.answers).where(schema.answers.c.key == "b").with_for_update())
+        store.renew("w1", [one, two], 5)
+        assert [held.lease for held in store.held()] == [5, FUTURE]
+        store.release("w1")
+        assert [held.lease for held in store.held()] == [0, FUTURE]
+        store.forget_answers(int(FUTURE))
+        assert [store.answer(ME, key) is None for key in "ab"] == [True, False]
+    store.renew("w1", [one, two], 6)
+    assert [held.lease for held in store.held()] == [6, 6]
+    store.close()
+
+
+def test_connections_that_the_server_closed_are_replaced(postgres_url: str) -> None:
+    store, other = ThreadStore(postgres_url), ThreadStore(postgres_url)
+    assert store.held() == []
+    with other._read() as connection:
+        connection.exec_driver_sql(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid != pg_backend_pid()"
+        )
+    assert store.held() == []
+    for one in (store, other):
+        one.close()
+
+
+SLOW = """
+from gevent import monkey
+monkey.patch_all()
+import sys, time
+import gevent
+import sqlalchemy as sa
+from assistream_flask import events
+from assistream_flask.threads import Owner, ThreadStore, thread_object
+
+store, owner = ThreadStore(sys.argv[1], pool=10), Owner("blue", "me")
+
+def query(seconds):
+    with store._read() as connection:
+        connection.execute(sa.select(sa.func.pg_sleep(seconds)))
+
+slow = gevent.spawn(query, 2)
+ticks = 0
+while not slow.ready():
+    gevent.sleep(0.05)
+    ticks += 1
+slow.get()
+assert ticks >= 20, ticks
+
+most = 0
+def work(_):
+    global most
+    query(0.05)
+    most = max(most, store._engine.pool.checkedout())
+    thread = thread_object({"id": events.new_id("thread"), "created_at": events.now(), "metadata": {}})
+    store.create_thread(owner, thread)
+    return store.add(owner, thread["id"], events.message(thread["id"], "user", [events.text_part("hi")]))
+
+found = [job.get() for job in gevent.joinall([gevent.spawn(work, n) for n in range(50)], timeout=60)]
+assert found == [1] * 50, found
+with store._read() as connection:
+    count = connection.exec_driver_sql("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()")
+    assert 2 <= count.scalar() <= 10
+assert len(store.threads(owner, 100, None)[0]) == 50
+store.close()
+print("ticks", ticks)
+"""
+
+
+def test_a_slow_query_holds_up_no_other_greenlet_and_many_share_the_pool(postgres_url: str) -> None:
+    done = subprocess.run([sys.executable, "-c", SLOW, postgres_url], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+EARLY = """
+import sys
+import sqlalchemy
+from assistream_flask.errors import ConfigurationError
+from assistream_flask.threads import ThreadStore
+ThreadStore.check("postgres://host/database")
+assert "psycopg" not in sys.modules
+if sys.argv[2] == "early":
+    import psycopg
+from gevent import monkey
+monkey.patch_all()
+try:
+    ThreadStore(sys.argv[1]).close()
+except ConfigurationError as error:
+    print(error)
+else:
+    print("works")
+"""
+
+
+@pytest.mark.parametrize(("when", "told"), [("early", "without --preload"), ("late", "works")])
+def test_psycopg_imported_before_gevents_patching_is_refused_as_it_would_stop_all_greenlets(
+    postgres_url: str, when: str, told: str
+) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", EARLY, postgres_url, when]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert told in done.stdout, done.stdout + done.stderr

@@ -81,7 +81,7 @@ def read(make: Callable[[], upstream.Upstream]) -> Got:
                     got.annotations.append(part.value)
                 elif isinstance(part, Reasoning):
                     got.reasoning += part.value
-                else:
+                elif isinstance(part, End):
                     got.end = part
     except RunError as error:
         got.code = error.code
@@ -332,9 +332,12 @@ def test_an_argument_that_the_call_does_not_know_fails_the_run(client: openai.Op
                 "timeout",
                 "conversation",
                 "previous_response_id",
-                "background",
             )
         ],
+        ({"background": "x"}, "use True or False"),
+        ({"background": True, "upstream": "chat"}, 'needs upstream="responses"'),
+        ({"background": True, "upstream": "assistants"}, 'needs upstream="responses"'),
+        ({"background": True, "store": False}, "remove store="),
     ],
 )
 def test_an_assistant_that_cannot_work_is_refused_with_the_fix(arguments: dict[str, Any], says: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
@@ -52,6 +52,10 @@ class Lost(Exception):
     """The log no longer has, or never had, what comes after the asked-for place: read a snapshot."""
 
 
+class Away(Exception):
+    """The log cannot be reached. Whether what was to be written is in it is not known."""
+
+
 class Subscription(Protocol):
     """A reader's cursor in one thread's log. Replay and live are one sequence, so no event is
     missed or repeated between them."""
@@ -67,7 +71,10 @@ class Subscription(Protocol):
 
 
 class Log(Protocol):
-    """What a log does for the runner and the routes."""
+    """What a log does for the runner and the routes. Whatever reaches out may raise :class:`Away`."""
+
+    shared: bool
+    """Whether other workers read and write it too."""
 
     def append(self, thread_id: str, events: Sequence[Event]) -> Place:
         """Appends ``events`` as one write; gives the place after the last of them."""
@@ -75,6 +82,10 @@ class Log(Protocol):
 
     def end(self, thread_id: str) -> Place:
         """Gives the place after the newest event; begins a log where there is none."""
+        ...
+
+    def quiet(self, thread_id: str) -> Place | None:
+        """Gives what :meth:`end` gives, ``None`` while somebody holds the thread's lock."""
         ...
 
     def since(self, thread_id: str, place: Place) -> list[Record]:
@@ -86,12 +97,28 @@ class Log(Protocol):
         ...
 
     def lock(self, thread_id: str) -> AbstractContextManager[object]:
-        """Whoever stores a change and appends its event, and whoever reads the store and the end of
-        the log together, holds this: each sees the other's two steps as one."""
+        """Whoever stores a change and appends its event holds this, so that events come in the order of the
+        store. Where its holder died in between, the log begins anew."""
         ...
 
-    def trim(self) -> None:
+    def restart(self, thread_id: str) -> None:
+        """Begins the thread's log anew: every reader is :class:`Lost`, every viewer gets a snapshot."""
+        ...
+
+    def signal(self, thread_id: str) -> None:
+        """Asks the workers that run runs of the thread to look at it: at cancels, and at what to store."""
+        ...
+
+    def listen(self, attend: Callable[[str], None]) -> None:
+        """Has ``attend`` called, which must not wait, with each thread that a worker signals."""
+        ...
+
+    def tend(self) -> None:
         """Drops what is older or more than the log keeps. Called every few seconds."""
+        ...
+
+    def wake(self) -> None:
+        """Ends all waits of readers, now and later: the worker leaves. All else still works."""
         ...
 
     def close(self) -> None:

@@ -3,172 +3,102 @@
 from __future__ import annotations
 
 import secrets
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from .. import sse
 from ..events import Event, dumps
 from . import Lost, Place, Record
-
-
-class _Thread:
-    """One thread's records. ``lock`` is for changes that span store and log, ``changed`` for the records."""
-
-    def __init__(self) -> None:
-        self.epoch = secrets.token_hex(4)
-        self.records: deque[tuple[float, Record]] = deque()
-        self.offset = 0
-        self.users = 0
-        self.touched = 0.0
-        self.lock = threading.RLock()
-        self.changed = threading.Condition(threading.Lock())
-
-    def since(self, offset: int) -> list[Record]:
-        first = self.offset - len(self.records)
-        if not first <= offset <= self.offset:
-            raise Lost
-        # From the right: the newest few are what nearly every reader wants.
-        newest = islice(reversed(self.records), self.offset - offset)
-        return [record for _, record in newest][::-1]
+from .tail import Cursor, Registry, Tail
 
 
 class MemoryLog:
-    """Keeps at most ``max_events`` a thread, none older than ``max_age`` seconds, see :class:`..Log`.
+    """Keeps at most ``max_events`` and ``max_bytes`` a thread, none older than ``max_age`` seconds, see :class:`..Log`.
 
     ``clock`` gives seconds and is for tests.
     """
 
+    shared = False
+
     def __init__(
-        self, *, max_events: int = 10_000, max_age: float = 600, clock: Callable[[], float] = time.monotonic
+        self,
+        *,
+        max_events: int = 10_000,
+        max_bytes: int = 8 << 20,
+        max_age: float = 600,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._max_events, self._max_age, self._clock = max_events, max_age, clock
-        self._threads: dict[str, _Thread] = {}
-        self._guard = threading.Lock()
-        self._closed = False
-
-    def _enter(self, thread_id: str) -> _Thread:
-        """Counts a user in, so that :meth:`trim` does not drop the thread under it."""
-        with self._guard:
-            thread = self._threads.get(thread_id)
-            if thread is None:
-                thread = self._threads[thread_id] = _Thread()
-            thread.users += 1
-            thread.touched = self._clock()
-            return thread
-
-    def _leave(self, thread: _Thread) -> None:
-        with self._guard:
-            thread.users -= 1
+        self._max_events, self._max_bytes, self._max_age = max_events, max_bytes, max_age
+        self._threads = Registry(lambda: Tail(_epoch()), clock)
 
     def append(self, thread_id: str, events: Sequence[Event]) -> Place:
-        thread = self._enter(thread_id)
-        try:
-            encoded = [(event, dumps(event.data)) for event in events]
-            with thread.changed:
-                at = self._clock()
-                for event, data in encoded:
-                    thread.offset += 1
-                    place = Place(thread.epoch, thread.offset)
-                    frame = sse.encode(event.name, data, str(place))
-                    thread.records.append((at, Record(place, event.name, event.key, frame)))
-                while len(thread.records) > self._max_events:
-                    thread.records.popleft()
-                thread.changed.notify_all()
-                return Place(thread.epoch, thread.offset)
-        finally:
-            self._leave(thread)
+        encoded = [(event, dumps(event.data)) for event in events]
+        with self._threads.using(thread_id) as tail, tail.changed:
+            records = [
+                Record(place, event.name, event.key, sse.encode(event.name, data, str(place)))
+                for at, (event, data) in enumerate(encoded, 1)
+                for place in [Place(tail.epoch, tail.offset + at)]
+            ]
+            tail.add(self._threads.clock(), records)
+            tail.trim(self._max_events, self._max_bytes, 0)
+            tail.changed.notify_all()
+            return tail.place
 
     def end(self, thread_id: str) -> Place:
-        thread = self._enter(thread_id)
-        try:
-            return Place(thread.epoch, thread.offset)
-        finally:
-            self._leave(thread)
+        with self._threads.using(thread_id) as tail:
+            return tail.place
+
+    def quiet(self, thread_id: str) -> Place | None:
+        with self._threads.using(thread_id) as tail, tail.changed:
+            return None if tail.held else tail.place
 
     def since(self, thread_id: str, place: Place) -> list[Record]:
-        thread = self._enter(thread_id)
-        try:
-            with thread.changed:
-                if place.epoch != thread.epoch:
-                    raise Lost
-                return thread.since(place.offset)
-        finally:
-            self._leave(thread)
+        with self._threads.using(thread_id) as tail, tail.changed:
+            return tail.since(place)
 
-    def subscribe(self, thread_id: str, place: Place) -> MemorySubscription:
-        thread = self._enter(thread_id)
-        try:
-            with thread.changed:
-                if place.epoch != thread.epoch:
-                    raise Lost
-                thread.since(place.offset)
-        except Lost:
-            self._leave(thread)
-            raise
-        return MemorySubscription(self, thread, place.offset)
+    def subscribe(self, thread_id: str, place: Place) -> Cursor:
+        tail = self._threads.enter(thread_id)
+        with tail.changed:
+            found = tail.has(place)
+        if not found:
+            self._threads.leave(tail)
+            raise Lost
+        return Cursor(self._threads, tail, place)
 
-    def lock(self, thread_id: str) -> _Lock:
-        return _Lock(self, thread_id)
+    @contextmanager
+    def lock(self, thread_id: str) -> Iterator[None]:
+        with self._threads.using(thread_id) as tail, tail.lock:
+            tail.held += 1
+            try:
+                yield
+            finally:
+                tail.held -= 1
 
-    def trim(self) -> None:
-        oldest = self._clock() - self._max_age
-        with self._guard:
-            for thread_id, thread in list(self._threads.items()):
-                with thread.changed:
-                    while thread.records and thread.records[0][0] < oldest:
-                        thread.records.popleft()
-                if not thread.users and not thread.records and thread.touched < oldest:
-                    del self._threads[thread_id]
+    def restart(self, thread_id: str) -> None:
+        with self._threads.using(thread_id) as tail, tail.changed:
+            tail.restart(_epoch(), 0)
+            tail.changed.notify_all()
 
-    def close(self) -> None:
-        self._closed = True
-        with self._guard:
-            threads = list(self._threads.values())
-        for thread in threads:
-            with thread.changed:
-                thread.changed.notify_all()
+    def signal(self, thread_id: str) -> None:
+        """Nobody else hears."""
 
-    @property
-    def closed(self) -> bool:
-        """Whether :meth:`close` was called; readers end then."""
-        return self._closed
+    def listen(self, attend: Callable[[str], None]) -> None:
+        """Nobody else signals."""
 
+    def tend(self) -> None:
+        oldest = self._threads.clock() - self._max_age
+        for thread_id, tail in self._threads.all():
+            with tail.changed:
+                tail.trim(self._max_events, self._max_bytes, oldest)
+            self._threads.drop(thread_id, unless=lambda tail: bool(tail.records) or tail.touched >= oldest)
 
-class MemorySubscription:
-    """A cursor in a thread's shared records: a reader costs an integer, however many there are."""
-
-    def __init__(self, log: MemoryLog, thread: _Thread, offset: int) -> None:
-        self._log, self._thread, self._offset = log, thread, offset
-        self._open = True
-
-    def read(self, timeout: float) -> list[Record]:
-        thread = self._thread
-        with thread.changed:
-            if thread.offset == self._offset and not self._log.closed:
-                thread.changed.wait(timeout)
-            records = thread.since(self._offset)
-            self._offset = thread.offset
-            return records
+    def wake(self) -> None:
+        self._threads.wake()
 
     def close(self) -> None:
-        if self._open:
-            self._open = False
-            self._log._leave(self._thread)
+        self.wake()
 
 
-class _Lock:
-    """A thread's lock, which also keeps its log from being dropped."""
-
-    def __init__(self, log: MemoryLog, thread_id: str) -> None:
-        self._log, self._thread_id = log, thread_id
-
-    def __enter__(self) -> None:
-        self._thread = self._log._enter(self._thread_id)
-        self._thread.lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._thread.lock.release()
-        self._log._leave(self._thread)
+def _epoch() -> str:
+    return secrets.token_hex(4)

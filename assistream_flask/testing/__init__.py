@@ -24,7 +24,7 @@ By hand: ``python -m assistream_flask.testing --port 9000``, then ask for the mo
 
 It speaks the three dialects, streamed or not:
 
-* Responses, ``POST /v1/responses``
+* Responses, ``POST /v1/responses``, and ``GET /v1/responses/<id>`` and ``POST /v1/responses/<id>/cancel``
   (https://developers.openai.com/api/reference/resources/responses/streaming-events);
 * Chat Completions, ``POST /v1/chat/completions``
   (https://developers.openai.com/api/reference/resources/chat/subresources/completions/streaming-events);
@@ -33,6 +33,9 @@ It speaks the three dialects, streamed or not:
 
 and ``GET /v1/models``. Frames have the shapes of the SDK's own types (`openai.types`). Any bearer key will do.
 An Assistants run that is not streamed is answered when it is over, in its last state.
+A response with ``background=True`` goes on when its client leaves; ``client.responses.retrieve`` gives it as it is,
+or with ``stream=True, starting_after=n`` the events behind number n, for `stream_window` seconds
+(https://developers.openai.com/api/docs/guides/background).
 Nothing runs at import, so it is safe to import before gevent patches.
 """
 

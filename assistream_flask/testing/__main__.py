@@ -17,8 +17,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--port", type=int, default=9000, help="0 takes a free one (default: 9000)")
     parser.add_argument("--delay", type=float, default=0.02, help="seconds between tokens (default: 0.02)")
     parser.add_argument("--first-delay", type=float, default=0.3, help="seconds before the first (default: 0.3)")
+    words = "seconds for which a response in the background can be streamed (default: 300)"
+    parser.add_argument("--stream-window", type=float, default=300.0, help=words)
     options = parser.parse_args(arguments)
-    server = OfflineServer(host=options.host, port=options.port, delay=options.delay, first_delay=options.first_delay)
+    server = OfflineServer(
+        host=options.host,
+        port=options.port,
+        delay=options.delay,
+        first_delay=options.first_delay,
+        stream_window=options.stream_window,
+    )
     with server:
         print(f"export OPENAI_BASE_URL={server.base_url} OPENAI_API_KEY=sk-offline\n\nFaults, as models:")
         for name, line in FAULTS.items():

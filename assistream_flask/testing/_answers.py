@@ -15,6 +15,10 @@ from ._replies import JSON, Reply, Request, dump, error_object, last, split
 if TYPE_CHECKING:
     from ._server import OfflineServer
 
+# Where the stream breaks of a response that goes on.
+BREAK = b""
+_BREAKING = ("cut", "ends_early", "stall", "malformed")
+
 Step = float | bytes | tuple[str | None, Any]  # a pause, raw bytes, or an event's name and data
 
 
@@ -186,11 +190,13 @@ class Responses(Answer):
 
     def __init__(self, server: OfflineServer, request: Request, reply: Reply) -> None:
         super().__init__(server, request, reply, request.body.get("max_output_tokens"))
-        self.numbers = itertools.count()
+        self.numbers, self.number = itertools.count(), -1
+        self.background = bool(self.body.get("background"))
+        status = "queued" if self.background else "in_progress"
         body, ask = self.body, self.body.get
         self.response: JSON = {
-            "id": server._id("resp"), "object": "response", "created_at": self.created, "status": "in_progress",
-            "background": False, "completed_at": None, "error": None, "incomplete_details": None,
+            "id": server._id("resp"), "object": "response", "created_at": self.created, "status": status,
+            "background": self.background, "completed_at": None, "error": None, "incomplete_details": None,
             "instructions": ask("instructions"), "max_output_tokens": ask("max_output_tokens"),
             "max_tool_calls": None, "model": self.model, "output": [],
             "parallel_tool_calls": body.get("parallel_tool_calls", True), "previous_response_id": None,
@@ -201,12 +207,27 @@ class Responses(Answer):
             "truncation": "disabled", "usage": None, "user": None, "metadata": ask("metadata") or {},
         }  # fmt: skip
 
+    def next_number(self) -> int:
+        self.number = next(self.numbers)
+        return self.number
+
     def event(self, type: str, **fields: Any) -> tuple[str, JSON]:
-        return type, {"type": type, "sequence_number": next(self.numbers), **fields}
+        return type, {"type": type, "sequence_number": self.next_number(), **fields}
+
+    @property
+    def breaks(self) -> str | None:
+        """The fault that concerns only the first stream of a response in the background."""
+        return self.fault if self.background and self.fault in _BREAKING else None
+
+    def after(self, n: int) -> Iterator[Step]:
+        if not self.breaks:
+            yield from super().after(n)
+        elif n == self.middle:
+            yield BREAK
 
     def error(self, nested: bool) -> tuple[str | None, Any]:
         event, data = super().error(nested)
-        return event, {**data, "sequence_number": next(self.numbers)}
+        return event, {**data, "sequence_number": self.next_number()}
 
     def bare(self, event: str | None, data: Any) -> tuple[str | None, Any]:
         return None, super().bare(event, data)[1]
@@ -232,6 +253,9 @@ class Responses(Answer):
 
     def steps(self) -> Iterator[Step]:
         yield self.event("response.created", response=self.response)
+        if self.background:
+            yield self.event("response.queued", response=self.response)
+            self.response["status"] = "in_progress"
         yield self.event("response.in_progress", response=self.response)
         if self.call:
             yield from self.function_call(*self.call)
@@ -257,10 +281,13 @@ class Responses(Answer):
             }  # fmt: skip
             name, key, extra, part = shapes[kind]
             part_name = "reasoning_summary_part" if summary else "content_part"
-            yield self.event(f"response.{part_name}.added", **place, part={**part, key: ""})
+            part[key] = ""
+            yield self.event(f"response.{part_name}.added", **place, part=part)
+            parts.append(part)
             for _, token in group:
                 yield self.pause(n)
                 texts[kind] += token
+                part[key] = texts[kind]
                 more = {**extra, **self.obfuscation(token)}
                 yield self.event(f"response.{name}.delta", **place, delta=token, **more)
                 yield from self.after(n)
@@ -270,8 +297,6 @@ class Responses(Answer):
                     added = "response.output_text.annotation.added"
                     yield self.event(added, **place, annotation_index=m, annotation=note)
                 part["annotations"] = list(self.reply.annotations)
-            part[key] = texts[kind]
-            parts.append(part)
             yield self.event(f"response.{name}.done", **place, **{key: texts[kind]}, **extra)
             yield self.event(f"response.{part_name}.done", **place, part=part)
             # A refusal in the same message is still to come when this was its text.

@@ -35,6 +35,9 @@ FAULTS: Mapping[str, str] = {
 
 Unstreamed requests get the nearest thing: mid-stream errors are HTTP 500, ``cut`` and ``ends_early`` break the
 body off, ``malformed`` is half a body, and what concerns only frames changes nothing.
+
+A response in the background goes on in spite of ``cut``, ``ends_early``, ``stall``, ``stall_headers`` and
+``malformed``: these befall the stream that it was created with, and a later one gets all of it.
 """
 
 HTTP_FAULTS = {

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from ._answers import Thread
+from ._background import Stored
 from ._replies import FAULTS, Replies, Reply, Request
 from ._script import scripted
 from ._wire import Handler, Refused
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     import openai
 
 
+# As long as OpenAI promises for one in the background.
+_KEPT_SECONDS = 600.0
+
+
 class OfflineServer:
     """A scripted OpenAI on a loopback port; a context manager, or `start` and `close` it yourself.
 
@@ -30,7 +35,9 @@ class OfflineServer:
     with None, `scripted` answers. It may be set anew at any time. `port=0` takes a free port. `delay` and
     `first_delay` are the seconds between tokens and before the first. `strict` refuses, as llama.cpp does, an
     assistant's turn in the history that is not ``{"type": "message", "role": "assistant", "content":
-    [{"type": "output_text", ...}]}``. Of requests and threads only the newest `keep` are kept.
+    [{"type": "output_text", ...}]}``. A response in the background can be streamed again for `stream_window`
+    seconds (OpenAI: five minutes). Of requests, threads and responses only the newest `keep` are kept, and of
+    responses those that ended in the last ten minutes.
     """
 
     def __init__(
@@ -43,14 +50,17 @@ class OfflineServer:
         first_delay: float = 0.0,
         strict: bool = False,
         keep: int = 1000,
+        stream_window: float = 300.0,
     ) -> None:
         self.host, self.port, self.delay, self.first_delay, self.strict = host, port, delay, first_delay, strict
-        self.replies = replies
+        self.replies, self.stream_window = replies, stream_window
         self._keep = keep
         self._arrived = threading.Condition()  # its lock guards all that follows
         self._requests: deque[Request] = deque(maxlen=keep)
         self._received = 0
         self._threads: OrderedDict[str, Thread] = OrderedDict()
+        self._responses: OrderedDict[str, Stored] = OrderedDict()
+        self._working: dict[Stored, threading.Thread] = {}
         self._connections: dict[socket.socket, threading.Thread] = {}
         self._ids = itertools.count(1)
         self._listener: socket.socket | None = None
@@ -82,12 +92,15 @@ class OfflineServer:
         listener.close()
         with self._arrived:
             connections = list(self._connections.items())
+            working = list(self._working.items())
         for connection, _ in connections:
             try:
                 connection.shutdown(socket.SHUT_RDWR)
             except OSError:
                 pass
-        for _, thread in connections:
+        for stored, _ in working:  # not before their streams are cut, for none of them ended
+            stored.stop()
+        for _, thread in [*connections, *working]:
             if thread is not threading.current_thread():
                 thread.join(5)
         self._listener = self._acceptor = None
@@ -173,6 +186,37 @@ class OfflineServer:
             while len(self._threads) > self._keep:
                 self._threads.popitem(last=False)
         return thread
+
+    def _store(self, stored: Stored) -> None:
+        """Keep it to be asked for, and answer it if it is one in the background."""
+        with self._arrived:
+            self._responses[stored.id] = stored
+            while len(self._responses) > self._keep or self._stale(next(iter(self._responses.values()))):
+                self._responses.popitem(last=False)
+            if not stored.answer.background:
+                return
+            thread = threading.Thread(target=self._work, args=(stored,), daemon=True)
+            self._working[stored] = thread
+        thread.start()
+
+    def _stored(self, id: str) -> Stored | None:
+        with self._arrived:
+            return self._responses.get(id)
+
+    def _forget(self, stored: Stored) -> None:
+        with self._arrived:
+            self._responses.pop(stored.id, None)
+
+    def _stale(self, stored: Stored) -> bool:
+        return stored.over_at is not None and time.monotonic() - stored.over_at > _KEPT_SECONDS
+
+    def _work(self, stored: Stored) -> None:
+        try:
+            stored.generate()
+        finally:
+            stored.end()
+            with self._arrived:
+                del self._working[stored]
 
     def _reply(self, request: Request) -> Reply:
         with self._arrived:

@@ -8,12 +8,13 @@ import math
 import re
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 from urllib.parse import parse_qs, urlsplit
 
 from ._answers import Answer, Assistants, Chat, Cut, Responses, Thread
+from ._background import Stored
 from ._replies import FAULTS, HTTP_FAULTS, JSON, Reply, Request, dump, error_object
 
 if TYPE_CHECKING:
@@ -97,6 +98,8 @@ class Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     routes: ClassVar[tuple[tuple[str, str, str], ...]] = (
         ("POST", r"/v1/responses", "on_responses"),
+        ("GET", r"/v1/responses/([^/]+)", "on_response_get"),
+        ("POST", r"/v1/responses/([^/]+)/cancel", "on_response_cancel"),
         ("POST", r"/v1/chat/completions", "on_chat"),
         ("GET", r"/v1/models", "on_models"),
         ("POST", r"/v1/threads", "on_thread_create"),
@@ -160,7 +163,7 @@ class Handler(BaseHTTPRequestHandler):
             if match := re.fullmatch(pattern, path):
                 if method == self.command:
                     if method == "POST" and not isinstance(self.request_.body, dict):
-                        if self.request_.body is not None or not name.endswith(("thread_create", "on_run_cancel")):
+                        if self.request_.body is not None or not name.endswith(("thread_create", "_cancel")):
                             raise Refused(400, "Send a JSON object as the body.")
                         self.request_.body = {}
                     getattr(self, name)(*match.groups())
@@ -226,24 +229,43 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(status, {"error": error}, {"Retry-After": "1"} if status == 429 else None)
             return
         answer = make(reply)
+        stored, queued = None, b""
+        if isinstance(answer, Responses) and self.request_.body.get("store") is not False:
+            stored = Stored(answer)
+            queued = stored.body()
+            self.offline._store(stored)
         if reply.fault == "stall_headers":
             self.pause(math.inf, lambda: False)
-        if not self.request_.body.get("stream"):
-            self.whole(answer)
+        streamed = self.request_.body.get("stream")
+        if stored is not None and stored.answer.background:
+            if streamed:
+                self.stream(stored.follow(-1, stored.answer.breaks), answer)
+            else:
+                self.send_body(200, queued)
             return
+        try:
+            if streamed:
+                self.stream(answer.encoded(), answer)
+            else:
+                self.whole(answer)
+        finally:
+            if stored is not None and stored.going_on:
+                self.offline._forget(stored)
+
+    def stream(self, steps: Iterator[float | bytes], answer: Answer) -> None:
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream; charset=utf-8")
         self.send_header("Cache-Control", "no-cache")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        steps, sizes = answer.encoded(), itertools.cycle((1, 2, 3, 5, 7))
+        sizes = itertools.cycle((1, 2, 3, 5, 7))
         try:
             for step in steps:
                 if isinstance(step, float):
                     self.pause(step, answer.cancelled)
                     continue
                 while step:
-                    size = next(sizes) if reply.fault == "tiny_chunks" else len(step)
+                    size = next(sizes) if answer.fault == "tiny_chunks" else len(step)
                     piece, step = step[:size], step[size:]
                     self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
         finally:
@@ -288,8 +310,41 @@ class Handler(BaseHTTPRequestHandler):
                 typed = item.get("type") == "message" and isinstance(item.get("content"), list)
                 if item.get("role") == "assistant" and not typed:
                     raise Refused(400, "item['content'] is not an array, or 'type' is missing")
+        if body.get("background") and body.get("store") is False:
+            raise Refused(400, "Background mode requires 'store' to be true.", param="store")
         request = self.asked("responses", [body.get("instructions")], messages, model)
         self.generate(lambda reply: Responses(self.offline, request, reply))
+
+    def response_of(self, id: str) -> Stored:
+        stored = self.offline._stored(id)
+        if stored is None:
+            raise Refused(404, f"Response with id '{id}' not found.")
+        return stored
+
+    def on_response_get(self, id: str) -> None:
+        stored, asked = self.response_of(id), parse_qs(urlsplit(self.path).query)
+        if asked.get("stream") != ["true"]:
+            self.send_body(200, stored.body())
+            return
+        after = asked.get("starting_after", ["-1"])[-1]
+        if not re.fullmatch(r"-1|\d{1,9}", after):
+            raise Refused(400, "Invalid type for 'starting_after'.", param="starting_after", code="invalid_type")
+        if not stored.answer.background or not stored.streamed:
+            raise Refused(400, "This response can not be streamed: create it with background=true and stream=true.")
+        if time.monotonic() - stored.made_at >= self.offline.stream_window:
+            minutes = f"{self.offline.stream_window / 60:g} minutes"
+            raise Refused(400, f"This response can no longer be streamed because it is more than {minutes} old.")
+        self.record()
+        self.stream(stored.follow(int(after), None), stored.answer)
+
+    def on_response_cancel(self, id: str) -> None:
+        stored = self.response_of(id)
+        if not stored.answer.background:
+            raise Refused(400, "Cannot cancel a synchronous response.")
+        stored.cancel()
+        if stored.status != "cancelled":
+            raise Refused(400, f"Cannot cancel a {stored.status} response.")
+        self.send_body(200, stored.body())
 
     def on_chat(self) -> None:
         body = self.request_.body

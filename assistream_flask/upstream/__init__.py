@@ -1,7 +1,8 @@
 """An OpenAI stream in, parts of an answer out, whatever dialect the model server speaks.
 
-:func:`open` starts a run upstream; :func:`translate` takes a stream that exists already.
-Both give an :class:`Upstream`: an iterator of lists of parts, one list a network read.
+:func:`open` starts a run upstream; :func:`resume` goes on with one that another process began;
+:func:`translate` takes a stream that exists already. All give an :class:`Upstream`: an iterator of lists
+of parts, one list a network read. :func:`cancel` ends a background response.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import openai
 from ..assistants import Assistant
 from ..errors import RunError
 from ..events import Json
-from . import assistants, chat, responses, wire
-from .parts import End, Part, Translator, Turn, code_of, failure
+from . import assistants, background, chat, responses, wire
+from .background import cancel
+from .parts import Begun, End, Part, Translator, Turn, code_of, failure
 
-__all__ = ["Upstream", "open", "translate"]
+__all__ = ["Upstream", "cancel", "open", "resume", "translate"]
 
 _log = logging.getLogger(__name__)
 
@@ -44,24 +46,57 @@ class Upstream:
     Go on iterating after the end: it reads the connection empty, so that it can be used again.
     """
 
-    def __init__(self, stream: Any, translator: Translator | None = None) -> None:
-        self._stream, self._translator = stream, translator
+    def __init__(
+        self,
+        stream: Any,
+        translator: Translator | None = None,
+        place: background.Place | None = None,
+        poll: background.Poll | None = None,
+    ) -> None:
+        self._stream, self._translator, self._place, self._poll = stream, translator, place, poll
+        self._state = place.state() if place is not None else None
+
+    def state(self) -> Json | None:
+        """Gives what :func:`resume` needs to go on behind the last list, as JSON for nobody to change.
+
+        ``None`` unless this is a background response whose id is known (:class:`.parts.Begun` says so). It costs
+        nothing, so ask with each list, in the thread that iterates, and keep it with what the list was added to:
+        in another thread it may be one list ahead of what that one was handed.
+        """
+        return self._state
 
     def __iter__(self) -> Iterator[list[Part]]:
-        translator = self._translator
+        translator, place = self._translator, self._place
         ended = False
         try:
-            for batch in wire.read(self._stream):
+            for batch in wire.read(self._stream) if self._stream is not None else ():
                 if ended:
                     continue
                 parts: list[Part] = []
-                for kind, data in batch:
-                    translator = translator or _translator(kind, data)
-                    if translator is not None:
+                failed: RunError | None = None
+                try:
+                    for kind, data in batch:
+                        translator = translator or _translator(kind, data)
+                        if translator is None or (place is not None and place.repeats(data)):
+                            continue
                         parts += translator.feed(kind, data)
+                        if place is not None and place.passes(kind, data):
+                            self._state = place.state()
+                            yield [*parts, Begun()]
+                            parts = []
+                except RunError as error:
+                    # What came before it in the same read was said.
+                    failed = error
                 ended = any(isinstance(part, End) for part in parts)
                 if parts:
+                    if place is not None:
+                        self._state = place.state()
                     yield parts
+                if failed is not None:
+                    raise failed
+            if not ended and self._poll is not None:
+                yield from self._polled(self._poll)
+                ended = True
         except RunError:
             raise
         except Exception as error:
@@ -79,8 +114,28 @@ class Upstream:
                 raise RunError("upstream_ended_early")
             yield [end]
 
+    def _polled(self, poll: background.Poll) -> Iterator[list[Part]]:
+        """The rest of a response that is streamed no more, once it is over."""
+        response = poll.wait()
+        place = background.Place(self._state, again=True)
+        parts = place.translator.missing(response)
+        try:
+            parts += place.translator.feed(f"response.{response['status']}", {"response": response})
+        except RunError:
+            if parts:
+                self._state = place.state()
+                yield parts
+            raise
+        self._state = place.state()
+        yield parts
+
     def close(self) -> None:
-        """Closes the connection; the model server sees it and stops. Idempotent, from any greenlet or thread."""
+        """Closes the connection, and waits no longer for a polled response. Idempotent, from any greenlet or thread.
+
+        The model server sees it and stops, unless it answers in the background: see :func:`cancel`.
+        """
+        if self._poll is not None:
+            self._poll.close()
         wire.close(self._stream)
 
 
@@ -96,7 +151,36 @@ def open(client: openai.OpenAI, assistant: Assistant, turns: Sequence[Turn], sta
         code = _code(error, "server_error")
         _log.warning("%r: %s: %r, from %r", assistant, code, error, error.__cause__)
         raise RunError(code) from error
+    if assistant.background:
+        place = background.Place()
+        return Upstream(stream, place.translator, place)
     return Upstream(stream, _TRANSLATOR[assistant.upstream]())
+
+
+def resume(client: openai.OpenAI, assistant: Assistant, state: Json, stall: float, *, every: float = 2.0) -> Upstream:
+    """Goes on with a background response behind ``state``, which :meth:`Upstream.state` gave in any process.
+
+    Nothing is given twice and nothing is left out. A server that numbers its events sends those that are new;
+    of one that does not, the response is read from its start and what was told already is dropped, by counting
+    the characters of each part. A response that the server streams no more (OpenAI's limit is five minutes), or
+    whose stream stops without an end, is asked for ``every`` so many seconds until it is over; the rest then comes
+    in one list, and failures of the network or the server that pass are waited out.
+
+    Raises :class:`RunError`: ``worker_lost`` when the server does not know the response (any more); the cause is
+    in the log. ``stall`` is in seconds without a byte.
+    """
+    quick = client.with_options(max_retries=0)
+    try:
+        stream = background.retrieve(quick, state, stall)
+    except RunError:
+        raise
+    except Exception as error:
+        code = _code(error, "server_error")
+        _log.warning("%r: %s: %r, from %r", assistant, code, error, error.__cause__)
+        raise RunError(code) from error
+    place = background.Place(state, again=state["sequence"] is None)
+    poll = background.Poll(quick, state["response_id"], stall, every)
+    return Upstream(stream, place.translator, place, poll)
 
 
 def translate(stream: Any) -> Upstream:

@@ -16,6 +16,11 @@ class Turn(NamedTuple):
     text: str
 
 
+class Begun(NamedTuple):
+    """A background response has its id: :meth:`Upstream.state` is there from now on. Alone in its list, and no text
+    came before it."""
+
+
 class Text(NamedTuple):
     """``value`` goes to the end of content part ``at``."""
 
@@ -51,7 +56,7 @@ class End(NamedTuple):
     usage: Json | None
 
 
-Part = Text | Refusal | Annotation | Reasoning | End
+Part = Begun | Text | Refusal | Annotation | Reasoning | End
 
 
 class Translator(Protocol):
@@ -69,12 +74,42 @@ class Translator(Protocol):
 class Slots:
     """Gives every content part of the upstream an index of ours: dense, in the order of arrival.
 
-    Where a text is cut inside a surrogate pair, the first half waits for the second.
+    Where a text is cut inside a surrogate pair, the first half waits for the second. What was given is
+    counted, so that another process can go on behind it.
     """
 
     def __init__(self) -> None:
         self._index: dict[tuple[str, object], int] = {}
         self._half: dict[tuple[str, object], str] = {}
+        self._told: dict[tuple[str, object], int] = {}
+        self._notes: dict[tuple[str, object], int] = {}
+        self._skip: dict[tuple[str, object], int] = {}
+        self._skip_notes: dict[tuple[str, object], int] = {}
+
+    def state(self) -> list[list[Any]]:
+        """Gives all that :meth:`restore` needs, as JSON."""
+        return [
+            # A lone surrogate is no text that a database takes.
+            [*slot, self._index.get(slot), told, self._notes.get(slot, 0), ord(self._half.get(slot, "\0"))]
+            for slot, told in self._told.items()
+        ]
+
+    def restore(self, state: list[list[Any]], again: bool) -> None:
+        """Takes what :meth:`state` gave. With ``again`` the answer will be told from its start, and what was
+        given already is left out."""
+        for kind, key, at, told, notes, half in state:
+            slot = kind, tuple(key) if isinstance(key, list) else key
+            if at is not None:
+                self._index[slot] = at
+            self._told[slot], self._notes[slot] = told, notes
+            if again:
+                self._skip[slot], self._skip_notes[slot] = told, notes
+            elif half:
+                self._half[slot] = chr(half)
+
+    def known(self, kind: str, *keys: object) -> object:
+        """Gives that of ``keys`` under which something was told, else the first."""
+        return next((key for key in keys if (kind, key) in self._told), keys[0])
 
     def text(self, key: object, value: object) -> list[Part]:
         """Gives the text for the part that ``key`` names."""
@@ -95,7 +130,13 @@ class Slots:
             whole: Json = json.loads(dumps(value).replace("\\u0000", "\\ufffd"))
         except (ValueError, TypeError):
             return []
-        return [Annotation(self._place(("text", key)), whole)]
+        slot = ("text", key)
+        if self._skip_notes.get(slot):
+            self._skip_notes[slot] -= 1
+            return []
+        self._told.setdefault(slot, 0)
+        self._notes[slot] = self._notes.get(slot, 0) + 1
+        return [Annotation(self._place(slot), whole)]
 
     def reasoning(self, value: object) -> list[Part]:
         """Gives a piece of the reasoning's summary, of which there is one."""
@@ -109,13 +150,17 @@ class Slots:
         if not isinstance(value, str):
             return ""
         value = self._half.pop(slot, "") + value
-        if value.isascii() and "\0" not in value:
-            return value
-        if "\ud800" <= value[-1] <= "\udbff":
-            self._half[slot] = value[-1]
-            value = value[:-1]
-        # PostgreSQL stores no NUL, and no reader wants one.
-        return clean(value).replace("\0", "\ufffd")
+        if not value.isascii() or "\0" in value:
+            if "\ud800" <= value[-1] <= "\udbff":
+                self._half[slot] = value[-1]
+                value = value[:-1]
+            # PostgreSQL stores no NUL, and no reader wants one.
+            value = clean(value).replace("\0", "\ufffd")
+        if skip := self._skip.get(slot):
+            self._skip[slot] = max(0, skip - len(value))
+            value = value[skip:]
+        self._told[slot] = self._told.get(slot, 0) + len(value)
+        return value
 
 
 def code_of(error: Any) -> str:

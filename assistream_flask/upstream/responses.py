@@ -23,6 +23,8 @@ _TOOLS = ("function_call", "custom_tool_call", "computer_call", "local_shell_cal
 def create(client: openai.OpenAI, assistant: Assistant, turns: Sequence[Turn], stall: float) -> Any:
     """Starts a response; gives the SDK's stream."""
     arguments: Json = {"store": False, **assistant.arguments}
+    if assistant.background:
+        arguments.update(background=True, store=True)
     if assistant.instructions is not None:
         arguments["instructions"] = assistant.instructions
     if options := unpadded(client):
@@ -48,8 +50,34 @@ class ResponsesTranslator:
         self._told_by = ""
         self._paragraph = False
 
+    def state(self) -> Json:
+        """Gives all that :meth:`restore` needs, as JSON."""
+        return {"told_by": self._told_by, "paragraph": self._paragraph, "slots": self._slots.state()}
+
+    def restore(self, state: Json, again: bool) -> None:
+        """Goes on from ``state``: with the next event, or with ``again`` from the first, where what was told
+        before is not told again."""
+        self._slots.restore(state["slots"], again)
+        if not again:
+            self._told_by, self._paragraph = state["told_by"], state["paragraph"]
+
     def settled(self) -> End | None:
         return None
+
+    def missing(self, response: Json) -> list[Part]:
+        """Gives all of a whole response that was not told; its end is for :meth:`feed`. Raises :class:`RunError`."""
+        self._told_by = "poll"
+        parts: list[Part] = []
+        output = response.get("output")
+        for index, item in enumerate(output if isinstance(output, list) else ()):
+            if isinstance(item, dict) and item.get("type") in _TOOLS:
+                raise RunError("tools_not_supported")
+            if isinstance(item, dict) and item.get("type") == "reasoning":
+                for thought in (*(item.get("summary") or ()), *(item.get("content") or ())):
+                    parts += self._reasoning(thought.get("text"))
+                    self._paragraph = True
+            parts += self._whole(index, item, "poll")
+        return parts
 
     def feed(self, kind: str, data: Json) -> list[Part]:
         key = (data.get("output_index"), data.get("content_index"))
@@ -101,10 +129,15 @@ class ResponsesTranslator:
         if not isinstance(item, dict) or item.get("type") != "message" or self._told_by not in ("", way):
             return parts
         for number, content in enumerate(item.get("content") or ()):
+            # A server may leave indexes out of its deltas.
+            keys = (index, number), (index, None), (None, number), (None, None)
             if isinstance(content, dict) and content.get("type") == "output_text":
-                parts += self._slots.text((index, number), content.get("text"))
+                key = self._slots.known("text", *keys)
+                parts += self._slots.text(key, content.get("text"))
+                for note in (content.get("annotations") or ()) if way == "poll" else ():
+                    parts += self._slots.annotation(key, note)
             elif isinstance(content, dict) and content.get("type") == "refusal":
-                parts += self._slots.refusal((index, number), content.get("refusal"))
+                parts += self._slots.refusal(self._slots.known("refusal", *keys), content.get("refusal"))
         if parts:
             self._told_by = way
         return parts

@@ -1,0 +1,441 @@
+"""`flask assistream doctor`: looks at a deployment from the shell, and through the public URL from inside a worker.
+
+The shell puts a random key into the database and shows it to ``GET P/doctor``; who cannot write there gets 404. So
+an answer proves that shell and worker share a database, and it comes the way of every event stream.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import secrets
+import socket
+import ssl
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
+from typing import Any, Final, NamedTuple, Protocol
+from urllib.parse import SplitResult, urlsplit
+
+import click
+import openai
+import sqlalchemy as sa
+from gevent import monkey
+from sqlalchemy.exc import SQLAlchemyError
+
+from . import checks, schema, server, sse
+from .errors import ConfigurationError, RequestError
+from .settings import Settings
+from .threads import Answer, Owner, ThreadStore
+
+HEADER: Final = "X-Assistream-Doctor"
+
+_WHERE: Final = Owner("assistream.doctor", "doctor")
+_KEY_SECONDS: Final = 60
+_TICKS: Final = 6
+_TICK_SECONDS: Final = 0.25
+_LOOKS: Final = 8
+_REDIS: Final = (7, 0)
+# Each stream passes through these. Others may keep a plain lock or sleep on purpose, as profilers do.
+_OURS: Final = re.compile(
+    r"(assistream_flask|flask|httpcore2?|httpx2?|jinja2|openai|psycopg|redis|sqlalchemy|werkzeug)\b"
+)
+_GEVENT: Final = "run gunicorn with --worker-class gevent"
+_PATCH: Final = (
+    "drop gunicorn's --preload, or make `from gevent import monkey; monkey.patch_all()` the first lines of "
+    "gunicorn.conf.py"
+)
+_REFUSALS: Final[dict[object, tuple[str, str]]] = {
+    "sync_worker": ("the worker class is sync, so one event stream holds up all else", _GEVENT),
+    "too_many_workers": (
+        "several workers serve, each with an event log of its own",
+        "set ASSISTREAM_REDIS_URL, or run gunicorn with --workers 1",
+    ),
+    404: (
+        "the server there does not use this shell's database, or the URL is not the blueprint's",
+        "give the server and this shell the same ASSISTREAM_DATABASE_URL, and end --url in the blueprint's url_prefix",
+    ),
+}
+
+
+class Finding(NamedTuple):
+    """One line for the operator. ``level`` is "ok", "warn" or "FAIL"."""
+
+    level: str
+    text: str
+    fix: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.level:4} {self.text}" + (f"\n     fix: {self.fix}" if self.fix else "")
+
+
+class Part(Protocol):
+    """One blueprint of the app. ``owner`` is ``None`` where the session names the caller."""
+
+    owner: Callable[[], str | None] | None
+
+    def client(self) -> openai.OpenAI:
+        """Gives the client of its runs."""
+        ...
+
+
+class Patient(NamedTuple):
+    """The app. ``patched`` is what :func:`patched` gave when its first blueprint was registered."""
+
+    settings: Settings
+    parts: Mapping[str, Part]
+    secret_key: str | bytes | None
+    patched: bool
+
+
+def patched() -> bool:
+    """Tells whether gevent has patched this process."""
+    return monkey.is_module_patched("threading") and monkey.is_module_patched("socket")
+
+
+def command(patient: Callable[[], Patient]) -> Callable[[str | None], None]:
+    """Gives the function of the command, with its options."""
+
+    @click.option("--url", help="The blueprint's public address, such as https://example.org/assistream.")
+    def doctor(url: str | None) -> None:
+        """Check this deployment. Each finding comes with its fix; the exit status is 1 when one failed.
+
+        Without --url neither workers nor proxy are looked at.
+        """
+        failed = False
+        for finding in _examine(patient, url):
+            click.echo(finding)
+            failed = failed or finding.level == "FAIL"
+        sys.exit(failed)
+
+    return doctor
+
+
+# From the shell
+
+
+def _examine(patient: Callable[[], Patient], url: str | None) -> Iterator[Finding]:
+    try:
+        app = patient()
+    except ConfigurationError as error:
+        yield _misconfigured(error)
+        return
+    yield Finding("ok", "settings are valid")
+    if len(app.secret_key or b"") < 16 and not all(part.owner for part in app.parts.values()):
+        yield Finding(
+            "warn",
+            "SECRET_KEY is short: who guesses it can take any caller's threads",
+            "make one with `python -c 'import secrets; print(secrets.token_hex())'`",
+        )
+    if app.settings.redis_url:
+        yield from _redis(app.settings.redis_url)
+    for name, part in app.parts.items():
+        yield _model_server(name, part)
+    try:
+        with closing(ThreadStore(app.settings.database_url)) as store:
+            yield _store(store)
+            if url is None:
+                yield Finding("warn", "workers and proxy were not looked at", "give the public address with --url")
+            else:
+                yield from _probe(url, store, app.settings)
+    except ConfigurationError as error:
+        yield _misconfigured(error)
+    except SQLAlchemyError as error:
+        at = sa.make_url(app.settings.database_url)
+        yield Finding(
+            "FAIL",
+            f"database {_database(at)} cannot be used: {_why(getattr(error, 'orig', None) or error, at.password)}",
+            "start it, or correct ASSISTREAM_DATABASE_URL",
+        )
+
+
+def _misconfigured(error: ConfigurationError) -> Finding:
+    what, _, fix = str(error).partition(": ")
+    return Finding("FAIL", what, fix)
+
+
+def _why(error: BaseException, secret: object = None) -> str:
+    """Gives the first line of what ``error`` says, without the ``secret``."""
+    said = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return said.replace(str(secret), "***") if secret else said
+
+
+def _database(url: sa.URL) -> str:
+    server = f" at {url.host}" if url.host else ""
+    return f"{url.get_backend_name()} {url.database or 'in memory'}{server}" + (f":{url.port}" if url.port else "")
+
+
+def _store(store: ThreadStore) -> Finding:
+    with store._read() as connection:
+        version = ".".join(map(str, connection.dialect.server_version_info or ()))
+        tables = connection.scalar(sa.select(sa.func.max(schema.schema.c.version)))
+        return Finding("ok", f"database {_database(connection.engine.url)}: version {version}, schema {tables}")
+
+
+def _redis(url: str) -> Iterator[Finding]:
+    try:
+        import redis
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
+    except ImportError:
+        yield Finding("FAIL", "ASSISTREAM_REDIS_URL is set without redis-py", "pip install 'assistream-flask[redis]'")
+        return
+    try:
+        parts = urlsplit(url)
+        name = f"Redis at {parts.hostname or 'localhost'}:{parts.port or 6379}{parts.path}"
+        waits = {"socket_timeout": 2, "socket_connect_timeout": 2}
+        client = redis.Redis.from_url(url, **waits, retry=Retry(NoBackoff(), 0))
+    except ValueError:
+        # It repeats what it could not read, the password maybe.
+        yield Finding("FAIL", "ASSISTREAM_REDIS_URL is not a URL", "give one such as redis://localhost:6379/0")
+        return
+    try:
+        with closing(client):
+            client.ping()
+            start = time.perf_counter()
+            client.ping()
+            took = (time.perf_counter() - start) * 1000
+            about: dict[str, Any] = client.info()
+    except redis.RedisError as error:
+        yield Finding(
+            "FAIL",
+            f"{name} cannot be used: {_why(error, parts.password)}",
+            "start it, or correct ASSISTREAM_REDIS_URL and the password in it",
+        )
+        return
+    version = str(about["redis_version"])
+    if tuple(map(int, version.split(".")[:2])) < _REDIS:
+        yield Finding("FAIL", f"{name}: version {version} is too old", "run Redis {}.{} or newer".format(*_REDIS))
+    else:
+        yield Finding("ok", f"{name}: version {version}, round trip {took:.1f} ms")
+    if about.get("maxmemory") and about.get("maxmemory_policy") != "noeviction":
+        yield Finding(
+            "warn",
+            f"{name} may drop event logs when it is full (maxmemory-policy {about.get('maxmemory_policy')}): "
+            "viewers then get the whole thread again",
+            "set maxmemory-policy to noeviction",
+        )
+
+
+def _model_server(name: str, part: Part) -> Finding:
+    label = f"model server of {name!r}"
+    try:
+        client = part.client()
+        label += f" at {client.base_url.host}"
+        client.with_options(max_retries=0, timeout=10).models.list()
+    except openai.APIStatusError as error:
+        # What it says may repeat the key.
+        status = error.status_code
+        if status in (401, 403):
+            fix = "set OPENAI_API_KEY, or the client's api_key, to a key of that server that may list models"
+            return Finding("FAIL", f"{label} refuses the key ({status})", fix)
+        if status == 429 or status >= 500:
+            return Finding("FAIL", f"{label} answers {status}", "look at its status, and at your quota there")
+        return Finding("ok", f"{label} answers; it has no list of models to try the key on ({status})")
+    except openai.APIConnectionError as error:
+        return Finding(
+            "FAIL",
+            f"{label} cannot be reached: {_why(error.__cause__ or error)}",
+            "start it, or correct OPENAI_BASE_URL; see that this machine may connect to it",
+        )
+    except openai.OpenAIError:
+        return Finding("FAIL", f"{label}: there is no key", "set OPENAI_API_KEY")
+    return Finding("ok", f"{label} takes the key")
+
+
+# From the worker
+
+
+def admitted(store: ThreadStore, key: str) -> bool:
+    """Tells whether ``key`` was put into the database within the last minute."""
+    found = store.answer(_WHERE, key) if re.fullmatch("[0-9a-f]{64}", key) else None
+    return found is not None and bool(time.time() < found.body["expires"])
+
+
+def headers() -> dict[str, str]:
+    """Gives the headers of the answer, which name the worker."""
+    return {**sse.HEADERS, HEADER: f"{socket.gethostname()}/{os.getpid()}"}
+
+
+def frames(environ: Mapping[str, Any], host: str, patient: Patient) -> Iterator[bytes]:
+    """Gives the stream that the shell reads: what the worker finds, then ticks. ``host`` is the request's own."""
+    found = [*_worker(environ, patient.patched)]
+    found += [_model_server(name, part) for name, part in patient.parts.items()]
+    redis = patient.settings.redis_url
+    found += _redis(redis) if redis else []
+    yield sse.encode("doctor", json.dumps({"host": host, "redis": bool(redis), "findings": found}))
+    for _ in range(_TICKS):
+        time.sleep(_TICK_SECONDS)
+        yield sse.PING
+
+
+def _worker(environ: Mapping[str, Any], patched_before: bool) -> Iterator[Finding]:
+    name = environ.get("SERVER_SOFTWARE") or "an unnamed server"
+    if workers := server.setting("workers"):
+        name += f", {workers} worker{'s' if workers > 1 else ''}"
+    if patched():
+        yield Finding("ok", f"{name}, patched by gevent")
+        held = _unpatched()
+        ours = [name for name in held if _OURS.match(name)]
+        if ours or not patched_before:
+            example = f": {ours[0]} among others" if ours else ""
+            yield Finding("FAIL", f"gevent patched late, after modules that it must change{example}", _PATCH)
+        elif held:
+            yield Finding("warn", f"a module was imported before gevent patched: {held[0]}", _PATCH)
+    elif environ.get("wsgi.multithread"):
+        yield Finding("warn", f"{name}, without gevent: each open event stream holds a thread", _GEVENT)
+    else:
+        yield Finding("FAIL", f"{name}, without gevent: one event stream holds up all else", _GEVENT)
+
+
+def _unpatched() -> list[str]:
+    """Gives the names in modules, of neither Python nor the server, that still mean what gevent has replaced."""
+    replaced = {
+        "_thread": ("allocate_lock", "start_new_thread"),
+        "queue": ("SimpleQueue",),
+        "select": ("select", "poll"),
+        "socket": ("socket", "create_connection", "getaddrinfo"),
+        "ssl": ("SSLContext",),
+        "subprocess": ("Popen",),
+        "threading": ("Lock", "Thread", "Event"),
+        "time": ("sleep",),
+    }
+    originals = {id(monkey.get_original(name, item)) for name, items in replaced.items() for item in items}
+    originals -= {id(getattr(sys.modules.get(name), item, None)) for name, items in replaced.items() for item in items}
+    passed = sys.stdlib_module_names | {"gevent", "gunicorn"}
+    return sorted(
+        f"{name}.{item}"
+        for name, module in list(sys.modules.items())
+        if name.partition(".")[0] not in passed
+        for item, value in list(getattr(module, "__dict__", {}).items())
+        if id(value) in originals
+    )
+
+
+# Through the proxy
+
+
+class _Stream:
+    """The stream as it came back: its headers, its frames and when each of them came."""
+
+    def __init__(self, answer: http.client.HTTPResponse) -> None:
+        self.headers = answer.headers
+        self.frames: list[sse.Frame] = []
+        at: list[float] = []
+        inflate, decoder = zlib.decompressobj(wbits=47), sse.Decoder()
+        while chunk := answer.read1(65_536):
+            if "Content-Encoding" in self.headers:
+                with suppress(zlib.error):
+                    chunk = inflate.decompress(chunk)
+            self.frames += decoder.feed(chunk)
+            at += [time.monotonic()] * (len(self.frames) - len(at))
+        self.buffered = bool(at) and at[-1] - at[0] < _TICKS * _TICK_SECONDS / 3
+
+
+def _probe(url: str, store: ThreadStore, settings: Settings) -> Iterator[Finding]:
+    try:
+        parts = urlsplit(url)
+        origin = f"{parts.scheme}://{parts.netloc.rpartition('@')[2].lower()}"
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+            raise ValueError
+    except ValueError:
+        yield Finding("FAIL", "--url is not a URL", "give one such as https://example.org/assistream")
+        return
+    key = secrets.token_hex(32)
+    store.remember(_WHERE, Answer(key, "", 0, {"expires": time.time() + _KEY_SECONDS}))
+    try:
+        with _ask(parts, key) as answer:
+            found = _refusal(answer) if answer.status != 200 else _Stream(answer)
+        if isinstance(found, Finding):
+            yield found
+            return
+        if found.buffered:
+            # Once more: a busy machine can look like a buffer.
+            with _ask(parts, key) as answer:
+                found = _Stream(answer)
+        workers = {found.headers[HEADER]}
+        for _ in range(_LOOKS):
+            with _ask(parts, key, "HEAD") as answer:
+                workers.add(answer.headers[HEADER])
+    except ssl.SSLCertVerificationError as error:
+        yield Finding(
+            "FAIL",
+            f"{origin} has no valid certificate: {error.verify_message}",
+            "renew it, and serve it with its chain; for a CA of your own set SSL_CERT_FILE here",
+        )
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        yield Finding(
+            "FAIL",
+            f"{origin} cannot be read: {_why(error)}",
+            "start the server, whose log says why where it does not start, or correct --url",
+        )
+    else:
+        yield from _judge(found, len(workers - {None}), origin, settings)
+
+
+@contextmanager
+def _ask(url: SplitResult, key: str, method: str = "GET") -> Iterator[http.client.HTTPResponse]:
+    kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
+    with closing(kind(str(url.hostname), url.port, timeout=30)) as connection:
+        headers = {HEADER: key, "Accept": "text/event-stream", "Accept-Encoding": "gzip"}
+        connection.request(method, url.path.rstrip("/") + "/doctor", headers=headers)
+        yield connection.getresponse()
+
+
+def _refusal(answer: http.client.HTTPResponse) -> Finding:
+    try:
+        error = json.loads(answer.read(65536))["error"]
+        code, message = error["code"], f": {error['message']}"
+    except (ValueError, LookupError, TypeError):
+        code = message = ""
+    if known := _REFUSALS.get(code) or _REFUSALS.get(answer.status):
+        return Finding("FAIL", *known)
+    if to := answer.headers.get("Location"):
+        return Finding("FAIL", f"the URL answers {answer.status} and leads to {to}", "give the address behind it")
+    return Finding(
+        "FAIL",
+        f"the URL answers {answer.status}{message}",
+        "look at the logs of app and proxy; whatever else stands before the blueprint must let P/doctor through",
+    )
+
+
+def _judge(stream: _Stream, workers: int, origin: str, settings: Settings) -> Iterator[Finding]:
+    if not stream.frames or stream.frames[0].event != "doctor":
+        yield Finding("FAIL", "something else than the blueprint answers at the URL", _REFUSALS[404][1])
+        return
+    report = json.loads(stream.frames[0].data)
+    yield Finding("ok", "the server at the URL uses this database")
+    for level, text, fix in report["findings"]:
+        yield Finding(level, f"in the worker: {text}", fix)
+    if workers > 1 and not report["redis"]:
+        yield Finding("FAIL", *_REFUSALS["too_many_workers"])
+    if stream.buffered:
+        yield Finding(
+            "FAIL",
+            "the proxy buffers: all events came at once, at the end",
+            "nginx: `proxy_buffering off;` in this location, or no `proxy_ignore_headers X-Accel-Buffering;`. "
+            "Others: no response buffering for text/event-stream",
+        )
+    else:
+        yield Finding("ok", "events come through the proxy one by one")
+    if encoding := stream.headers.get("Content-Encoding"):
+        yield Finding(
+            "FAIL",
+            f"the proxy, or the app, compresses event streams ({encoding})",
+            "take text/event-stream out of what is compressed (nginx: `gzip_types`), or `gzip off;` in this location",
+        )
+    else:
+        yield Finding("ok", "event streams are not compressed")
+    try:
+        checks.same_origin(origin, report["host"], settings.allowed_origins.split())
+        yield Finding("ok", "the app sees the host that browsers see")
+    except RequestError:
+        yield Finding(
+            "FAIL",
+            f"the app sees the host {report['host']}, browsers see {origin}: their commands are refused",
+            "nginx: `proxy_set_header Host $http_host;`. Or add the origin to ASSISTREAM_ALLOWED_ORIGINS",
+        )

@@ -1,0 +1,61 @@
+"""A run of this worker that is not over."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import NamedTuple
+
+import openai
+
+from . import upstream
+from .assistants import Assistant
+from .events import Event, Json
+from .interrupt import Interruptible
+from .log import Place
+from .reply import Ahead, Reply
+
+
+class Asked(NamedTuple):
+    """An assistant to run, the client to ask it with, and the names that the history's speakers have."""
+
+    assistant: Assistant
+    client: Callable[[], openai.OpenAI]
+    names: dict[str, str]
+
+
+class Live:
+    """One such run. ``group_id`` is that of runs that may run beside it."""
+
+    def __init__(
+        self, reply: Reply, asked: Asked | None, position: int, place: Place | None, group_id: str | None
+    ) -> None:
+        self.reply, self.asked, self.position, self.group_id = reply, asked, position, group_id
+        self.id: str = reply.run["id"]
+        self.thread_id: str = reply.run["thread_id"]
+        # ``saving`` comes first and keeps an older state from being stored over a newer one.
+        self.saving, self.lock = threading.Lock(), threading.Lock()
+        # After its last event; what is stored is exact there. ``kept`` is the epoch of what was stored last.
+        self.place = place
+        self.kept = place.epoch if place else ""
+        self.dirty = False
+        # Nothing more is done for it here; and when that was last made sure of.
+        self.left, self.checked = False, 0.0
+        self.ended = threading.Event()
+        self.deadline = float("inf")
+        self.upstream: upstream.Upstream | None = None
+        # Of a background response: what another worker needs to go on, and what that one has already.
+        self.state: Json | None = None
+        self.ahead: Ahead | None = None
+        self.waits = Interruptible(self.close)
+        # How it ends when it is interrupted; not at all when another worker has it.
+        self.stop: Callable[[Reply], list[Event]] | None = Reply.cancel
+
+    def close(self) -> None:
+        """Closes the connection to the model server."""
+        if self.upstream is not None:
+            self.upstream.close()
+
+    def now(self) -> tuple[Json, Json, list[Json], str | None, Json | None]:
+        """What there is to store."""
+        return *self.reply.snapshot(), str(self.place) if self.place else None, self.state

@@ -1,0 +1,498 @@
+"""The log in Redis: for any number of workers on any number of machines.
+
+A thread's log is one stream, whose ids are ``<epoch>-<offset>`` themselves: an epoch is the time at which the stream
+began, in microseconds, so a later one is greater. Its first entry, at offset 0, is none of ours. What is appended is
+published in the same step; each worker hears of all its viewers' threads on one connection. What the channel drops,
+the offsets show: then the stream is read, and where that has a gap too the place is lost.
+
+Commands: https://redis.io/docs/latest/commands/ (Redis 7 or newer, not a cluster).
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Final, TypeVar
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from .. import sse
+from ..events import Event, dumps
+from . import Away, Lost, Place, Record
+from .tail import READ_BYTES, Cursor, Registry, Tail
+
+_log = logging.getLogger(__name__)
+
+
+SECONDS: Final = 2.0
+"""How long any answer of Redis is waited for."""
+CHECK_SECONDS: Final = 1.5
+"""How often each viewed thread is looked up, in case that its stream or a message was lost."""
+LOCK_SECONDS: Final = 5.0
+"""A lock that was held so long has a dead holder."""
+_AGAIN_SECONDS: Final = 0.5
+# A crowd that arrives at once waits for a connection, and Redis is not away for that.
+_QUEUE_SECONDS: Final = 15
+_KEEP: Final = 512
+
+_COMMON: Final = """
+local function last(key)
+    local found = redis.call('XREVRANGE', key, '+', '-', 'COUNT', 1)[1]
+    if found then return string.match(found[1], '^(%d+)%-(%d+)$') end
+end
+local function now()
+    local time = redis.call('TIME')
+    return tonumber(time[1]) * 1000000 + tonumber(time[2])
+end
+local function restart(key, ttl)
+    local old = last(key)
+    local epoch = now()
+    if old and epoch <= tonumber(old) then epoch = tonumber(old) + 1 end
+    epoch = string.format('%.0f', epoch)
+    redis.call('DEL', key)
+    redis.call('XADD', key, epoch .. '-0', 'e', '')
+    redis.call('PEXPIRE', key, ttl)
+    redis.call('PUBLISH', key, epoch .. ' 1')
+    return epoch
+end
+"""
+
+# Keys: the stream. Arguments: time to live, most events, most bytes, the events.
+_APPEND: Final = """
+local key, ttl, bytes = KEYS[1], ARGV[1], 0
+local epoch, offset = last(key)
+if not epoch then epoch, offset = restart(key, ttl), 0 end
+offset = tonumber(offset)
+local function id(n) return string.format('%s-%.0f', epoch, n) end
+for i = 4, #ARGV do
+    bytes = bytes + #ARGV[i]
+    redis.call('XADD', key, 'MAXLEN', '=', ARGV[2], id(offset + i - 3), 'e', ARGV[i])
+end
+local after = offset + #ARGV - 3
+if bytes > 8192 or offset % 256 + #ARGV - 3 >= 256 then
+    while redis.call('MEMORY', 'USAGE', key) > tonumber(ARGV[3]) and redis.call('XLEN', key) > 1 do
+        redis.call('XTRIM', key, 'MAXLEN', '=', math.floor(redis.call('XLEN', key) / 2))
+    end
+end
+redis.call('PEXPIRE', key, ttl)
+redis.call('PUBLISH', key, string.format('%s %.0f\\n', epoch, offset + 1) .. table.concat(ARGV, '\\0', 4))
+return id(after)
+"""
+
+# Keys: streams. Argument: time to live. Gives where each ends.
+_ENDS: Final = """
+local found = {}
+for i, key in ipairs(KEYS) do
+    local epoch, offset = last(key)
+    if epoch then redis.call('PEXPIRE', key, ARGV[1]) else epoch, offset = restart(key, ARGV[1]), '0' end
+    found[i] = epoch .. '-' .. offset
+end
+return found
+"""
+
+_RESTART: Final = "return restart(KEYS[1], ARGV[1])"
+
+# Keys: the locks, the stream. Arguments: the thread, the lock's and the stream's time to live.
+_LOCK: Final = """
+local at, held = now(), redis.call('ZSCORE', KEYS[1], ARGV[1])
+if held then
+    if tonumber(held) > at then return '' end
+    restart(KEYS[2], ARGV[3])
+end
+local mine = string.format('%.0f', at + tonumber(ARGV[2]))
+redis.call('ZADD', KEYS[1], mine, ARGV[1])
+return mine
+"""
+
+# Keys: the locks, the stream. Arguments: the thread, the stream's time to live. Gives where it ends.
+_QUIET: Final = """
+if redis.call('ZSCORE', KEYS[1], ARGV[1]) then return '' end
+local epoch, offset = last(KEYS[2])
+if not epoch then epoch, offset = restart(KEYS[2], ARGV[2]), '0' end
+return epoch .. '-' .. offset
+"""
+
+# Key: of the Redis that was met last. Argument: of this one.
+_MET: Final = """
+local met = redis.call('GET', KEYS[1])
+redis.call('SET', KEYS[1], ARGV[1])
+return (not met or met == ARGV[1]) and 1 or 0
+"""
+
+# Keys: the locks, the stream. Arguments: the thread, the lock as it was taken, the stream's time to live.
+# Who lost the lock may have told what others had already, or in another order than the store's.
+_UNLOCK: Final = """
+if tonumber(redis.call('ZSCORE', KEYS[1], ARGV[1]) or '0') == tonumber(ARGV[2]) then
+    redis.call('ZREM', KEYS[1], ARGV[1])
+else
+    restart(KEYS[2], ARGV[3])
+end
+"""
+
+# Who holds a lock that ran out may have stored what it told nobody.
+_LEFT: Final = """
+for _, thread in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now(), 'LIMIT', 0, 100)) do
+    restart(ARGV[1] .. thread, ARGV[2])
+    redis.call('ZREM', KEYS[1], thread)
+end
+"""
+
+T = TypeVar("T")
+
+
+class _Viewed(Tail):
+    """A thread that this worker has viewers of; exact once ``ready``."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__("0")
+        self.most = most
+        self.heard = threading.Event()
+        self.ready = False
+        self.early: list[tuple[str, int, list[bytes]]] = []
+        self.known = 0
+
+    def feed(self, at: float, epoch: str, first: int, bodies: list[bytes], *, gap: bool = True) -> None:
+        """Takes what was appended from offset ``first`` on; ``gap`` lets it go on behind a hole, which readers
+        fill from the stream. The caller holds ``changed``."""
+        if not self.ready:
+            self.early.append((epoch, first, bodies))
+            return
+        if int(epoch) < int(self.epoch) or (first > self.offset + 1 and not gap and epoch == self.epoch):
+            return
+        if epoch != self.epoch or first > self.offset + 1:
+            self.restart(epoch, first - 1)
+        elif first + len(bodies) <= self.offset + 1:
+            # An echo: its readers must not wake for nothing.
+            return
+        self.add(at, [_record(epoch, first + n, body) for n, body in enumerate(bodies) if first + n > self.offset])
+        self.trim(self.most, 1 << 20, 0)
+        self.changed.notify_all()
+
+
+class RedisLog:
+    """The log in the Redis that ``url`` names, see :class:`..Log`.
+
+    A thread's stream keeps at most ``max_events`` events and about ``max_bytes`` bytes, and is dropped when nothing
+    was appended, and nobody read it, for ``max_age`` seconds. Connects in the background.
+    """
+
+    shared = True
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        max_events: int = 10_000,
+        max_bytes: int = 8 << 20,
+        max_age: float = 600,
+        connections: int = 16,
+    ) -> None:
+        self._max_events, self._max_bytes, self._ttl = max_events, max_bytes, int(max_age * 1000)
+        # The library's own defaults would try for a minute, in silence.
+        options: dict[str, Any] = {"socket_connect_timeout": SECONDS, "retry": Retry(NoBackoff(), 0), "protocol": 2}
+        self._redis = redis.Redis(
+            connection_pool=redis.BlockingConnectionPool.from_url(
+                url, max_connections=connections, timeout=_QUEUE_SECONDS, socket_timeout=SECONDS, **options
+            )
+        )
+        self._lines = redis.ConnectionPool.from_url(url, socket_timeout=SECONDS, **options)
+        # Channels are the same in all databases of a server, so the database is in the name.
+        base = f"assistream:{self._redis.connection_pool.connection_kwargs.get('db') or 0}"
+        self._prefix, self._locked, self._signal = f"{base}:", f"{base}-locks", f"{base}-signal".encode()
+        self._append, self._ends, self._restart, self._lock, self._quiet, self._unlock, self._left, self._met = (
+            self._redis.register_script(_COMMON + text)
+            for text in (_APPEND, _ENDS, _RESTART, _LOCK, _QUIET, _UNLOCK, _LEFT, _MET)
+        )
+        self._threads = Registry(lambda: _Viewed(min(_KEEP, max_events)), time.monotonic)
+        self._locks = Registry(lambda: Tail("0"), time.monotonic)
+        self._attend: Callable[[str], None] = lambda thread_id: None
+        self._line: Any = None
+        self._sending = threading.Lock()
+        self._linked = threading.Event()
+        self._closed = threading.Event()
+        self._again = 0.0
+        self._run_id = ""
+        for job in (self._listen, self._watch):
+            threading.Thread(target=job, daemon=True, name="assistream-redis").start()
+
+    def listen(self, attend: Callable[[str], None]) -> None:
+        self._attend = attend
+
+    # Writing
+
+    def append(self, thread_id: str, events: Sequence[Event]) -> Place:
+        if not events:
+            return self.end(thread_id)
+        bodies = [f"{event.key or ''}\n".encode() + sse.encode(event.name, dumps(event.data)) for event in events]
+        arguments: list[int | bytes] = [self._ttl, self._max_events, self._max_bytes, *bodies]
+        place = self._place(self._do(lambda: self._append([self._prefix + thread_id], arguments)))
+        tail = self._threads.get(thread_id)
+        if tail is not None:
+            # Its own viewers need not wait for the echo.
+            with tail.changed:
+                tail.feed(self._threads.clock(), place.epoch, place.offset + 1 - len(bodies), bodies, gap=False)
+        return place
+
+    def restart(self, thread_id: str) -> None:
+        self._do(lambda: self._restart([self._prefix + thread_id], [self._ttl]))
+
+    def signal(self, thread_id: str) -> None:
+        try:
+            self._do(lambda: self._redis.publish(self._signal, thread_id))
+        except Away:
+            # Workers look at the store themselves too, only later.
+            pass
+
+    @contextmanager
+    def lock(self, thread_id: str) -> Iterator[None]:
+        with self._locks.using(thread_id) as ours, ours.lock:
+            if ours.held:
+                yield
+                return
+            mine = self._acquire(thread_id)
+            ours.held = 1
+            try:
+                yield
+            finally:
+                ours.held = 0
+                try:
+                    self._do(
+                        lambda: self._unlock([self._locked, self._prefix + thread_id], [thread_id, mine, self._ttl])
+                    )
+                except Away:
+                    # It runs out, and the log begins anew then.
+                    pass
+
+    def _acquire(self, thread_id: str) -> bytes:
+        arguments: list[int | str] = [thread_id, int(LOCK_SECONDS * 1e6), self._ttl]
+        for tries in range(2000):
+            mine: bytes = self._do(lambda: self._lock([self._locked, self._prefix + thread_id], arguments))
+            if mine:
+                return mine
+            time.sleep(min(0.001 * 2**tries, 0.02) * (0.5 + random.random()))
+        raise Away
+
+    # Reading
+
+    def end(self, thread_id: str) -> Place:
+        return self._place(self._do(lambda: self._ends([self._prefix + thread_id], [self._ttl]))[0])
+
+    def quiet(self, thread_id: str) -> Place | None:
+        arguments: list[int | str] = [thread_id, self._ttl]
+        found = self._do(lambda: self._quiet([self._locked, self._prefix + thread_id], arguments))
+        return self._place(found) if found else None
+
+    def since(self, thread_id: str, place: Place) -> list[Record]:
+        return self._range(thread_id, place, None)
+
+    def subscribe(self, thread_id: str, place: Place) -> Cursor:
+        tail = self._threads.enter(thread_id)
+        try:
+            self._follow(thread_id, tail)
+            if not tail.has(place):
+                # The stream may be ahead of what was heard of it.
+                self._check([(thread_id, tail)], patient=False)
+                if not tail.has(place):
+                    self._range(thread_id, place, 1)
+            return Cursor(self._threads, tail, place, partial(self._older, thread_id))
+        except BaseException:
+            self._threads.leave(tail)
+            raise
+
+    def _follow(self, thread_id: str, tail: _Viewed) -> None:
+        with tail.lock:
+            if tail.ready:
+                return
+            tail.heard.clear()
+            tail.early = []
+            if not self._linked.wait(SECONDS):
+                raise Away
+            self._send("SUBSCRIBE", self._prefix + thread_id)
+            if not tail.heard.wait(SECONDS):
+                raise Away
+            place = self.end(thread_id)
+            with tail.changed:
+                tail.restart(*place)
+                tail.ready = True
+                for early in tail.early:
+                    tail.feed(self._threads.clock(), *early)
+
+    def _older(self, thread_id: str, place: Place) -> list[Record]:
+        """What a reader has to catch up with, a piece at a time."""
+        return self._range(thread_id, place, 200)
+
+    def _range(self, thread_id: str, place: Place, count: int | None) -> list[Record]:
+        if not place.epoch.isdecimal() or len(place.epoch) > 18:
+            raise Lost
+        # From the place itself on: it, or the one after it, shows that nothing is missing between.
+        more = None if count is None else count + 1
+        found = self._do(lambda: self._redis.xrange(self._prefix + thread_id, str(place), "+", more))
+        first = self._place(found[0][0]) if found else None
+        if first is None or first.epoch != place.epoch or first.offset > place.offset + 1:
+            raise Lost
+        records, size = [], 0
+        for id, fields in found:
+            at = self._place(id)
+            if at.offset > place.offset:
+                records.append(_record(at.epoch, at.offset, fields[b"e"]))
+                size += len(records[-1].frame)
+                if count is not None and size > READ_BYTES:
+                    break
+        return records
+
+    # What is heard
+
+    def _listen(self) -> None:
+        while not self._closed.is_set():
+            line: Any = None
+            try:
+                line = self._lines.make_connection()
+                line.connect()
+                self._meet()
+                channels = [self._prefix + thread_id for thread_id, _ in self._threads.all()]
+                with self._sending:
+                    line.send_command("SUBSCRIBE", self._signal, *channels)
+                    self._line = line
+                self._linked.set()
+                while not self._closed.is_set():
+                    if not line.can_read(timeout=SECONDS):
+                        self._send("PING")
+                    self._hear(line.read_response())
+            except Exception as error:
+                # Whatever it is: a read that close() ends fails in many ways, and who stops listening is deaf for good.
+                if not self._closed.is_set():
+                    _log.warning("Redis cannot be heard: %r", error)
+            finally:
+                with self._sending:
+                    self._line = None
+                    self._linked.clear()
+                    if line is not None:
+                        line.disconnect()
+            self._closed.wait(_AGAIN_SECONDS * (0.5 + random.random()))
+
+    def _meet(self) -> None:
+        """A Redis that started anew, or took another's place, may have an older state, and would give places out
+        again that viewers have: all logs begin anew."""
+        self._run_id = str(self._redis.info("server")["run_id"])
+        if not self._met([f"{self._prefix}met"], [self._run_id]):
+            for key in self._redis.scan_iter(f"{self._prefix}thread_*", count=1000):
+                self._restart([key], [self._ttl])
+
+    def _hear(self, told: Any) -> None:
+        kind, channel, data = told if len(told) == 3 else (b"pong", b"", b"")
+        if channel == self._signal:
+            if kind == b"message":
+                self._attend(data.decode())
+            return
+        tail = self._threads.get(channel.decode().removeprefix(self._prefix))
+        if tail is None:
+            return
+        if kind == b"subscribe":
+            tail.heard.set()
+        elif kind == b"message":
+            head, _, rest = data.partition(b"\n")
+            epoch, first = head.split()
+            with tail.changed:
+                bodies = rest.split(b"\0") if rest else []
+                tail.feed(self._threads.clock(), epoch.decode(), int(first), bodies)
+
+    def _send(self, *command: str) -> None:
+        with self._sending:
+            try:
+                if self._line is None:
+                    raise Away
+                self._line.send_command(*command)
+            except (redis.RedisError, OSError) as error:
+                raise Away from error
+
+    def _watch(self) -> None:
+        # Well before a stream that is viewed would expire.
+        while not self._closed.wait(min(CHECK_SECONDS, self._ttl / 3000)):
+            try:
+                viewed = [(thread_id, tail) for thread_id, tail in self._threads.all() if tail.ready and tail.users]
+                for at in range(0, len(viewed), 200):
+                    self._check(viewed[at : at + 200])
+                self._do(lambda: self._left([self._locked], [self._prefix, self._ttl]))
+                if self._run_id:
+                    # After a FLUSHALL.
+                    self._do(lambda: self._redis.set(f"{self._prefix}met", self._run_id, nx=True))
+            except Away:
+                pass
+            except Exception:
+                _log.exception("looking after the log failed; it is tried again")
+
+    def _check(self, viewed: Sequence[tuple[str, _Viewed]], *, patient: bool = True) -> None:
+        """Compares with the streams. What a ``patient`` one finds missing may be on its way until the next time."""
+        before = [tail.epoch for _, tail in viewed]
+        ends = self._do(lambda: self._ends([self._prefix + thread_id for thread_id, _ in viewed], [self._ttl]))
+        for (_, tail), epoch, found in zip(viewed, before, ends, strict=True):
+            place = self._place(found)
+            with tail.changed:
+                if tail.epoch != epoch:
+                    continue
+                missing = place.offset if not patient else tail.known
+                if place.epoch != epoch or tail.offset < missing:
+                    tail.restart(*place)
+                    tail.changed.notify_all()
+                tail.known = place.offset if place.epoch == tail.epoch else 0
+
+    # Upkeep
+
+    def tend(self) -> None:
+        """The streams expire by themselves; what nobody views here any more is not listened to."""
+        for thread_id, _ in self._threads.all():
+            recent = self._threads.clock() - 5
+            if self._threads.drop(thread_id, unless=lambda tail, recent=recent: tail.touched > recent):  # type: ignore[misc]
+                try:
+                    with self._sending:
+                        if self._line is not None and self._threads.get(thread_id) is None:
+                            self._line.send_command("UNSUBSCRIBE", self._prefix + thread_id)
+                except (redis.RedisError, OSError):
+                    # The next connection does not subscribe to it.
+                    pass
+        for thread_id, _ in self._locks.all():
+            self._locks.drop(thread_id, unless=lambda tail: False)
+
+    def wake(self) -> None:
+        self._threads.wake()
+
+    def close(self) -> None:
+        self.wake()
+        self._closed.set()
+        with self._sending:
+            if self._line is not None:
+                self._line.disconnect()
+        self._redis.close()
+        self._redis.connection_pool.disconnect()
+
+    def _do(self, call: Callable[[], Any]) -> Any:
+        # Who finds it away tells the others, so that not each waits for itself.
+        if time.monotonic() < self._again:
+            raise Away
+        try:
+            return call()
+        except (redis.RedisError, OSError) as error:
+            if not self._closed.is_set():
+                _log.warning("Redis cannot be used: %r", error)
+            if not isinstance(error, redis.ResponseError):
+                self._again = time.monotonic() + _AGAIN_SECONDS
+            raise Away from error
+
+    @staticmethod
+    def _place(id: bytes) -> Place:
+        epoch, _, offset = id.decode().partition("-")
+        return Place(epoch, int(offset))
+
+
+def _record(epoch: str, offset: int, body: bytes) -> Record:
+    key, event, _ = body.split(b"\n", 2)
+    place = Place(epoch, offset)
+    frame = b"id: %b\n%b" % (str(place).encode(), body[len(key) + 1 :])
+    return Record(place, event[7:].decode(), key.decode() or None, frame)

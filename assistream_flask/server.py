@@ -1,0 +1,115 @@
+"""What is known of the server that runs the app: gunicorn, where it is that one."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Callable, Generator, Iterator, Mapping
+from itertools import chain
+from typing import Any, Final
+
+from . import sse
+
+_PIECE: Final = 65_536
+_BUFFER: Final = 262_144
+
+
+def _gunicorn() -> Any:
+    # The worker, or the arbiter where it loads the app, is the object whose method handles SIGTERM.
+    return getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+
+
+def serving() -> bool:
+    """Gives ``False`` once gunicorn told its worker to end: a streaming response must then end by itself.
+
+    Gunicorn says so by the worker's attribute ``alive`` alone, for a signal and for ``max_requests`` alike.
+    """
+    return bool(getattr(_gunicorn(), "alive", True))
+
+
+def setting(name: str) -> Any:
+    """Gives a setting of gunicorn's, ``None`` under another server."""
+    return getattr(getattr(_gunicorn(), "cfg", None), name, None)
+
+
+def unfit(environ: Mapping[str, Any], shared: bool) -> tuple[str, str] | None:
+    """Gives an error's code and what to do where the server cannot serve event streams; the log is ``shared`` by
+    workers, or not."""
+    if environ.get("wsgi.multiprocess") and not shared:
+        return "too_many_workers", "The event log is in memory: set ASSISTREAM_REDIS_URL, or run one worker."
+    if environ.get("SERVER_SOFTWARE", "").startswith("gunicorn") and not environ.get("wsgi.multithread"):
+        return "sync_worker", "One event stream would hold up all else: run gunicorn with --worker-class gevent."
+    return None
+
+
+class Peer:
+    """The connection of an event stream's viewer, from the WSGI ``environ``; where the server shows none, nothing is
+    done.
+
+    A piece of at most 64 KiB must be taken within ``slow_seconds``, and what was sent be acknowledged within
+    ``dead_seconds``, or the connection is cut; the system holds at most half a MiB for it.
+    """
+
+    def __init__(self, environ: Mapping[str, Any], slow_seconds: float, dead_seconds: float) -> None:
+        self._socket = environ.get("gunicorn.socket")
+        if self._socket is None:
+            return
+        self._socket.settimeout(slow_seconds)
+        if self._socket.family in (socket.AF_INET, socket.AF_INET6):
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):
+                milliseconds = int(dead_seconds * 1000)
+                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+
+    def pieces(self, frames: Iterator[bytes]) -> Iterator[bytes]:
+        """Gives the bytes of ``frames``, until the viewer is gone."""
+        for chunk in frames:
+            # Else it would show at the second write only.
+            if chunk is sse.PING and self._gone():
+                return
+            if len(chunk) <= _PIECE:
+                yield chunk
+            else:
+                for at in range(0, len(chunk), _PIECE):
+                    yield chunk[at : at + _PIECE]
+
+    def _gone(self) -> bool:
+        # gevent's own recv() would wait; that of the socket inside does not.
+        inside = getattr(self._socket, "_sock", None)
+        if inside is None:
+            return False
+        try:
+            return not inside.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    def release(self) -> None:
+        """The connection may serve other requests now."""
+        if self._socket is not None:
+            try:
+                self._socket.settimeout(None)
+            except OSError:
+                pass
+
+
+class Body:
+    """A body whose end is told once, even where it was never begun: a generator's ``finally`` would not run."""
+
+    def __init__(
+        self, first: bytes, frames: Generator[bytes, None, None], peer: Peer, ended: Callable[[], None]
+    ) -> None:
+        self._first, self._frames, self._peer, self._ended = first, frames, peer, ended
+        self._open = True
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self._peer.pieces(chain([self._first] if self._first else [], self._frames))
+
+    def close(self) -> None:
+        """Called by the server, whatever happened. Idempotent."""
+        if self._open:
+            self._open = False
+            self._ended()
+            self._frames.close()
+            self._peer.release()

@@ -1,0 +1,1 @@
+"""Measurements, each a script that says how it is run."""

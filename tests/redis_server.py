@@ -1,0 +1,68 @@
+"""A real redis-server in a subprocess, on a free port."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import redis
+
+
+class RedisServer:
+    """One server that keeps nothing, until :meth:`stop`."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port: int = free.getsockname()[1]
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self._empty = iter(range(1, 16_000))
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Starts it, where it does not run, and waits until it answers. Fails, and never skips, when ``CI`` is set."""
+        if self._process is not None and self._process.poll() is None:
+            return
+        if shutil.which("redis-server") is None:
+            assert not os.environ.get("CI"), "CI must have redis-server"
+            pytest.skip("redis-server is not installed")
+        options = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        options += ["--databases", "16000"]
+        self._process = subprocess.Popen(
+            ["redis-server", *options, "--dir", str(self._folder)], stdout=subprocess.DEVNULL
+        )
+        end = time.monotonic() + 20
+        while True:
+            try:
+                self.ask("PING")
+                return
+            except redis.ConnectionError:
+                assert time.monotonic() < end
+                time.sleep(0.02)
+
+    def empty_url(self) -> str:
+        """Gives the URL of a database of its own."""
+        return self.url.removesuffix("0") + str(next(self._empty))
+
+    def ask(self, *command: str) -> object:
+        """Gives Redis's answer to a command."""
+        with redis.Redis.from_url(self.url) as client:
+            return client.execute_command(*command)
+
+    def stop(self) -> None:
+        """Ends it, and what it held is gone."""
+        self.signal(signal.SIGKILL)
+        if self._process is not None:
+            self._process.wait(20)
+
+    def signal(self, how: signal.Signals) -> None:
+        """SIGSTOP makes it silent, SIGCONT lets it go on."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(how)

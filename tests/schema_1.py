@@ -1,0 +1,98 @@
+"""The tables as the first release made them, for the tests of migrations. Never changes."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import sqlalchemy as sa
+
+VERSION: Final = 1
+
+metadata: Final = sa.MetaData()
+
+# Object keys are column names: a row and the Assistants v2 object are the same mapping.
+_JSON: Final = sa.JSON(none_as_null=True)
+# SQLite counts up only in a column of exactly INTEGER PRIMARY KEY.
+_SERIAL: Final = sa.BigInteger().with_variant(sa.Integer, "sqlite")
+
+
+def _id(name: str, *args: Any, **kwargs: Any) -> sa.Column[str]:
+    return sa.Column(name, sa.String(64), *args, **kwargs)
+
+
+schema: Final = sa.Table("assistream_schema", metadata, sa.Column("version", sa.Integer, primary_key=True))
+
+threads: Final = sa.Table(
+    "assistream_threads",
+    metadata,
+    sa.Column("number", _SERIAL, primary_key=True),
+    _id("id", unique=True, nullable=False),
+    sa.Column("scope", sa.String(255), nullable=False),
+    sa.Column("owner", sa.String(255), nullable=False),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
+    sa.Column("metadata", _JSON, nullable=False),
+    sa.Index("assistream_threads_owner", "scope", "owner", "number"),
+    sqlite_autoincrement=True,
+)
+
+messages: Final = sa.Table(
+    "assistream_messages",
+    metadata,
+    _id("id", primary_key=True),
+    _id("thread_id", sa.ForeignKey(threads.c.id, ondelete="CASCADE"), nullable=False),
+    sa.Column("position", sa.BigInteger, nullable=False),
+    sa.Column("role", sa.String(16), nullable=False),
+    sa.Column("status", sa.String(16), nullable=False),
+    sa.Column("content", _JSON, nullable=False),
+    _id("assistant_id"),
+    _id("run_id"),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
+    sa.Column("completed_at", sa.BigInteger),
+    sa.Column("incomplete_at", sa.BigInteger),
+    sa.Column("incomplete_details", _JSON),
+    sa.Column("metadata", _JSON, nullable=False),
+    sa.UniqueConstraint("thread_id", "position"),
+)
+
+runs: Final = sa.Table(
+    "assistream_runs",
+    metadata,
+    _id("id", primary_key=True),
+    _id("thread_id", sa.ForeignKey(threads.c.id, ondelete="CASCADE"), nullable=False, index=True),
+    _id("assistant_id", nullable=False),
+    _id("message_id", nullable=False, unique=True),
+    sa.Column("status", sa.String(16), nullable=False, index=True),
+    sa.Column("last_error", _JSON),
+    sa.Column("incomplete_details", _JSON),
+    sa.Column("usage", _JSON),
+    sa.Column("model", sa.String(255)),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
+    sa.Column("started_at", sa.BigInteger),
+    sa.Column("completed_at", sa.BigInteger),
+    sa.Column("failed_at", sa.BigInteger),
+    sa.Column("cancelled_at", sa.BigInteger),
+    sa.Column("metadata", _JSON, nullable=False),
+    # Ours, not the object's: the steps, the group of runs of one POST, and who works on it till when.
+    sa.Column("steps", _JSON, nullable=False),
+    _id("group_id", nullable=False),
+    sa.Column("mode", sa.String(16), nullable=False),
+    sa.Column("place", sa.String(64)),
+    _id("worker", nullable=False),
+    sa.Column("lease", sa.Float, nullable=False),
+    sa.Column("cancel_requested", sa.Boolean, nullable=False),
+)
+
+answers: Final = sa.Table(
+    "assistream_answers",
+    metadata,
+    sa.Column("scope", sa.String(255), primary_key=True),
+    sa.Column("owner", sa.String(255), primary_key=True),
+    sa.Column("key", sa.String(255), primary_key=True),
+    sa.Column("fingerprint", sa.String(64), nullable=False),
+    sa.Column("status", sa.Integer, nullable=False),
+    sa.Column("body", _JSON, nullable=False),
+    sa.Column("place", sa.String(64)),
+    # What an answer repeats of a thread goes with the thread.
+    _id("thread_id", index=True),
+    sa.Column("created_at", sa.BigInteger, nullable=False, index=True),
+)

@@ -1,0 +1,176 @@
+"""Workers that die, deploys, a Redis that goes away: nothing is lost, every viewer ends with the store's state."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+import urllib.error
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from assistream_flask.testing import Request, scripted
+from tests.cluster import Cluster, clustered
+from tests.conftest import wait_until
+from tests.live import Gunicorn
+from tests.postgres_server import PostgresServer
+from tests.redis_server import RedisServer
+from tests.watcher import Watcher, says, settle
+
+KILLS = int(os.environ.get("ASSISTREAM_KILLS", "4"))
+RESTARTS = int(os.environ.get("ASSISTREAM_RESTARTS", "3"))
+OUTAGES = int(os.environ.get("ASSISTREAM_OUTAGES", "3"))
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path)
+    server.start()
+    yield server
+    server.signal(signal.SIGCONT)
+    server.stop()
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, redis: RedisServer, postgres: PostgresServer) -> Iterator[Cluster]:
+    with clustered(tmp_path, redis, postgres.new_database(), delay=0.05, heartbeat_seconds=2) as cluster:
+        yield cluster
+
+
+def watched(cluster: Cluster, threads: int, viewers: int = 2) -> dict[str, list[Watcher]]:
+    """Threads with viewers, who are there."""
+    gunicorn = cluster.gunicorns[0]
+    found = {gunicorn.thread(): list[Watcher]() for _ in range(threads)}
+    for at, (thread, watchers) in enumerate(found.items()):
+        watchers += [Watcher(cluster.gunicorns, thread, 100 * at + viewer) for viewer in range(viewers)]
+    wait_until(lambda: all(one.snapshots for watchers in found.values() for one in watchers), 30)
+    return found
+
+
+def commanded(gunicorn: Gunicorn, thread: str, *assistants: str, content: str = "Hello there") -> list[str]:
+    """Starts runs, through a break if need be: as the helper, under one key."""
+    body = {"assistant_ids": assistants, "content": content}
+    key = {"Idempotency-Key": os.urandom(8).hex()}
+    end = time.monotonic() + 60
+    while True:
+        try:
+            return [run["id"] for run in gunicorn.request("POST", f"{thread}/runs", body, key)["runs"]]
+        except OSError as error:
+            refused = isinstance(error, urllib.error.HTTPError) and error.code not in (502, 503)
+            if refused or time.monotonic() > end:
+                raise
+            time.sleep(0.2)
+
+
+def growing(cluster: Cluster, threads: dict[str, list[Watcher]]) -> None:
+    """Waits until each thread's newest answer has begun."""
+    wait_until(lambda: all(ones[0].entries and says(ones[0].entries[-1]) for ones in threads.values()), 30)
+
+
+def whole_answer(entries: list[Any], entry: Any) -> str:
+    """What the scripted model says to the thread as it was before this entry's message by the user."""
+    at = entries.index(entry)
+    asked = max(number for number in range(at) if entries[number]["run"] is None)
+    turns = []
+    for one in entries[: asked + 1]:
+        mine = one["assistant_id"] in (None, entry["assistant_id"])
+        if says(one):
+            other = "user", f"[{one['assistant_id']}]\n{says(one)}"
+            turns.append((one["message"]["role"], says(one)) if mine else other)
+    return scripted(Request("POST", "/v1/responses", {}, None, 0.0, model="m", messages=turns)).text or ""
+
+
+def test_a_killed_workers_runs_end_within_15_seconds_and_lasting_ones_go_on(cluster: Cluster) -> None:
+    gunicorn, choose = cluster.gunicorns[0], random.Random(1)
+    threads = watched(cluster, 6)
+    lost = lasting = 0
+    for _ in range(KILLS):
+        for at, thread in enumerate(threads):
+            commanded(gunicorn, thread, *([["tutor"], ["lasting"], ["lasting", "tutor"]][at % 3]))
+        growing(cluster, threads)
+        time.sleep(choose.random() * 4)
+        stored = {entry["message"]["id"]: says(entry) for thread in threads for entry in gunicorn.entries(thread)}
+        os.kill(choose.choice(cluster.workers()), signal.SIGKILL)
+        killed = time.monotonic()
+        found = settle(gunicorn, threads)
+        for entries in found.values():
+            for entry in entries:
+                text, before = says(entry), stored.get(entry["message"]["id"], "")
+                assert text.startswith(before), (text, before)
+                run = entry["run"]
+                if run is not None and run["status"] == "failed":
+                    assert run["last_error"]["code"] == "worker_lost"
+                    assert run["assistant_id"] != "lasting"
+                    assert run["failed_at"] <= time.time() - (time.monotonic() - killed) + 15
+                    lost += 1
+                elif run is not None and run["assistant_id"] == "lasting":
+                    assert run["status"] == "completed"
+                    assert text == whole_answer(entries, entry)
+                    lasting += 1
+    print(f"{KILLS} kills: {lost} runs lost their worker, {lasting} lasting ones completed")
+    for ones in threads.values():
+        for one in ones:
+            one.stop()
+
+
+def test_a_deploy_ends_streams_at_once_and_fails_no_run(cluster: Cluster) -> None:
+    gunicorn, choose = cluster.gunicorns[0], random.Random(2)
+    threads = watched(cluster, 6)
+    slowest = 0.0
+    for number in range(RESTARTS):
+        for at, thread in enumerate(threads):
+            commanded(gunicorn, thread, *([["tutor"], ["lasting"], ["critic", "tutor"]][at % 3]))
+        growing(cluster, threads)
+        time.sleep(choose.random() * 2)
+        before = set(cluster.workers())
+        began = time.monotonic()
+        if number % 2:
+            os.kill(choose.choice(sorted(before)), signal.SIGTERM)
+        else:
+            breaks = {one: one.breaks for ones in threads.values() for one in ones}
+            gunicorn.process.send_signal(signal.SIGHUP)
+            for one, count in breaks.items():
+                wait_until(lambda one=one, count=count: one.breaks > count, 20)  # type: ignore[misc]
+            slowest = max(slowest, time.monotonic() - began)
+        for entries in settle(gunicorn, threads).values():
+            assert {entry["run"]["status"] for entry in entries if entry["run"]} <= {"completed"}
+    print(f"{RESTARTS} restarts: all streams had ended {slowest:.2f} s after the slowest SIGHUP")
+    for ones in threads.values():
+        for one in ones:
+            one.stop()
+
+
+@pytest.mark.parametrize("how", ["FLUSHALL", "restart", "away"])
+def test_whatever_happens_to_redis_every_viewer_ends_with_the_stores_state(
+    cluster: Cluster, redis: RedisServer, how: str
+) -> None:
+    gunicorn, choose = cluster.gunicorns[0], random.Random(how)
+    threads = watched(cluster, 4)
+    for _ in range(OUTAGES if how != "away" else 1):
+        for at, thread in enumerate(threads):
+            commanded(gunicorn, thread, *([["tutor"], ["lasting", "critic"]][at % 2]))
+        growing(cluster, threads)
+        time.sleep(choose.random() * 2)
+        if how == "FLUSHALL":
+            redis.ask("FLUSHALL")
+        elif how == "restart":
+            redis.stop()
+            redis.start()
+        else:
+            redis.signal(choose.choice([signal.SIGSTOP, signal.SIGKILL]))
+            time.sleep(float(os.environ.get("ASSISTREAM_AWAY_SECONDS", "6")))
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                gunicorn.request("POST", f"{next(iter(threads))}/messages", {"content": "now?"})
+            assert refused.value.code == 503
+            assert refused.value.headers["Retry-After"]
+            redis.signal(signal.SIGCONT)
+            redis.start()
+        for entries in settle(gunicorn, threads).values():
+            assert {entry["run"]["status"] for entry in entries if entry["run"]} == {"completed"}
+    for ones in threads.values():
+        for one in ones:
+            one.stop()

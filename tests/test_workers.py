@@ -1,0 +1,529 @@
+"""Two workers on one Redis and one database, at random: also where Redis or one of the two is gone.
+
+The trials, and what must be true after each, are those of test_snapshots.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import pytest
+
+from assistream_flask import runner as runners
+from assistream_flask import upstream
+from assistream_flask.assistants import Assistant
+from assistream_flask.errors import RequestError, RunError
+from assistream_flask.events import TERMINAL, Event, Json
+from assistream_flask.live import Asked
+from assistream_flask.log import Away, Log, Place
+from assistream_flask.log import redis as redis_log
+from assistream_flask.log.redis import RedisLog
+from assistream_flask.runner import Runner
+from assistream_flask.schema import runs
+from assistream_flask.settings import Settings
+from assistream_flask.threads import ThreadStore
+from assistream_flask.upstream.parts import Annotation, Begun, End, Part, Reasoning, Refusal, Text, Turn
+from tests.conftest import text
+from tests.postgres_server import PostgresServer
+from tests.redis_server import RedisServer
+from tests.test_snapshots import STEPS, House, Member, Script, Seat, Tape, Viewer, random_script, trial, until
+
+TRIALS = int(os.environ.get("ASSISTREAM_TRIALS", "12"))
+
+
+class Dead(BaseException):
+    """Ends the threads of a worker that died, when its test is over."""
+
+
+class Life:
+    """That of a worker: when it ends, each of its calls to store and log hangs, before or after what it does."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._inside = 0
+        self.over, self._buried = threading.Event(), threading.Event()
+
+    def call(self, what: Callable[..., Any], *given: Any, **named: Any) -> Any:
+        with self._guard:
+            self._inside += not self.over.is_set()
+            alive = not self.over.is_set()
+        if alive:
+            try:
+                found = what(*given, **named)
+            finally:
+                with self._guard:
+                    self._inside -= 1
+            if not self.over.is_set():
+                return found
+        self._buried.wait()
+        raise Dead
+
+    def end(self) -> None:
+        with self._guard:
+            self.over.set()
+        until(lambda: not self._inside)
+
+    def bury(self) -> None:
+        self.over.set()
+        self._buried.set()
+
+
+class Mortal:
+    """A store or a log that only the living can use."""
+
+    def __init__(self, whole: object, life: Life) -> None:
+        self._whole, self._life = whole, life
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._whole, name)
+        return (lambda *given, **named: self._life.call(found, *given, **named)) if callable(found) else found
+
+
+class RedisTape(Tape):
+    def later(self, known: Place, place: Place) -> bool:
+        return (int(known.epoch), known.offset) > (int(place.epoch), place.offset)
+
+
+class TapedRedisLog(RedisLog):
+    def __init__(self, tape: Tape, url: str, **options: Any) -> None:
+        super().__init__(url, **options)
+        self._tape = tape
+
+    def append(self, thread_id: str, events: Sequence[Event]) -> Place:
+        return self._tape.append(super().append, thread_id, events)
+
+
+class Worker(NamedTuple):
+    name: str
+    member: Member
+    life: Life
+    keeper: threading.Thread
+
+
+class Houses(House):
+    """Workers with a store and a log each, on one database and one Redis; each request meets any of them."""
+
+    steps = (*STEPS, "post", "post", "post")
+    flushes = 1.0
+    """How often a housekeeper that could store text does."""
+
+    def __init__(self, database_url: str, redis_url: str, *, workers: int = 2, max_events: int = 20) -> None:
+        self.choose = random.Random(0)
+        self.tape = RedisTape()
+        self.failures: list[BaseException] = []
+        self._asked: dict[str, Asked] = {}
+        self._stores = [ThreadStore(database_url) for _ in range(workers + 1)]
+        self.workers = [
+            self._worker(f"w{at}", store, TapedRedisLog(self.tape, redis_url, max_events=max_events))
+            for at, store in enumerate(self._stores[1:])
+        ]
+        self.open(self._stores[0], [one.member for one in self.workers])
+        for one in self.workers:
+            one.keeper.start()
+
+    def _worker(self, name: str, store: ThreadStore, log: RedisLog) -> Worker:
+        life = Life()
+        ours = cast(Log, Mortal(log, life))
+        # An assistant is for one run here, so its id says what another worker asks it with.
+        adopt: Callable[[str, str], Asked | None] = lambda scope, assistant_id: self._asked[assistant_id]  # noqa: E731
+        runner = Runner(cast(ThreadStore, Mortal(store, life)), ours, Settings(), name, adopt)
+        log.listen(runner.attend)
+        keeper = threading.Thread(target=self._keep_house, args=(Member(runner, ours), life))
+        return Worker(name, Member(runner, ours), life, keeper)
+
+    def _keep_house(self, member: Member, life: Life) -> None:
+        runner, log = member
+        jobs = (runner.flush, runner.renew, runner.sweep, runner.retell, log.tend)
+        with contextlib.suppress(Dead):
+            while not life.over.wait(0.05):
+                for job in jobs:
+                    if job == runner.flush and random.random() >= self.flushes:
+                        continue
+                    try:
+                        with self.trouble():
+                            job()
+                    except Exception as error:
+                        self.failures.append(error)
+
+    def asked(self, at: int, script: Script) -> Asked:
+        name = f"a{len(self._asked)}"
+        assistant = Assistant(name, model="m", background=isinstance(script, Response))
+        self._asked[name] = Asked(assistant, cast(Any, lambda: script), {})
+        return self._asked[name]
+
+    def pick(self) -> Member:
+        return self.choose.choice(self.members)
+
+    def trim(self, thread_id: str, choose: random.Random) -> None:
+        if choose.random() < 0.3:
+            self.pick().log.restart(thread_id)
+
+    def kill(self, worker: Worker) -> None:
+        """It is gone in the midst of whatever it does."""
+        worker.life.end()
+        self.members.remove(worker.member)
+
+    def end_leases(self, worker: Worker) -> None:
+        with self.store._write() as connection:
+            connection.execute(runs.update().where(runs.c.worker == worker.name).values(lease=0))
+
+    def close(self) -> None:
+        self.heal()
+        for script in self.scripts:
+            script.close()
+        until(lambda: not any(one.runner._live for one in self.members), 30)
+        for worker in self.workers:
+            worker.life.over.set()
+            worker.life.bury()
+            worker.keeper.join(10)
+            worker.member.log._whole.close()  # type: ignore[attr-defined]
+        for store in self._stores:
+            store.close()
+        assert self.failures == []
+
+
+@pytest.fixture(scope="module")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(autouse=True)
+def _scripted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(client: Script, assistant: Assistant, turns: list[Turn], stall: float) -> Any:
+        client.turns = turns
+        client.opened.set()
+        return client.connect(None) if isinstance(client, Response) else client
+
+    def resume(client: Response, assistant: Assistant, state: Json, stall: float) -> Any:
+        return client.connect(state)
+
+    def spawn(target: Callable[..., None], *given: object) -> None:
+        def work() -> None:
+            with contextlib.suppress(Dead):
+                target(*given)
+
+        threading.Thread(target=work, daemon=True).start()
+
+    monkeypatch.setattr(upstream, "open", ask)
+    monkeypatch.setattr(upstream, "resume", resume)
+    monkeypatch.setattr(upstream, "cancel", lambda client, state: client.cancelled.set())
+    monkeypatch.setattr(runners, "_spawn", spawn)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'a.sqlite3'}"
+    postgres: PostgresServer = request.getfixturevalue("postgres")
+    return postgres.new_database()
+
+
+def seeded(houses: Houses, name: str) -> random.Random:
+    houses.choose = random.Random(f"{name}, worker")
+    return random.Random(name)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_whatever_the_workers_do_every_viewer_ends_with_the_whole(
+    redis_server: RedisServer, database_url: str, workers: int
+) -> None:
+    with contextlib.closing(Houses(database_url, redis_server.empty_url(), workers=workers)) as houses:
+        did = sum(trial(houses, seeded(houses, f"{workers}/{number}")) for number in range(TRIALS))
+    assert did >= 10 * TRIALS
+
+
+# Without the log
+
+
+class Storm(Houses):
+    """Redis forgets everything, falls silent, or is started anew, at any moment."""
+
+    exact = False
+
+    def __init__(self, database_url: str, server: RedisServer) -> None:
+        self._server = server
+        self._calm: threading.Thread | None = None
+        super().__init__(database_url, server.empty_url())
+
+    def trim(self, thread_id: str, choose: random.Random) -> None:
+        self.heal()
+        kind = choose.choice(["flush", "flush", "silent", "stop"])
+        pauses = [choose.random() * 0.03 for _ in range(1 if kind != "flush" else 10)]
+        self._calm = threading.Thread(target=self._strike, args=(kind, pauses, choose.choice([0.05, 0.3, 2.5])))
+        self._calm.start()
+
+    def _strike(self, kind: str, pauses: list[float], seconds: float) -> None:
+        for pause in pauses:
+            time.sleep(pause)
+            match kind:
+                case "flush":
+                    self._server.ask("FLUSHALL")
+                case "silent":
+                    self._server.signal(signal.SIGSTOP)
+                    time.sleep(seconds)
+                    self._server.signal(signal.SIGCONT)
+                case "stop":
+                    self._server.stop()
+                    time.sleep(seconds)
+                    self._server.start()
+
+    @contextlib.contextmanager
+    def trouble(self) -> Iterator[None]:
+        try:
+            yield
+        except (Away, RequestError) as error:
+            assert not isinstance(error, RequestError) or error.status == 503  # noqa: PT017
+
+    def settle(self, thread_id: str) -> None:
+        until(lambda: not self.live(thread_id), 30)
+
+    def heal(self) -> None:
+        if self._calm is not None:
+            self._calm.join()
+            self._calm = None
+            until(lambda: all(self._well(member.log) for member in self.members), 30)
+
+    def _well(self, log: Log) -> bool:
+        with self.trouble():
+            return log.quiet("thread") is not None
+        return False
+
+
+def test_whatever_becomes_of_redis_every_viewer_ends_with_what_is_stored(
+    tmp_path: Path, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = RedisServer(tmp_path)
+    server.start()
+    # A lock whose holder could not let go of it is waited for.
+    monkeypatch.setattr(redis_log, "LOCK_SECONDS", 1.0)
+    try:
+        with contextlib.closing(Storm(database_url, server)) as storm:
+            for number in range(max(2, TRIALS // 20)):
+                trial(storm, seeded(storm, f"storm/{number}"))
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize("loss", ["flushed", "expired"])
+def test_what_is_told_after_the_lock_was_lost_is_a_snapshot(
+    redis_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str
+) -> None:
+    monkeypatch.setattr(redis_log, "LOCK_SECONDS", 0.3)
+    with contextlib.closing(Houses(f"sqlite:///{tmp_path / 'a.sqlite3'}", redis_server.empty_url())) as houses:
+        houses.exact = False
+        slow, other = houses.members
+        thread_id = houses.thread()
+        seat = Seat(houses, thread_id)
+        add = houses._stores[1].add
+
+        def held_up(*given: Any, **named: Any) -> Any:
+            position = add(*given, **named)
+            if loss == "flushed":
+                redis_server.ask("FLUSHALL")
+            houses.members[:] = [other]
+            houses.post(thread_id, text="second")
+            seat.read()
+            return position
+
+        monkeypatch.setattr(houses._stores[1], "add", held_up)
+        houses.members[:] = [slow]
+        houses.post(thread_id, text="first")
+        whole = houses.attach(thread_id)[0]
+        assert [text(entry) for entry in whole] == ["first", "second"]
+        until(lambda: seat.caught_up() and len(seat.viewer.entries) >= 2)
+        seat.cut()
+        assert seat.viewer.entries == whole
+        houses.members[:] = [slow, other]
+
+
+# Without a worker
+
+
+Said = dict[tuple[str, int], Any]
+"""The text and the annotations of each content part, and the reasoning."""
+
+
+class Response(Script):
+    """A background response: it goes on when nobody reads it, and anybody may read it from any batch on."""
+
+    def __init__(self, batches: Sequence[list[Part]], breaks: frozenset[int]) -> None:
+        super().__init__([[Begun()], *batches])
+        self.breaks = set(breaks)
+        self.cancelled = threading.Event()
+        self.told = 0
+        self.changed = threading.Condition()
+
+    def go(self, count: int = 1) -> None:
+        with self.changed:
+            self.told += count
+            self.changed.notify_all()
+
+    def connect(self, state: Json | None) -> Connection:
+        return Connection(self, state)
+
+    def said(self) -> Said:
+        found: Said = {}
+        for part in (part for batch in self._batches for part in cast("list[Part]", batch)):
+            if isinstance(part, Annotation):
+                found.setdefault(("notes", part.at), []).append(part.value)
+            elif isinstance(part, Text | Refusal):
+                found["text", part.at] = found.get(("text", part.at), "") + part.value
+            elif isinstance(part, Reasoning):
+                found["reasoning", 0] = found.get(("reasoning", 0), "") + part.value
+        return found
+
+
+class Connection:
+    """One reader of a response."""
+
+    def __init__(self, response: Response, state: Json | None) -> None:
+        self._response, self._state = response, state
+        self._closed = False
+
+    def __iter__(self) -> Iterator[list[Part]]:
+        response, at = self._response, self._state["sequence"] + 1 if self._state else 0
+        slots = {
+            kind + str(at): [kind, key, at, *more] for kind, key, at, *more in (self._state or {"slots": []})["slots"]
+        }
+        for number, batch in enumerate(response._batches[at:], at):
+            with response.changed:
+                response.changed.wait_for(lambda number=number: self._closed or response.told > number)  # type: ignore[misc]
+            if response.closed.is_set():
+                raise RunError("worker_lost")
+            if self._closed or number in response.breaks:
+                response.breaks.discard(number)
+                raise RunError("upstream_cut")
+            parts = cast("list[Part]", batch)
+            for part in parts:
+                kind = "reasoning" if isinstance(part, Reasoning) else "part"
+                where = None if isinstance(part, Reasoning | Begun | End) else part.at
+                slot = slots.setdefault(f"{kind}{where}", [kind, None, where, 0, 0, 0])
+                if isinstance(part, Annotation):
+                    slot[4] += 1
+                elif isinstance(part, Text | Refusal | Reasoning):
+                    slot[3] += len(part.value)
+            told = [list(slot) for slot in slots.values() if slot[0] == "reasoning" or slot[2] is not None]
+            self._state = {"response_id": "r", "sequence": number, "slots": told}
+            yield parts
+
+    def state(self) -> Json | None:
+        return self._state
+
+    def close(self) -> None:
+        with self._response.changed:
+            self._closed = True
+            self._response.changed.notify_all()
+
+
+def random_response(choose: random.Random) -> Response:
+    batches = [batch for batch in random_script(choose)._batches if not isinstance(batch, RunError)]
+    if not batches or not isinstance(batches[-1][-1], End):
+        batches.append([End(None, None)])
+    breaks = frozenset(at for at in range(1, len(batches)) if choose.random() < 0.03)
+    return Response(batches, breaks)
+
+
+def said(entry: Json) -> Said:
+    """What :meth:`Response.said` gives, of an entry."""
+    found: Said = {}
+    for at, part in enumerate(entry["message"]["content"]):
+        found["text", at] = part.get("refusal") or part["text"]["value"]
+        found["notes", at] = part["text"]["annotations"] if part["type"] == "text" else []
+    found["reasoning", 0] = "".join(step["step_details"]["reasoning"]["text"] for step in entry["steps"])
+    return {what: value for what, value in found.items() if value}
+
+
+def death(houses: Houses, choose: random.Random) -> None:
+    """One worker of two dies while runs of both are under way."""
+    thread_id = houses.thread()
+    seats: list[Seat] = []
+    scripts: list[Script] = []
+    cancelled: set[str] = set()
+    for _ in range(choose.randrange(5, 25)):
+        match choose.choice(["post", "post", "go", "go", "go", "go", "flush", "sit", "read", "cut", "cancel"]):
+            case "post" if len(scripts) < 8:
+                new = [choose.choice([random_script, random_response])(choose) for _ in range(choose.choice([1, 2, 3]))]
+                run_ids = houses.post(thread_id, new, mode=choose.choice(["parallel", "sequential"]))
+                scripts += new
+            case "go" if scripts:
+                choose.choice(scripts[-4:]).go(choose.randrange(1, 4))
+                if choose.random() < 0.7:
+                    time.sleep(0.003)
+            case "flush":
+                houses.pick().runner.flush()
+            case "sit" if len(seats) < 3:
+                seats.append(Seat(houses, thread_id))
+            case "read" if seats:
+                choose.choice(seats).read()
+            case "cut" if seats:
+                choose.choice(seats).cut()
+            case "cancel" if scripts and choose.random() < 0.3:
+                run_id = choose.choice(run_ids)
+                cancelled.add(run_id)
+                houses.pick().runner.cancel(thread_id, run_id)
+    for script in scripts:
+        # What nobody stores any more.
+        script.go()
+    time.sleep(0.005)
+    dead = choose.choice(houses.workers)
+    houses.kill(dead)
+    before = {one["message"]["id"]: one for one in Viewer().see(houses.tape.until(thread_id)).entries}
+    epoch = houses.pick().log.end(thread_id).epoch
+    for seat in seats:
+        seat.cut()
+
+    def settled() -> bool:
+        houses.end_leases(dead)
+        for script in scripts:
+            script.go(100)
+        time.sleep(0.01)
+        return all(not one.entry["run"] or one.entry["run"]["status"] in TERMINAL for one in rows())
+
+    def rows() -> Any:
+        found = houses.store.page(thread_id, 200)
+        assert found is not None
+        return found[0]
+
+    until(settled, 30)
+    houses.settle(thread_id)
+    whole = [one.entry for one in rows()]
+    houses.check(thread_id, whole)
+    for entry in (entry for entry in whole if entry["run"]):
+        run, script = entry["run"], houses.groups[entry["run"]["id"]][1]
+        lost = run["last_error"] is not None and run["last_error"]["code"] == "worker_lost"
+        if isinstance(script, Response):
+            assert not lost
+            assert run["status"] in ("completed", "incomplete") or run["id"] in cancelled
+            if run["status"] != "cancelled":
+                assert said(entry) == script.said()
+        elif lost and houses.pick().log.end(thread_id).epoch == epoch:
+            assert said(entry) == said(before[entry["message"]["id"]])
+    for seat in seats:
+        until(lambda seat=seat: seat.caught_up() and seat.viewer.entries == whole)  # type: ignore[misc]
+        seat.cut()
+
+
+class Mourning(Houses):
+    # What a worker stored and told nobody is left to the next snapshot.
+    exact = False
+    flushes = 0.02
+
+
+def test_what_a_dead_worker_left_the_other_ends_runs_or_goes_on_with(
+    redis_server: RedisServer, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_log, "LOCK_SECONDS", 1.0)
+    for number in range(max(4, TRIALS // 6)):
+        with contextlib.closing(Mourning(database_url, redis_server.empty_url(), max_events=10_000)) as houses:
+            death(houses, seeded(houses, f"death/{number}"))
