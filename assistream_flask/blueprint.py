@@ -110,6 +110,9 @@ class _State:
             runtime = self._runtimes.setdefault(pid, made)
             if runtime is made:
                 made.start()
+            else:
+                # Two first requests at once.
+                made.discard()
         return runtime
 
     def _adopt(self, scope: str, assistant_id: str) -> Asked | None:
@@ -579,12 +582,12 @@ def _streamed(call: _Call, start: Callable[[], streams.Frames], begin: bool = Fa
     try:
         stream = start()
         first = next(stream) if begin else b""
+        # Given up just before the second heartbeat after the first one that was not acknowledged.
+        dead_seconds = 0.9 * runtime.settings.heartbeat_seconds
+        peer = server.Peer(request.environ, runtime.settings.slow_seconds, dead_seconds)
     except BaseException:
         runtime.leave_stream(call.owner)
         raise
-    settings = runtime.settings
-    # Given up just before the second heartbeat after the first one that was not acknowledged.
-    peer = server.Peer(request.environ, settings.slow_seconds, 0.9 * settings.heartbeat_seconds)
     return Response(server.Body(first, stream, peer, lambda: runtime.leave_stream(call.owner)), headers=sse.HEADERS)
 
 

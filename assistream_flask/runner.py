@@ -33,6 +33,8 @@ LEASE_SECONDS = 10.0
 _BROKEN: Final = ("upstream_cut", "upstream_ended_early", "upstream_stalled", "upstream_unreachable", "upstream_error")
 """How the connection to a response can fail that goes on in the background."""
 _TRIES: Final = 6
+_UNWANTED: Final = ("cancelled", "failed", "incomplete")
+_LATE_SECONDS: Final = 5.0
 _TURN_SECONDS: Final = 0.01
 _ENDS: Final = frozenset(f"thread.run.{status}" for status in TERMINAL)
 
@@ -69,7 +71,8 @@ class Runner:
         self._teller = Teller(log)
         # Threads with runs of the worker that this one replaces, where workers do not share a log.
         self._foreign: set[str] = set()
-        self._renewed = time.monotonic()
+        self._renewed = self._swept = time.monotonic()
+        self._attending: set[str] = set()
         self._stopping = threading.Event()
 
     # Commands
@@ -243,7 +246,7 @@ class Runner:
             self._end(live, lambda reply: reply.fail(RunError("server_error")))
         finally:
             live.close()
-            if live.state is not None and live.reply.over and live.reply.run["status"] != "completed":
+            if live.state is not None and not live.left and live.reply.run["status"] in _UNWANTED:
                 # It goes on in the background otherwise, and is paid.
                 self._cancel_upstream(live)
 
@@ -311,7 +314,10 @@ class Runner:
                 return call()
             except (Away, SQLAlchemyError) as error:
                 _log.warning("run %s waits for the store or the log: %r", live.id, error)
-                if live.ended.wait(1) or self._stopping.is_set():
+                if live.ended.wait(1):
+                    raise Interrupted from error
+                if self._stopping.is_set():
+                    self._leave(live)
                     raise Interrupted from error
 
     def _begin(self, live: Live) -> bool:
@@ -355,7 +361,7 @@ class Runner:
 
     def _publish(self, live: Live, parts: list[Part]) -> None:
         now = time.monotonic()
-        if now - max(self._renewed, live.checked) > LEASE_SECONDS / 2:
+        if now - max(self._renewed, live.checked) > _LATE_SECONDS:
             # This worker was held up; another may have taken the run for lost.
             live.checked = now
             self._keep(live)
@@ -391,8 +397,9 @@ class Runner:
                 live.dirty = True
                 return
             live.kept = place.epoch if place else ""
-        if not mine:
-            # The thread is gone, or another worker took the run for lost.
+        if not mine and not live.reply.over:
+            # The thread is gone, or another worker took the run for lost; what was told since is not that one's.
+            self._teller.untell(live.thread_id)
             self._leave(live)
 
     def _leave(self, live: Live) -> None:
@@ -420,6 +427,10 @@ class Runner:
                         mine = self._store.save(self._worker, *final)
                     if mine:
                         self._teller.tell(live.thread_id, told)
+                    else:
+                        # Another worker has it, if it is still there.
+                        live.left = self._store.run(live.thread_id, live.id) is not None
+                        self._teller.untell(live.thread_id)
                 break
             except SQLAlchemyError:
                 _log.exception("the end of run %s cannot be stored yet", live.id)
@@ -462,17 +473,24 @@ class Runner:
         if lives:
             for run_id in self._store.renew(self._worker, list(lives), time.time() + LEASE_SECONDS):
                 self._interrupt(lives[run_id], Reply.cancel, wait=0)
+        late = time.monotonic() - self._renewed > _LATE_SECONDS
         self._renewed = time.monotonic()
         for live in lives.values():
+            if late:
+                # Another worker may have taken it; what is stored shows that.
+                self._keep(live)
             if time.monotonic() > live.deadline:
                 self._interrupt(live, lambda reply: reply.fail(RunError("run_time_limit")), wait=0)
 
     def attend(self, thread_id: str) -> None:
         """Another worker asks to look at the thread's runs: see :meth:`Log.signal`. Does not wait."""
-        if any(live.thread_id == thread_id for live in list(self._live.values())):
+        ours = any(live.thread_id == thread_id for live in list(self._live.values()))
+        if ours and thread_id not in self._attending:
+            self._attending.add(thread_id)
             _spawn(self._attend, thread_id)
 
     def _attend(self, thread_id: str) -> None:
+        self._attending.discard(thread_id)
         try:
             self.renew()
             self.flush(thread_id)
@@ -481,8 +499,12 @@ class Runner:
 
     def sweep(self) -> None:
         """Takes over what a lost or leaving worker left."""
-        now = time.time()
-        left = [held for held in self._store.held(runs.c.lease < now) if held.run["id"] not in self._live]
+        left = [held for held in self._store.held(runs.c.lease < time.time()) if held.run["id"] not in self._live]
+        late = time.monotonic() - self._swept > _LATE_SECONDS
+        self._swept = time.monotonic()
+        if late:
+            # The database was away; those who hold runs come to renew them first.
+            return
         for group in _groups(left):
             self._take_over(group)
         if not self._log.shared:
@@ -500,9 +522,9 @@ class Runner:
             if not self._store.claim(held.run["id"], self._worker, time.time() + LEASE_SECONDS):
                 continue
             asked = self._adopt(held.scope, held.run["assistant_id"])
-            reply = Reply(held.run, self._recovered(held), held.steps)
+            place = self._recovered(held)
             beside = held.group_id if held.mode == "parallel" else None
-            live = Live(reply, asked, held.position, Place.parse(held.place), beside)
+            live = Live(Reply(held.run, held.message, held.steps), asked, held.position, place, beside)
             queued = held.run["status"] == "queued"
             if asked is None or not (queued or asked.assistant.background):
                 self._end(live, lambda reply: reply.fail(RunError("worker_lost")))
@@ -512,20 +534,21 @@ class Runner:
             lives.append(live)
         self._enqueue(thread_id, lives, group[0].mode)
 
-    def _recovered(self, held: Held) -> Json:
-        """Adds to the message and the steps what the log has beyond the store: viewers saw it. Gives the message."""
+    def _recovered(self, held: Held) -> Place | None:
+        """Adds to the message and the steps what the log has beyond the store: viewers saw it. Gives the place as of
+        which they are exact then."""
         place = Place.parse(held.place)
         entry = events.entry(held.message, held.run, held.steps)
         try:
             for record in self._log.since(held.run["thread_id"], place) if place else ():
+                place = record.place
                 if record.key == held.run["id"] and pages.grows(record):
                     events.apply(entry, record.name, record.data())
         except (Lost, Away):
             # What is stored is all there is; viewers may have seen more.
             self._teller.untell(held.run["thread_id"])
         held.steps[:] = entry["steps"]
-        message: Json = entry["message"]
-        return message
+        return place
 
     def leave(self) -> None:
         """Starts nothing any more, and leaves queued runs to the next worker."""

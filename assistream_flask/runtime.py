@@ -50,6 +50,11 @@ class Runtime:
         # A worker that exits by itself still lets its runs end, see Settings.drain_seconds.
         atexit.register(self.stop)
 
+    def discard(self) -> None:
+        """Lets go of what was made, where it was never started."""
+        self.log.close()
+        self.store.close()
+
     def stop(self) -> None:
         """Ends streams at once and runs as the settings say; returns when all have. Idempotent."""
         if os.getpid() != self.pid:
@@ -63,6 +68,7 @@ class Runtime:
                 if self._housekeeper.is_alive():
                     self._housekeeper.join(5)
                 self.runner.leave()
+                self.runner.retell()
                 self.log.close()
                 self.store.close()
         atexit.unregister(self.stop)
@@ -99,6 +105,7 @@ class Runtime:
             try:
                 self.runner.renew()
                 self.runner.flush()
+                self.runner.retell()
             except Exception:
                 _log.exception("housekeeping failed; it is tried again")
 

@@ -56,7 +56,9 @@ class Settings:
         settings = cls(**found)
         if settings.redis_url and not settings.redis_url.startswith(("redis://", "rediss://", "unix://")):
             # Not the URL itself: it may have a password.
-            raise ConfigurationError("ASSISTREAM_REDIS_URL is no URL of a Redis: give redis://host:6379/0, or rediss://")
+            raise ConfigurationError(
+                "ASSISTREAM_REDIS_URL is no URL of a Redis: give redis://host:6379/0, or rediss://"
+            )
         if settings.redis_url and importlib.util.find_spec("redis") is None:
             raise ConfigurationError(
                 "ASSISTREAM_REDIS_URL is set, and its client is not installed: pip install 'assistream-flask[redis]'"

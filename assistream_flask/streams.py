@@ -26,6 +26,8 @@ class _Reader:
     def __init__(self, runtime: Runtime, thread_id: str, place: Place | None) -> None:
         self._runtime, self._thread_id, self._place = runtime, thread_id, place
         self._subscription: Subscription | None = None
+        # The runs of the last snapshot, and how each was.
+        self.seen: dict[str, str] = {}
 
     def open(self) -> None:
         """Raises :class:`Lost` when the place can't be proven."""
@@ -49,6 +51,7 @@ class _Reader:
             if found is None:
                 return None
             data, has_more, self._place = found
+            self.seen = {entry["run"]["id"]: entry["run"]["status"] for entry in data if entry["run"]}
             event = events.snapshot(self._thread_id, data, has_more)
             frame = sse.encode(event.name, events.dumps(event.data), str(self._place))
             # A slow viewer holds it for a while; one of long messages has a shorter page.
@@ -119,7 +122,12 @@ def follow(runtime: Runtime, thread_id: str, message_id: str | None, runs: set[s
                 frame = reader.snapshot()
                 yield first + (frame or _deleted(thread_id))
                 first = b""
-                waiting = {run_id for run_id in waiting if not _over(runtime, thread_id, run_id)}
+                # As the snapshot said: what came since is still to be sent.
+                over = {run_id for run_id in waiting - reader.seen.keys() if _over(runtime, thread_id, run_id)}
+                over |= {run_id for run_id, status in reader.seen.items() if status in TERMINAL}
+                waiting -= over
+                if frame is None:
+                    waiting.clear()
             else:
                 ours = [one for one in records if one.key in runs or _tells_of(one, message_id)]
                 if ours or time.monotonic() >= due:

@@ -309,7 +309,8 @@ class ThreadStore:
         """Stores the run with its message, its steps and the state of its upstream, as of ``place``. Gives ``False``,
         and stores nothing, when the run is not ``worker``'s any more or is over or gone."""
         values = {**_columns(run, _RUN), "steps": steps, "place": place, "upstream": upstream}
-        where = (runs.c.id == run["id"], runs.c.worker == worker, runs.c.status.in_(_LIVE))
+        # What was let go of is nobody's, also while its row still names the last who had it.
+        where = (runs.c.id == run["id"], runs.c.worker == worker, runs.c.status.in_(_LIVE), runs.c.lease > 0)
         with self._write() as connection:
             if not connection.execute(runs.update().where(*where).values(values)).rowcount:
                 return False

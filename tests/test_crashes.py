@@ -21,9 +21,9 @@ from tests.postgres_server import PostgresServer
 from tests.redis_server import RedisServer
 from tests.watcher import Watcher, says, settle
 
-KILLS = int(os.environ.get("ASSISTREAM_KILLS", "4"))
-RESTARTS = int(os.environ.get("ASSISTREAM_RESTARTS", "3"))
-OUTAGES = int(os.environ.get("ASSISTREAM_OUTAGES", "3"))
+KILLS = int(os.environ.get("ASSISTREAM_KILLS", "2"))
+RESTARTS = int(os.environ.get("ASSISTREAM_RESTARTS", "2"))
+OUTAGES = int(os.environ.get("ASSISTREAM_OUTAGES", "1"))
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def whole_answer(entries: list[Any], entry: Any) -> str:
 def test_a_killed_workers_runs_end_within_15_seconds_and_lasting_ones_go_on(cluster: Cluster) -> None:
     gunicorn, choose = cluster.gunicorns[0], random.Random(1)
     threads = watched(cluster, 6)
-    lost = lasting = 0
+    lost, lasting = set[str](), set[str]()
     for _ in range(KILLS):
         for at, thread in enumerate(threads):
             commanded(gunicorn, thread, *([["tutor"], ["lasting"], ["lasting", "tutor"]][at % 3]))
@@ -106,12 +106,12 @@ def test_a_killed_workers_runs_end_within_15_seconds_and_lasting_ones_go_on(clus
                     assert run["last_error"]["code"] == "worker_lost"
                     assert run["assistant_id"] != "lasting"
                     assert run["failed_at"] <= time.time() - (time.monotonic() - killed) + 15
-                    lost += 1
+                    lost.add(run["id"])
                 elif run is not None and run["assistant_id"] == "lasting":
                     assert run["status"] == "completed"
                     assert text == whole_answer(entries, entry)
-                    lasting += 1
-    print(f"{KILLS} kills: {lost} runs lost their worker, {lasting} lasting ones completed")
+                    lasting.add(run["id"])
+    print(f"{KILLS} kills: {len(lost)} runs lost their worker, {len(lasting)} lasting ones completed")
     for ones in threads.values():
         for one in ones:
             one.stop()
@@ -162,7 +162,7 @@ def test_whatever_happens_to_redis_every_viewer_ends_with_the_stores_state(
             redis.start()
         else:
             redis.signal(choose.choice([signal.SIGSTOP, signal.SIGKILL]))
-            time.sleep(float(os.environ.get("ASSISTREAM_AWAY_SECONDS", "6")))
+            time.sleep(float(os.environ.get("ASSISTREAM_AWAY_SECONDS", "4")))
             with pytest.raises(urllib.error.HTTPError) as refused:
                 gunicorn.request("POST", f"{next(iter(threads))}/messages", {"content": "now?"})
             assert refused.value.code == 503

@@ -383,7 +383,11 @@ def test_a_redis_that_wants_another_password_is_found(redis_server: RedisServer)
     assert "the password in it" in output
 
 
-@pytest.mark.parametrize("url", [closed("redis"), "http://:pa55@127.0.0.1", "redis://:pa55@127.0.0.1:pa55"])
+@pytest.mark.parametrize(
+    "url",
+    [closed("redis"), "rediss://:pa55@127.0.0.1", "redis://:pa55@127.0.0.1:pa55"],
+    ids=["away", "no TLS", "no port"],
+)
 def test_a_redis_that_is_away_or_misnamed_is_found(url: str) -> None:
     output = examine(redis_url=url)
     assert len(failures(output)) == 1
@@ -401,7 +405,9 @@ def test_postgresql_is_named_with_its_version(postgres: PostgresServer) -> None:
     assert "ok   database postgresql" in output
 
 
-@pytest.mark.parametrize("url", [closed("postgresql+psycopg") + "/app", "sqlite:////no/such/folder/x.sqlite3"])
+@pytest.mark.parametrize(
+    "url", [closed("postgresql+psycopg") + "/app", "sqlite:////no/such/folder/x.sqlite3"], ids=["away", "no folder"]
+)
 def test_a_database_that_is_away_is_found(url: str) -> None:
     output = examine(database_url=url)
     assert len(failures(output)) == 1

@@ -28,7 +28,7 @@ from assistream_flask.threads import Owner, ThreadStore, thread_object
 from assistream_flask.upstream.parts import Annotation, End, Part, Reasoning, Refusal, Text, Turn
 
 ME = Owner("blue", "me")
-TRIALS = int(os.environ.get("ASSISTREAM_TRIALS", "170"))
+TRIALS = int(os.environ.get("ASSISTREAM_TRIALS", "80"))
 STEPS = ("post", "go", "go", "go", "go", "flush", "trim", "sit", "look", "look", "read", "read", "cut", "cancel")
 ENDS = frozenset(f"thread.run.{status}" for status in TERMINAL)
 

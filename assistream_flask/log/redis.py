@@ -119,13 +119,6 @@ if not epoch then epoch, offset = restart(KEYS[2], ARGV[2]), '0' end
 return epoch .. '-' .. offset
 """
 
-# Key: of the Redis that was met last. Argument: of this one.
-_MET: Final = """
-local met = redis.call('GET', KEYS[1])
-redis.call('SET', KEYS[1], ARGV[1])
-return (not met or met == ARGV[1]) and 1 or 0
-"""
-
 # Keys: the locks, the stream. Arguments: the thread, the lock as it was taken, the stream's time to live.
 # Who lost the lock may have told what others had already, or in another order than the store's.
 _UNLOCK: Final = """
@@ -202,13 +195,14 @@ class RedisLog:
                 url, max_connections=connections, timeout=_QUEUE_SECONDS, socket_timeout=SECONDS, **options
             )
         )
-        self._lines = redis.ConnectionPool.from_url(url, socket_timeout=SECONDS, **options)
+        # It counts what it ever made, and this makes one a reconnect.
+        self._lines = redis.ConnectionPool.from_url(url, max_connections=2**31, socket_timeout=SECONDS, **options)
         # Channels are the same in all databases of a server, so the database is in the name.
         base = f"assistream:{self._redis.connection_pool.connection_kwargs.get('db') or 0}"
         self._prefix, self._locked, self._signal = f"{base}:", f"{base}-locks", f"{base}-signal".encode()
-        self._append, self._ends, self._restart, self._lock, self._quiet, self._unlock, self._left, self._met = (
+        self._append, self._ends, self._restart, self._lock, self._quiet, self._unlock, self._left = (
             self._redis.register_script(_COMMON + text)
-            for text in (_APPEND, _ENDS, _RESTART, _LOCK, _QUIET, _UNLOCK, _LEFT, _MET)
+            for text in (_APPEND, _ENDS, _RESTART, _LOCK, _QUIET, _UNLOCK, _LEFT)
         )
         self._threads = Registry(lambda: _Viewed(min(_KEEP, max_events)), time.monotonic)
         self._locks = Registry(lambda: Tail("0"), time.monotonic)
@@ -218,6 +212,7 @@ class RedisLog:
         self._linked = threading.Event()
         self._closed = threading.Event()
         self._again = 0.0
+        self._room = threading.BoundedSemaphore(connections)
         self._run_id = ""
         for job in (self._listen, self._watch):
             threading.Thread(target=job, daemon=True, name="assistream-redis").start()
@@ -381,9 +376,11 @@ class RedisLog:
         """A Redis that started anew, or took another's place, may have an older state, and would give places out
         again that viewers have: all logs begin anew."""
         self._run_id = str(self._redis.info("server")["run_id"])
-        if not self._met([f"{self._prefix}met"], [self._run_id]):
+        met = self._redis.get(f"{self._prefix}met")
+        if met not in (None, self._run_id.encode()):
             for key in self._redis.scan_iter(f"{self._prefix}thread_*", count=1000):
                 self._restart([key], [self._ttl])
+        self._redis.set(f"{self._prefix}met", self._run_id)
 
     def _hear(self, told: Any) -> None:
         kind, channel, data = told if len(told) == 3 else (b"pong", b"", b"")
@@ -474,9 +471,11 @@ class RedisLog:
 
     def _do(self, call: Callable[[], Any]) -> Any:
         # Who finds it away tells the others, so that not each waits for itself.
-        if time.monotonic() < self._again:
+        if time.monotonic() < self._again or not self._room.acquire(timeout=_QUEUE_SECONDS):
             raise Away
         try:
+            if time.monotonic() < self._again:
+                raise Away
             return call()
         except (redis.RedisError, OSError) as error:
             if not self._closed.is_set():
@@ -484,6 +483,8 @@ class RedisLog:
             if not isinstance(error, redis.ResponseError):
                 self._again = time.monotonic() + _AGAIN_SECONDS
             raise Away from error
+        finally:
+            self._room.release()
 
     @staticmethod
     def _place(id: bytes) -> Place:

@@ -151,12 +151,14 @@ class Cursor:
     def read(self, timeout: float) -> list[Record]:
         tail = self._tail
         with tail.changed:
-            if tail.place == self._place and not self._registry.closed:
+            # A reader can be ahead of what was heard, where it caught up from elsewhere.
+            behind = tail.epoch == self._place.epoch and tail.offset <= self._place.offset
+            if behind and not self._registry.closed:
                 tail.changed.wait(timeout)
-            behind = tail.epoch == self._place.epoch and not tail.has(self._place)
-            if self._older is None or not behind:
+            older = tail.epoch == self._place.epoch and not tail.has(self._place)
+            if self._older is None or not older:
                 records = tail.since(self._place, READ_BYTES)
-        if self._older is not None and behind:
+        if self._older is not None and older:
             records = self._older(self._place)
         if records:
             self._place = records[-1].place
