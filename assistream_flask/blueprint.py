@@ -184,11 +184,8 @@ def _register(setup: BlueprintSetupState, part: _Part) -> None:
     settings = Settings.read(app.config)
     if settings.database_url:
         ThreadStore.check(settings.database_url)
-    if (server.setting("workers") or 1) > 1 and not settings.redis_url:
-        raise ConfigurationError(
-            f"gunicorn runs {server.setting('workers')} workers, and each has an event log of its own in memory: "
-            "set app.config['ASSISTREAM_REDIS_URL'], or run gunicorn with --workers 1"
-        )
+    if not settings.redis_url:
+        server.check_alone()
     if setup.url_prefix and setup.url_prefix != "/":
         # Below a prefix of our own every path is ours, and what the router refuses there is JSON too.
         fixed = re.split("<[^>]*>", setup.url_prefix.rstrip("/") + "/")

@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any, Final
 
 from . import sse
+from .errors import ConfigurationError
 
 _PIECE: Final = 65_536
 _BUFFER: Final = 262_144
@@ -30,6 +31,16 @@ def serving() -> bool:
 def setting(name: str) -> Any:
     """Gives a setting of gunicorn's, ``None`` under another server."""
     return getattr(getattr(_gunicorn(), "cfg", None), name, None)
+
+
+def check_alone() -> None:
+    """Raises :class:`ConfigurationError` where gunicorn runs other workers beside this one."""
+    workers = setting("workers") or 1
+    if workers > 1:
+        raise ConfigurationError(
+            f"gunicorn runs {workers} workers, and each has an event log of its own in memory: "
+            "set app.config['ASSISTREAM_REDIS_URL'], or run gunicorn with --workers 1"
+        )
 
 
 def unfit(environ: Mapping[str, Any], shared: bool) -> tuple[str, str] | None:
