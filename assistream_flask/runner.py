@@ -332,8 +332,7 @@ class Runner:
                 self._forget(live)
                 return False
             told = live.reply.begin()
-            with self._teller.telling(live.thread_id):
-                mine = self._store.save(self._worker, *live.now())
+            mine = self._store.save(self._worker, *live.now())
             if not mine:
                 self._forget(live)
                 return False
@@ -423,8 +422,7 @@ class Runner:
         while True:
             try:
                 with self._teller.locked(live.thread_id):
-                    with self._teller.telling(live.thread_id):
-                        mine = self._store.save(self._worker, *final)
+                    mine = self._store.save(self._worker, *final)
                     if mine:
                         self._teller.tell(live.thread_id, told)
                     else:
