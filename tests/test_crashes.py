@@ -144,6 +144,26 @@ def test_a_deploy_ends_streams_at_once_and_fails_no_run(cluster: Cluster) -> Non
             one.stop()
 
 
+def test_workers_that_have_served_their_max_requests_end_as_at_a_deploy(
+    tmp_path: Path, redis: RedisServer, postgres: PostgresServer
+) -> None:
+    options = ["--max-requests", "30", "--max-requests-jitter", "10"]
+    with clustered(tmp_path, redis, postgres.new_database(), workers=2, delay=0.05, options=options) as cluster:
+        gunicorn = cluster.gunicorns[0]
+        threads = watched(cluster, 2)
+        for thread in threads:
+            commanded(gunicorn, thread, "tutor", "critic")
+        growing(cluster, threads)
+        for _ in range(60):
+            gunicorn.get("/page", parse=False)
+        for entries in settle(gunicorn, threads).values():
+            assert {entry["run"]["status"] for entry in entries if entry["run"]} == {"completed"}
+        assert "Autorestarting worker" in cluster.log()
+        for ones in threads.values():
+            for one in ones:
+                one.stop()
+
+
 @pytest.mark.parametrize("how", ["FLUSHALL", "restart", "away"])
 def test_whatever_happens_to_redis_every_viewer_ends_with_the_stores_state(
     cluster: Cluster, redis: RedisServer, how: str
