@@ -178,8 +178,12 @@ class Runner:
 
     def retell(self) -> None:
         """Begins the logs anew that lack something. Called every second or so."""
-        for thread_id in self._teller.retell():
-            self.flush(thread_id)
+        try:
+            for thread_id in self._teller.retell():
+                self.flush(thread_id)
+        except Away:
+            # Whoever reads such a thread asks for it to be stored again.
+            pass
 
     # The queue: groups of a thread one after another, the runs of a group at once
 
@@ -259,7 +263,7 @@ class Runner:
             _log.exception("the background response of run %s may go on", live.id)
 
     def _pump(self, live: Live) -> None:
-        if live.ended.is_set() or not (live.state or self._begin(live)):
+        if live.ended.is_set() or not (live.state or self._patiently(live, lambda: self._begin(live))):
             return None
         live.deadline = time.monotonic() + self._settings.run_seconds
         turns = [] if live.state else self._patiently(live, lambda: self._turns(live))
@@ -321,9 +325,6 @@ class Runner:
                     raise Interrupted from error
 
     def _begin(self, live: Live) -> bool:
-        return self._patiently(live, lambda: self._begin_now(live))
-
-    def _begin_now(self, live: Live) -> bool:
         with self._log.lock(live.thread_id), live.saving, live.lock:
             if live.reply.over:
                 return False

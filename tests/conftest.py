@@ -17,6 +17,8 @@ from assistream_flask import Assistant, create_blueprint
 from assistream_flask.testing import OfflineServer
 
 from .postgres_server import postgres as postgres
+from .redis_server import own_redis as own_redis
+from .redis_server import redis_server as redis_server
 
 KEY = "sk-secret-of-the-tests"
 ASSISTANTS = (

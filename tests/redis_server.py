@@ -8,6 +8,8 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -66,3 +68,29 @@ class RedisServer:
         """SIGSTOP makes it silent, SIGCONT lets it go on."""
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(how)
+
+
+@contextmanager
+def running_redis(folder: Path) -> Iterator[RedisServer]:
+    """A started server, ended whatever happens."""
+    server = RedisServer(folder)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.signal(signal.SIGCONT)
+        server.stop()
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
+    """A server that the test may do anything to."""
+    with running_redis(tmp_path) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A server for all tests of a file."""
+    with running_redis(tmp_path_factory.mktemp("redis")) as server:
+        yield server

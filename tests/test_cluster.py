@@ -42,14 +42,6 @@ def count(name: str, default: int) -> int:
 
 
 @pytest.fixture(scope="module")
-def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    server = RedisServer(tmp_path_factory.mktemp("redis"))
-    server.start()
-    yield server
-    server.stop()
-
-
-@pytest.fixture(scope="module")
 def four(
     tmp_path_factory: pytest.TempPathFactory, redis_server: RedisServer, postgres: PostgresServer
 ) -> Iterator[Gunicorn]:

@@ -27,17 +27,8 @@ OUTAGES = int(os.environ.get("ASSISTREAM_OUTAGES", "1"))
 
 
 @pytest.fixture
-def redis(tmp_path: Path) -> Iterator[RedisServer]:
-    server = RedisServer(tmp_path)
-    server.start()
-    yield server
-    server.signal(signal.SIGCONT)
-    server.stop()
-
-
-@pytest.fixture
-def cluster(tmp_path: Path, redis: RedisServer, postgres: PostgresServer) -> Iterator[Cluster]:
-    with clustered(tmp_path, redis, postgres.new_database(), delay=0.05, heartbeat_seconds=2) as cluster:
+def cluster(tmp_path: Path, own_redis: RedisServer, postgres: PostgresServer) -> Iterator[Cluster]:
+    with clustered(tmp_path, own_redis, postgres.new_database(), delay=0.05, heartbeat_seconds=2) as cluster:
         yield cluster
 
 
@@ -145,10 +136,10 @@ def test_a_deploy_ends_streams_at_once_and_fails_no_run(cluster: Cluster) -> Non
 
 
 def test_workers_that_have_served_their_max_requests_end_as_at_a_deploy(
-    tmp_path: Path, redis: RedisServer, postgres: PostgresServer
+    tmp_path: Path, own_redis: RedisServer, postgres: PostgresServer
 ) -> None:
     options = ["--max-requests", "30", "--max-requests-jitter", "10"]
-    with clustered(tmp_path, redis, postgres.new_database(), workers=2, delay=0.05, options=options) as cluster:
+    with clustered(tmp_path, own_redis, postgres.new_database(), workers=2, delay=0.05, options=options) as cluster:
         gunicorn = cluster.gunicorns[0]
         threads = watched(cluster, 2)
         for thread in threads:
@@ -166,7 +157,7 @@ def test_workers_that_have_served_their_max_requests_end_as_at_a_deploy(
 
 @pytest.mark.parametrize("how", ["FLUSHALL", "restart", "away"])
 def test_whatever_happens_to_redis_every_viewer_ends_with_the_stores_state(
-    cluster: Cluster, redis: RedisServer, how: str
+    cluster: Cluster, own_redis: RedisServer, how: str
 ) -> None:
     gunicorn, choose = cluster.gunicorns[0], random.Random(how)
     threads = watched(cluster, 4)
@@ -176,19 +167,19 @@ def test_whatever_happens_to_redis_every_viewer_ends_with_the_stores_state(
         growing(cluster, threads)
         time.sleep(choose.random() * 2)
         if how == "FLUSHALL":
-            redis.ask("FLUSHALL")
+            own_redis.ask("FLUSHALL")
         elif how == "restart":
-            redis.stop()
-            redis.start()
+            own_redis.stop()
+            own_redis.start()
         else:
-            redis.signal(choose.choice([signal.SIGSTOP, signal.SIGKILL]))
+            own_redis.signal(choose.choice([signal.SIGSTOP, signal.SIGKILL]))
             time.sleep(float(os.environ.get("ASSISTREAM_AWAY_SECONDS", "4")))
             with pytest.raises(urllib.error.HTTPError) as refused:
                 gunicorn.request("POST", f"{next(iter(threads))}/messages", {"content": "now?"})
             assert refused.value.code == 503
             assert refused.value.headers["Retry-After"]
-            redis.signal(signal.SIGCONT)
-            redis.start()
+            own_redis.signal(signal.SIGCONT)
+            own_redis.start()
         for entries in settle(gunicorn, threads).values():
             assert {entry["run"]["status"] for entry in entries if entry["run"]} == {"completed"}
     for ones in threads.values():

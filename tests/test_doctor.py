@@ -129,14 +129,6 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
         yield gunicorn
 
 
-@pytest.fixture
-def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
-    server = RedisServer(tmp_path)
-    server.start()
-    yield server
-    server.stop()
-
-
 @contextmanager
 def behind_nginx(folder: Path, app: str, location: str, both: str = "") -> Iterator[str]:
     """Gives the URL of an nginx before ``app``, which may be ``http://both``, with the directives ``location``."""
@@ -207,14 +199,12 @@ def test_a_server_without_a_proxy_is_good_too(good: Deployment) -> None:
     assert good.doctor(f"{good.url}/assistream/")[0] == 0
 
 
-def test_two_workers_with_redis_between_them_are_good(
-    good: Deployment, redis_server: RedisServer, tmp_path: Path
-) -> None:
+def test_two_workers_with_redis_between_them_are_good(good: Deployment, own_redis: RedisServer, tmp_path: Path) -> None:
     model_url = good.env["OPENAI_BASE_URL"]
-    with Deployment(tmp_path, model_url, "--workers 2", redis_url=redis_server.url) as gunicorn:
+    with Deployment(tmp_path, model_url, "--workers 2", redis_url=own_redis.url) as gunicorn:
         status, output = gunicorn.doctor(f"{gunicorn.url}/assistream")
     assert (status, failures(output)) == (0, [])
-    assert f"ok   in the worker: Redis at 127.0.0.1:{redis_server.port}/0" in output
+    assert f"ok   in the worker: Redis at 127.0.0.1:{own_redis.port}/0" in output
 
 
 def test_without_a_url_it_says_that_the_worker_was_not_looked_at(good: Deployment) -> None:
@@ -359,26 +349,26 @@ def examine(
     return result.output
 
 
-def test_redis_is_named_with_its_version_and_round_trip(redis_server: RedisServer) -> None:
-    output = examine(redis_url=redis_server.url)
+def test_redis_is_named_with_its_version_and_round_trip(own_redis: RedisServer) -> None:
+    output = examine(redis_url=own_redis.url)
     assert failures(output) == []
-    assert f"ok   Redis at 127.0.0.1:{redis_server.port}/0: version " in output
+    assert f"ok   Redis at 127.0.0.1:{own_redis.port}/0: version " in output
     assert " ms" in output
 
 
-def test_a_redis_that_may_drop_logs_is_warned_of(redis_server: RedisServer) -> None:
-    redis_server.ask("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
-    assert "warn" not in examine(redis_url=redis_server.url).partition("Redis")[2].partition("database")[0]
-    redis_server.ask("CONFIG", "SET", "maxmemory", "100mb")
-    output = examine(redis_url=redis_server.url)
+def test_a_redis_that_may_drop_logs_is_warned_of(own_redis: RedisServer) -> None:
+    own_redis.ask("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+    assert "warn" not in examine(redis_url=own_redis.url).partition("Redis")[2].partition("database")[0]
+    own_redis.ask("CONFIG", "SET", "maxmemory", "100mb")
+    output = examine(redis_url=own_redis.url)
     assert failures(output) == []
     assert "(maxmemory-policy allkeys-lru)" in output
     assert "fix: set maxmemory-policy to noeviction" in output
 
 
-def test_a_redis_that_wants_another_password_is_found(redis_server: RedisServer) -> None:
-    redis_server.ask("CONFIG", "SET", "requirepass", "another")
-    output = examine(redis_url=redis_server.url.replace("//", "//:pa55@"))
+def test_a_redis_that_wants_another_password_is_found(own_redis: RedisServer) -> None:
+    own_redis.ask("CONFIG", "SET", "requirepass", "another")
+    output = examine(redis_url=own_redis.url.replace("//", "//:pa55@"))
     assert len(failures(output)) == 1
     assert "the password in it" in output
 
@@ -394,9 +384,9 @@ def test_a_redis_that_is_away_or_misnamed_is_found(url: str) -> None:
     assert "ASSISTREAM_REDIS_URL" in output
 
 
-def test_an_old_redis_is_refused(redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_redis_is_refused(own_redis: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_REDIS", (99, 0))
-    assert "is too old\n     fix: run Redis 99.0 or newer" in examine(redis_url=redis_server.url)
+    assert "is too old\n     fix: run Redis 99.0 or newer" in examine(redis_url=own_redis.url)
 
 
 def test_postgresql_is_named_with_its_version(postgres: PostgresServer) -> None:

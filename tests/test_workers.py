@@ -190,14 +190,6 @@ class Houses(House):
         assert self.failures == []
 
 
-@pytest.fixture(scope="module")
-def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    server = RedisServer(tmp_path_factory.mktemp("redis"))
-    server.start()
-    yield server
-    server.stop()
-
-
 @pytest.fixture(autouse=True)
 def _scripted(monkeypatch: pytest.MonkeyPatch) -> None:
     def ask(client: Script, assistant: Assistant, turns: list[Turn], stall: float) -> Any:

@@ -191,8 +191,9 @@ class RedisLog:
         # The library's own defaults would try for a minute, in silence.
         options: dict[str, Any] = {"socket_connect_timeout": SECONDS, "retry": Retry(NoBackoff(), 0), "protocol": 2}
         self._redis = redis.Redis(
-            connection_pool=redis.BlockingConnectionPool.from_url(
-                url, max_connections=connections, timeout=_QUEUE_SECONDS, socket_timeout=SECONDS, **options
+            # One more than _do() lets in: for _meet().
+            connection_pool=redis.ConnectionPool.from_url(
+                url, max_connections=connections + 1, socket_timeout=SECONDS, **options
             )
         )
         # It counts what it ever made, and this makes one a reconnect.
