@@ -21,11 +21,9 @@ const EVENTS =
 	"run.queued run.in_progress run.requires_action run.completed run.incomplete run.failed run.cancelled " +
 	"run.step.created run.step.delta run.step.completed";
 
-/** @type {(item: {status: string}) => boolean} */
-const over = ({ status }) => /^(completed|incomplete|failed|cancelled)$/.test(status);
+const over = ({ status = "" }) => /complete|failed|cancelled/.test(status);
 
-/** @type {(code: string, message: string, more?: object) => AssistreamError} */
-const failure = (code, message, more) => Object.assign(new Error(message), { code, ...more });
+const failure = (code = "", message = "", more = {}) => Object.assign(new Error(message), { code, ...more });
 
 /** @param {Run[]} [runs] */
 const abortError = (runs) => Object.assign(new DOMException("Aborted", "AbortError"), { runs });
@@ -67,7 +65,7 @@ const sleep = (ms, signal) =>
  * @param {{baseUrl?: string, fetch?: typeof fetch, EventSource?: typeof EventSource}} [options]
  */
 export const createAssistream = (options = {}) => {
-	/** @typedef {{entry: Entry, shown: any, at: number}} Slot exact as of `at` */
+	/** @typedef {{entry: Entry, at: number, i: number}} Slot exact as of `at` */
 	/** @typedef {(set: any, seen: (shown: any, slots: any) => void, fail: (error: any) => void) =>
 	 *   () => void} Join gives what leaves */
 	/** @type {Map<string, Join>} */
@@ -139,14 +137,13 @@ export const createAssistream = (options = {}) => {
 		let early = [];
 		/** @type {Entry[]} */
 		let shown = [];
-		/** @type {Map<string, Entry>} shown before the snapshot */
-		let known = new Map();
+		/** Shown last, by message id. */
+		const known = new Map();
 		/** Not yet in a `set`: free to change. */
 		const owned = new Set();
 		const off = new AbortController();
-		let complete = false, opened = false;
-		let last = "", epoch = "", offset = 0, since = 0, turn = 0, tries = 0, heard = 0;
-		let [source, ended, due] = /** @type {any[]} */ ([]);
+		let opened = false, last = "", epoch = "", offset = 0, since = 0, turn = 0, tries = 0, heard = 0;
+		let [source, ended, due, changed] = /** @type {any[]} */ ([]);
 
 		const open = () => {
 			source?.close();
@@ -190,11 +187,10 @@ export const createAssistream = (options = {}) => {
 			if (name === "deleted") return end(failure("thread_not_found", "The thread was deleted"));
 			const [from, at] = place(id);
 			if (name === "snapshot") {
-				known = new Map(shown.map((entry) => [entry.message.id, entry]));
 				list = [];
 				slots = new Map();
 				early = [];
-				complete = false;
+				changed = null;
 				epoch = from;
 				since = at;
 				prepend(data.data, at);
@@ -222,9 +218,8 @@ export const createAssistream = (options = {}) => {
 					prepend(page.data, at);
 					more = page.has_more && page.data[0];
 				}
-				complete = true;
 				tries = 0;
-				schedule();
+				complete();
 			} catch (/** @type {any} */ error) {
 				if (mine !== turn) return;
 				if (error.code === "message_not_found") restart();
@@ -232,9 +227,16 @@ export const createAssistream = (options = {}) => {
 			}
 		};
 
+		/** Nothing is shown before it. */
+		const complete = () => {
+			list.forEach((slot, i) => { slot.i = i; });
+			changed = new Set(list);
+			schedule();
+		};
+
 		/** Joins what is known and final. */
 		const meets = () => {
-			const i = shown.indexOf(list[0].shown);
+			const i = shown.indexOf(known.get(list[0].entry.message.id));
 			const older = shown.slice(0, i);
 			if (i < 0 || !older.every(({ message, run }) => [message, run ?? message].every(over))) return false;
 			prepend(older, 0);
@@ -249,15 +251,15 @@ export const createAssistream = (options = {}) => {
 
 		/** @type {(entry: Entry, at: number) => Slot} */
 		const add = (entry, at) => {
-			const { id, run_id } = entry.message;
-			const slot = { entry, at, shown: known.get(id) };
+			const { id, run_id } = entry.message, was = known.get(id);
+			const slot = { entry: equal(entry, was) ? was : entry, at, i: list.length };
 			slots.set(id, slot).set(run_id ?? id, slot);
 			return slot;
 		};
 
 		const replay = () => { for (const [name, data, at] of early.splice(0)) apply(name, data, at); };
 
-		/** @type {(name: string, data: any, at: number) => void} */
+		/** @type {(name: string, data: any, id: any) => void} */
 		const apply = (name, data, at) => {
 			const [kind, what, step] = name.split(".");
 			const key = step ? data.run_id : data.id;
@@ -268,10 +270,11 @@ export const createAssistream = (options = {}) => {
 			const slot = slots.get(key);
 			if (!slot) {
 				// Its page or its message is on the way.
-				if (!complete || kind === "run") early.push([name, data, at]);
+				if (!changed || kind === "run") early.push([name, data, at]);
 				return;
 			}
 			if (at <= slot.at) return;
+			changed?.add(slot);
 			const entry = own(slot, "entry");
 			if (step) {
 				const steps = own(entry, "steps");
@@ -318,13 +321,18 @@ export const createAssistream = (options = {}) => {
 		const flush = () => {
 			if (!due) return;
 			due = clearTimeout(due);
-			if (complete) {
-				const now = list.map((slot) => {
-					if (!equal(slot.entry, slot.shown)) slot.shown = slot.entry;
-					return (slot.entry = slot.shown);
-				});
+			if (changed) {
+				const now = shown.slice(0, list.length);
+				let same = list.length === shown.length;
+				for (const slot of changed) {
+					const { entry, i } = slot, { id } = entry.message, was = known.get(id);
+					now[i] = slot.entry = equal(entry, was) ? was : entry;
+					known.set(id, now[i]);
+					same &&= now[i] === shown[i];
+				}
 				owned.clear();
-				if (now.length !== shown.length || now.some((entry, i) => entry !== shown[i])) shown = now;
+				changed.clear();
+				if (!same) shown = now;
 				for (const { set } of users) {
 					if (!set || got.get(set) === shown) continue;
 					// A copy, as `set` may have got this array before it left.
@@ -339,7 +347,7 @@ export const createAssistream = (options = {}) => {
 			}
 			for (const user of users)
 				if (ended) user.fail(ended);
-				else if (complete) user.seen(shown, slots);
+				else if (changed) user.seen(shown, slots);
 		};
 
 		/** @type {(error: any) => void} */
@@ -349,7 +357,7 @@ export const createAssistream = (options = {}) => {
 			ended = error;
 			if (got.size && error.code === "thread_not_found") {
 				list = [];
-				complete = true;
+				complete();
 			}
 			schedule();
 		};
@@ -405,7 +413,7 @@ export const createAssistream = (options = {}) => {
 			/** @type {(error: any) => void} */
 			const fail = (error) => {
 				leave();
-				reject(Object.assign(failure(error.code, error.message, error), { runs }));
+				reject(failure(error.code, error.message, { ...error, runs }));
 			};
 			signal?.addEventListener("abort", cancel);
 			call(path, { assistant_ids, ...body }).then(([answer]) => {

@@ -1,5 +1,6 @@
 import assert from "node:assert/strict";
 import { execFileSync } from "node:child_process";
+import { Session } from "node:inspector/promises";
 import { test } from "node:test";
 import { fileURLToPath } from "node:url";
 import * as module from "../../assistream_flask/static/assistream.js";
@@ -293,6 +294,82 @@ rule("a delta costs the same in a long thread and in a long text", async ({ page
   assert.ok(took < 2000, `20,000 deltas took ${took} ms`);
 });
 
+/** The helper, and what tells how often each of its blocks ran since it was last asked: V8 counts. */
+const counted = async (name) => {
+  const session = new Session();
+  session.connect();
+  await session.post("Profiler.enable");
+  await session.post("Profiler.startPreciseCoverage", { callCount: true, detailed: true });
+  // Only in what is compiled from now on are blocks counted.
+  const address = `${FILE}?${name}`;
+  const { createAssistream } = await import(address);
+  const ran = async () => {
+    const { result } = await session.post("Profiler.takePreciseCoverage");
+    return (result.find(({ url }) => url === address)?.functions ?? []).flatMap(({ functionName, ranges }) =>
+      ranges.filter(({ count }) => count).map(({ startOffset, count }) => [functionName, startOffset, count]));
+  };
+  return { createAssistream, ran, close: () => session.disconnect() };
+};
+
+rule("a delta does the same work in a thread of 10 messages and in one of 1,000", async ({ page, server, watch }) => {
+  const { createAssistream, ran, close } = await counted("deltas");
+  const work = [];
+  for (const length of [10, 1000]) {
+    const thread = server.thread(`t${length}`);
+    const entries = [server.start(thread, "a")];
+    while (thread.entries.length < length) server.say(thread, "hello");
+    entries.push(server.start(thread, "b"));
+    const api = createAssistream({ baseUrl: "http://server.test/p", fetch: server.fetch, EventSource: server.EventSource });
+    const set = recorder(page);
+    const stop = new AbortController();
+    watch(api.loadThread(thread.id, set, stop));
+    await page.pass(1000);
+    for (const entry of entries) {
+      server.delta(thread, entry, "first");
+      await page.pass(100);
+      await ran();
+      for (let i = 0; i < 3; i++) {
+        server.delta(thread, entry, `${i}`);
+        await page.pass(100);
+      }
+      work.push(await ran());
+    }
+    assert.equal(set.calls.length, 9);
+    assert.deepEqual(set.last, thread.entries);
+    stop.abort();
+    await page.pass();
+  }
+  close();
+  const [first, ...others] = work;
+  assert.ok(first.length > 20);
+  for (const other of others) assert.deepEqual(other, first);
+});
+
+rule("after a snapshot, a long thread is compared page by page", async ({ page, server, thread, watch }) => {
+  const { createAssistream, ran, close } = await counted("pages");
+  const open = server.start(thread, "a");
+  for (let i = 0; i < 499; i++) server.say(thread, `${i}`);
+  const api = createAssistream({ baseUrl: "http://server.test/p", fetch: server.fetch, EventSource: server.EventSource });
+  const set = recorder(page);
+  watch(api.loadThread("t", set));
+  await page.pass(500);
+  // As it may have changed, all pages after it come again.
+  server.delta(thread, open, "x");
+  thread.epoch = "new";
+  server.cut([...server.sources][0]);
+  const work = [];
+  for (let i = 0; i < 1000; i++) {
+    await ran();
+    await page.pass(1);
+    work.push((await ran()).reduce((sum, [, , count]) => sum + count, 0));
+  }
+  close();
+  assert.deepEqual(set.last, thread.entries);
+  const total = work.reduce((sum, one) => sum + one);
+  assert.ok(total > 20_000, `${total}`);
+  assert.ok(Math.max(...work) < total / 5, `${Math.max(...work)} of ${total}`);
+});
+
 // ---- the stream
 
 rule("a cut stream goes on from its place", async ({ page, server, thread, load, streams }) => {
@@ -429,6 +506,15 @@ rule("a deleted thread is set to nothing, and what waits for it rejects", async 
   assert.equal(running.error.runs.length, 1);
   assert.equal(server.sources.size, 0);
   assert.equal(page.timers, 0);
+});
+
+rule("a thread that is deleted in the frame of a delta is set to nothing", async ({ page, server, thread, load }) => {
+  const entry = server.start(thread, "a");
+  const set = await load();
+  server.delta(thread, entry, "x");
+  server.delete(thread);
+  await page.pass(100);
+  assert.deepEqual(set.calls.slice(1), [[]]);
 });
 
 rule("a quiet stream that is ended now and then is opened again soon each time", async ({ page, server, load, streams }) => {
