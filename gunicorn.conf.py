@@ -1,5 +1,6 @@
 """How `gunicorn wsgi:app` runs: gevent workers, and more than one only where Redis has their event log."""
 
+import gc
 import os
 from contextlib import suppress
 from typing import Any
@@ -27,3 +28,10 @@ def on_starting(server: Any) -> None:
             f"assistream's event log is in memory, so it needs one worker, not {server.cfg.workers}: "
             "set ASSISTREAM_REDIS_URL in the environment or .env, or remove WEB_CONCURRENCY or --workers"
         )
+
+
+def post_worker_init(worker: Any) -> None:
+    """Has the garbage collector look at what is new only, and seldom: it took a sixth of a busy worker's time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)

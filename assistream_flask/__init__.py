@@ -3,7 +3,8 @@
 from .assistants import Assistant
 from .blueprint import create_blueprint, event_response
 from .errors import AssistreamError, ConfigurationError
+from .upstream.lean import lean
 from .version import VERSION
 
-__all__ = ["Assistant", "AssistreamError", "ConfigurationError", "create_blueprint", "event_response"]
+__all__ = ["Assistant", "AssistreamError", "ConfigurationError", "create_blueprint", "event_response", "lean"]
 __version__ = VERSION

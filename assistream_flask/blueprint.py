@@ -29,6 +29,7 @@ from .runner import Started
 from .runtime import Runtime, default_database
 from .settings import Settings
 from .threads import Answer, AnsweredBefore, Owner, ThreadStore, TooManyRuns, thread_object
+from .upstream.lean import new_client
 
 _log = logging.getLogger(__name__)
 
@@ -71,9 +72,7 @@ class _Part:
                 with self.app.app_context():
                     self._made = self._client()
             else:
-                # A server of one's own often wants no key, the SDK insists on one.
-                own = os.environ.get("OPENAI_BASE_URL") and not os.environ.get("OPENAI_API_KEY")
-                self._made = openai.OpenAI(api_key="none") if own else openai.OpenAI()
+                self._made = new_client()
         return self._made
 
     def asked(self, assistant: Assistant, known: dict[str, Assistant]) -> Asked:

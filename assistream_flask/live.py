@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from .events import Event, Json
 from .interrupt import Interruptible
 from .log import Place
 from .reply import Ahead, Reply
+from .upstream.parts import Part, merged
 
 
 class Asked(NamedTuple):
@@ -47,6 +49,11 @@ class Live:
         # Of a background response: what another worker needs to go on, and what that one has already.
         self.state: Json | None = None
         self.ahead: Ahead | None = None
+        # What arrived and was not added to the reply yet, and the state behind it; and whether anything was told.
+        self.pending: list[Part] = []
+        self.pending_state: Json | None = None
+        self.begun = False
+        self.bell: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.waits = Interruptible(self.close)
         # How it ends when it is interrupted; not at all when another worker has it.
         self.stop: Callable[[Reply], list[Event]] | None = Reply.cancel
@@ -55,6 +62,12 @@ class Live:
         """Closes the connection to the model server."""
         if self.upstream is not None:
             self.upstream.close()
+
+    def grow(self) -> list[Event]:
+        """Adds what arrived to the reply; gives the events that tell of it."""
+        parts, self.pending = merged(self.pending), []
+        self.state = self.pending_state or self.state
+        return self.reply.add(parts)
 
     def now(self) -> tuple[Json, Json, list[Json], str | None, Json | None]:
         """What there is to store."""

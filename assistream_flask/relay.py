@@ -16,7 +16,7 @@ from .interrupt import Interrupted, Interruptible
 from .reply import Reply
 from .server import serving
 from .upstream import Upstream, translate
-from .upstream.parts import End, Part
+from .upstream.parts import End, Part, merged
 
 _log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class relay:
             if isinstance(item, RunError):
                 yield _frames(reply.fail(item))
                 continue
-            told = reply.add(item)
+            told = reply.add(merged(item))
             if isinstance(item[-1], End):
                 told += reply.finish(item[-1])
             yield _frames(told)

@@ -19,6 +19,7 @@ from .events import TERMINAL, Event, Json
 from .interrupt import Interrupted
 from .live import Asked, Live
 from .log import Away, Log, Lost, Place
+from .publisher import Publisher
 from .reply import Ahead, Reply
 from .schema import runs
 from .settings import Settings
@@ -69,6 +70,7 @@ class Runner:
         self._live: dict[str, Live] = {}
         self._queues: dict[str, list[list[Live]]] = {}
         self._teller = Teller(log)
+        self._publisher = Publisher(self._teller, settings.pace_seconds)
         # Threads with runs of the worker that this one replaces, where workers do not share a log.
         self._foreign: set[str] = set()
         self._renewed = self._swept = time.monotonic()
@@ -273,6 +275,7 @@ class Runner:
             try:
                 return self._read(live, turns)
             except RunError as error:
+                self._publisher.flush(live)
                 tries = tries + 1 if live.state == before else 0
                 if live.state is None or live.reply.over or error.code not in _BROKEN or tries > _TRIES:
                     raise
@@ -297,12 +300,21 @@ class Runner:
 
         live.close()
         live.upstream = live.waits.wait(ask)
+        live.upstream.before_read = lambda connection: self._publisher.wait(live, connection)
         batches = iter(live.upstream)
         nothing: list[Part] = []
         turn = time.monotonic()
         # After the end this reads on, so that the connection can serve the next run.
         while (parts := live.waits.wait(lambda: next(batches, nothing))) is not nothing:
-            self._publish(live, parts)
+            now = time.monotonic()
+            if now - max(self._renewed, live.checked) > _LATE_SECONDS:
+                # This worker was held up; another may have taken the run for lost.
+                live.checked = now
+                self._keep(live)
+            self._publisher.add(live, parts)
+            if (live.place is not None and live.place.epoch != live.kept) or isinstance(parts[0], Begun):
+                # Its text is stored as of another log, or a crash would lose the response that it is of.
+                self._keep(live)
             if time.monotonic() - turn > _TURN_SECONDS:
                 # A greenlet that never has to wait for its next byte would keep all others waiting.
                 time.sleep(0)
@@ -359,26 +371,6 @@ class Runner:
         # An assistant may speak first, but servers refuse an empty history.
         return turns or [Turn("user", "Begin.")]
 
-    def _publish(self, live: Live, parts: list[Part]) -> None:
-        now = time.monotonic()
-        if now - max(self._renewed, live.checked) > _LATE_SECONDS:
-            # This worker was held up; another may have taken the run for lost.
-            live.checked = now
-            self._keep(live)
-        with live.lock:
-            if live.reply.over or live.left:
-                raise Interrupted
-            told = live.reply.add(live.ahead.rest(parts) if live.ahead else parts)
-            if live.upstream is not None:
-                live.state = live.upstream.state()
-            if told:
-                live.dirty = True
-                live.place = self._teller.tell(live.thread_id, told) or live.place
-            # Its text is stored as of another log, or a crash would lose the response that it is of.
-            at_once = (live.place is not None and live.place.epoch != live.kept) or isinstance(parts[0], Begun)
-        if at_once:
-            self._keep(live)
-
     def _keep(self, live: Live, anew: bool = False) -> None:
         """Stores what the run is now; ``anew``, as of the log's end. Failures are for the next time."""
         with live.saving:
@@ -411,11 +403,12 @@ class Runner:
 
     def _end(self, live: Live, finish: Callable[[Reply], list[Event]]) -> None:
         """Ends the run once: the store has its final state before viewers hear of it."""
+        self._publisher.flush(live)
         with live.lock:
             if live.reply.over:
                 return
             if not live.left:
-                told = finish(live.reply)
+                told = [*live.grow(), *finish(live.reply)]
                 final = live.now()
         if live.left:
             self._forget(live)
@@ -444,6 +437,7 @@ class Runner:
     def _forget(self, live: Live) -> None:
         with self._guard:
             self._live.pop(live.id, None)
+        self._publisher.forget(live)
         live.ended.set()
 
     def _interrupt(self, live: Live, stop: Callable[[Reply], list[Event]], wait: float = 0.5) -> None:
@@ -571,6 +565,7 @@ class Runner:
         for live in under_way:
             if not live.ended.is_set():
                 self._interrupt(live, Reply.cut_off)
+        self._publisher.close()
 
     def _hand_over(self, live: Live) -> None:
         """Leaves a background response to the next worker, which goes on behind what is stored here."""

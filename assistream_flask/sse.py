@@ -26,9 +26,8 @@ def encode(event: str, data: str, id: str | None = None) -> bytes:
 
     Raises ``ValueError`` when ``event`` or ``id`` has a line end, or ``id`` a NUL: neither can be written.
     """
-    for field in (event, id or ""):
-        if "\n" in field or "\r" in field or "\0" in field:
-            raise ValueError(f"an event name or id holds one line without NUL, got {field!r}")
+    if _UNFIT.search(event) or (id and _UNFIT.search(id)):
+        raise ValueError(f"an event name or id holds one line without NUL, got {event!r} and {id!r}")
     head = f"id: {id}\nevent: {event}\n" if id is not None else f"event: {event}\n"
     # Only CR, LF and CRLF end a line here: str.splitlines() would also cut at U+2028 and drop "".
     if "\n" in data or "\r" in data:
@@ -51,17 +50,29 @@ class Decoder:
 
     def __init__(self) -> None:
         self._rest = b""
-        self._event = ""
-        self._data: list[str] = []
+        self._more: list[bytes] = []
+        self._event = b""
+        self._data: list[bytes] = []
         self._first = True
         self._skip_lf = False
 
     def feed(self, chunk: bytes) -> list[Frame]:
-        """Takes the next bytes, gives the events that they complete."""
+        """Takes the next bytes, gives the events that they complete. What is no UTF-8 becomes U+FFFD."""
+        return [
+            Frame(name.decode("utf-8", "replace"), data.decode("utf-8", "replace")) for name, data in self.split(chunk)
+        ]
+
+    def split(self, chunk: bytes) -> list[tuple[bytes, bytes]]:
+        """Does the same, and gives name and data as they came."""
         if self._skip_lf and chunk:
             chunk = chunk.removeprefix(b"\n")
             self._skip_lf = False
-        data = self._rest + chunk
+        self._more.append(chunk)
+        if b"\n" not in chunk and b"\r" not in chunk and not self._first:
+            # Joined once, however many reads a long line takes.
+            return []
+        data = self._rest + b"".join(self._more)
+        self._more = []
         if self._first:
             if len(data) < 3 and b"\xef\xbb\xbf".startswith(data):
                 self._rest = data
@@ -70,22 +81,36 @@ class Decoder:
             self._first = False
         # A CR at the very end ends its line now; an LF that follows in the next chunk belongs to it.
         self._skip_lf = data.endswith(b"\r") or (self._skip_lf and not data)
-        lines = _LINE_END.split(data)
-        self._rest = lines.pop()
-        return list(self._lines(lines))
+        if b"\r" in data or self._data or self._event:
+            lines = _LINE_END.split(data)
+            self._rest = lines.pop()
+            return list(self._lines(lines))
+        end = data.rfind(b"\n\n") + 2
+        if end == 1:
+            self._rest = data
+            return []
+        self._rest = data[end:]
+        # Nearly all are of this form; what is not goes the long way.
+        if _PLAIN.match(data, 0, end) is None:
+            return list(self._lines(data[:end].split(b"\n")[:-1]))
+        return _FRAME.findall(data, 0, end)
 
-    def _lines(self, lines: Iterable[bytes]) -> Iterator[Frame]:
+    def _lines(self, lines: Iterable[bytes]) -> Iterator[tuple[bytes, bytes]]:
         for line in lines:
             if not line:
                 if self._data:
-                    yield Frame(self._event, "\n".join(self._data))
-                self._event, self._data = "", []
+                    yield self._event, b"\n".join(self._data)
+                self._event, self._data = b"", []
                 continue
             name, _, value = line.partition(b":")
             if name == b"data":
-                self._data.append(value.removeprefix(b" ").decode("utf-8", "replace"))
+                self._data.append(value.removeprefix(b" "))
             elif name == b"event":
-                self._event = value.removeprefix(b" ").decode("utf-8", "replace")
+                self._event = value.removeprefix(b" ")
 
 
+# The end is the search's end.
+_PLAIN: Final = re.compile(rb"(?:event: [^\n]*\ndata: [^\n]*\n\n)+\Z")
+_FRAME: Final = re.compile(rb"event: ([^\n]*)\ndata: ([^\n]*)\n\n")
+_UNFIT: Final = re.compile("[\r\n\0]")
 _LINE_END: Final = re.compile(rb"\r\n|\n|\r")

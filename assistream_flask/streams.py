@@ -91,7 +91,7 @@ def view(runtime: Runtime, thread_id: str, place: Place | None) -> Frames:
                     return
                 continue
             if records:
-                yield b"".join(record.frame for record in records)
+                yield b"".join([record.frame for record in records])
             if gone or runtime.stopping.is_set():
                 return
             if not records:
@@ -130,9 +130,10 @@ def follow(runtime: Runtime, thread_id: str, message_id: str | None, runs: set[s
                     waiting.clear()
             else:
                 ours = [one for one in records if one.key in runs or _tells_of(one, message_id)]
-                if ours or time.monotonic() >= due:
-                    yield first + (b"".join(one.frame for one in ours) or sse.PING)
-                    first, due = b"", time.monotonic() + runtime.settings.heartbeat_seconds
+                now = time.monotonic()
+                if ours or now >= due:
+                    yield first + (b"".join([one.frame for one in ours]) or sse.PING)
+                    first, due = b"", now + runtime.settings.heartbeat_seconds
                 waiting -= {one.key or "" for one in ours if one.name in _ENDS}
                 if gone:
                     break

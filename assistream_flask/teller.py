@@ -23,13 +23,25 @@ class Teller:
 
     def tell(self, thread_id: str, told: Sequence[Event]) -> Place | None:
         """Appends; gives ``None`` where that can't be now, and viewers get a snapshot as soon as it can."""
-        if thread_id not in self._untold:
+        return self.tell_all([(thread_id, told)])[0]
+
+    def tell_all(self, told: Sequence[tuple[str, Sequence[Event]]]) -> Sequence[Place | None]:
+        """Does as :meth:`tell` for several threads at once."""
+        if not any(thread_id in self._untold for thread_id, _ in told):
             try:
-                return self._log.append(thread_id, told)
+                return self._log.append_all(told)
             except Away:
-                pass
-        self.untell(thread_id)
-        return None
+                for thread_id, _ in told:
+                    self.untell(thread_id)
+                return [None] * len(told)
+        places: list[Place | None] = []
+        for thread_id, events in told:
+            if thread_id in self._untold:
+                self.untell(thread_id)
+                places.append(None)
+            else:
+                places.append(self.tell(thread_id, events))
+        return places
 
     def untell(self, thread_id: str) -> None:
         """The log lacks something of the thread, or may."""

@@ -34,32 +34,41 @@ class MemoryLog:
 
     def append(self, thread_id: str, events: Sequence[Event]) -> Place:
         encoded = [(event, dumps(event.data)) for event in events]
-        with self._threads.using(thread_id) as tail, tail.changed:
-            records = [
-                Record(place, event.name, event.key, sse.encode(event.name, data, str(place)))
-                for at, (event, data) in enumerate(encoded, 1)
-                for place in [Place(tail.epoch, tail.offset + at)]
-            ]
-            tail.add(self._threads.clock(), records)
-            tail.trim(self._max_events, self._max_bytes, 0)
-            tail.changed.notify_all()
-            return tail.place
+        tail = self._threads.enter(thread_id)
+        try:
+            with tail.guard:
+                epoch, offset = tail.epoch, tail.offset
+                records = []
+                for event, data in encoded:
+                    offset += 1
+                    frame = sse.encode(event.name, data, f"{epoch}-{offset}")
+                    records.append(Record(Place(epoch, offset), event.name, event.key, frame))
+                tail.add(self._threads.clock(), records)
+                tail.trim(self._max_events, self._max_bytes, 0)
+                place = tail.place
+            tail.wake()
+            return place
+        finally:
+            self._threads.leave(tail)
+
+    def append_all(self, told: Sequence[tuple[str, Sequence[Event]]]) -> list[Place]:
+        return [self.append(thread_id, events) for thread_id, events in told]
 
     def end(self, thread_id: str) -> Place:
         with self._threads.using(thread_id) as tail:
             return tail.place
 
     def quiet(self, thread_id: str) -> Place | None:
-        with self._threads.using(thread_id) as tail, tail.changed:
+        with self._threads.using(thread_id) as tail, tail.guard:
             return None if tail.held else tail.place
 
     def since(self, thread_id: str, place: Place) -> list[Record]:
-        with self._threads.using(thread_id) as tail, tail.changed:
+        with self._threads.using(thread_id) as tail, tail.guard:
             return tail.since(place)
 
     def subscribe(self, thread_id: str, place: Place) -> Cursor:
         tail = self._threads.enter(thread_id)
-        with tail.changed:
+        with tail.guard:
             found = tail.has(place)
         if not found:
             self._threads.leave(tail)
@@ -76,9 +85,10 @@ class MemoryLog:
                 tail.held -= 1
 
     def restart(self, thread_id: str) -> None:
-        with self._threads.using(thread_id) as tail, tail.changed:
-            tail.restart(_epoch(), 0)
-            tail.changed.notify_all()
+        with self._threads.using(thread_id) as tail:
+            with tail.guard:
+                tail.restart(_epoch(), 0)
+            tail.wake()
 
     def signal(self, thread_id: str) -> None:
         """Nobody else hears."""
@@ -89,7 +99,7 @@ class MemoryLog:
     def tend(self) -> None:
         oldest = self._threads.clock() - self._max_age
         for thread_id, tail in self._threads.all():
-            with tail.changed:
+            with tail.guard:
                 tail.trim(self._max_events, self._max_bytes, oldest)
             self._threads.drop(thread_id, unless=lambda tail: bool(tail.records) or tail.touched >= oldest)
 

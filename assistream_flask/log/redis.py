@@ -59,31 +59,37 @@ local function restart(key, ttl)
     redis.call('DEL', key)
     redis.call('XADD', key, epoch .. '-0', 'e', '')
     redis.call('PEXPIRE', key, ttl)
-    redis.call('PUBLISH', key, epoch .. ' 1')
+    redis.call('PUBLISH', key, epoch .. '-1')
     return epoch
 end
 """
 
-# Keys: the stream. Arguments: time to live, most events, most bytes, the events.
+# Keys: streams. Arguments: time to live, most events, most bytes; for each stream how many events, and they.
 _APPEND: Final = """
-local key, ttl, bytes = KEYS[1], ARGV[1], 0
-local epoch, offset = last(key)
-if not epoch then epoch, offset = restart(key, ttl), 0 end
-offset = tonumber(offset)
-local function id(n) return string.format('%s-%.0f', epoch, n) end
-for i = 4, #ARGV do
-    bytes = bytes + #ARGV[i]
-    redis.call('XADD', key, 'MAXLEN', '=', ARGV[2], id(offset + i - 3), 'e', ARGV[i])
-end
-local after = offset + #ARGV - 3
-if bytes > 8192 or offset % 256 + #ARGV - 3 >= 256 then
-    while redis.call('MEMORY', 'USAGE', key) > tonumber(ARGV[3]) and redis.call('XLEN', key) > 1 do
-        redis.call('XTRIM', key, 'MAXLEN', '=', math.floor(redis.call('XLEN', key) / 2))
+local ttl, most, next, found = ARGV[1], tonumber(ARGV[3]), 4, {}
+for i, key in ipairs(KEYS) do
+    local count, bytes = tonumber(ARGV[next]), 0
+    local epoch, offset = last(key)
+    if not epoch then epoch, offset = restart(key, ttl), 0 end
+    offset = tonumber(offset)
+    local prefix = epoch .. '-'
+    for n = 1, count do
+        local body = ARGV[next + n]
+        bytes = bytes + #body
+        redis.call('XADD', key, 'MAXLEN', '=', ARGV[2], prefix .. string.format('%.0f', offset + n), 'e', body)
     end
+    if bytes > 8192 or offset % 256 + count >= 256 then
+        while redis.call('MEMORY', 'USAGE', key) > most and redis.call('XLEN', key) > 1 do
+            redis.call('XTRIM', key, 'MAXLEN', '=', math.floor(redis.call('XLEN', key) / 2))
+        end
+    end
+    redis.call('PEXPIRE', key, ttl)
+    redis.call('PUBLISH', key,
+        prefix .. string.format('%.0f\\n', offset + 1) .. table.concat(ARGV, '\\0', next + 1, next + count))
+    found[i] = prefix .. string.format('%.0f', offset + count)
+    next = next + count + 1
 end
-redis.call('PEXPIRE', key, ttl)
-redis.call('PUBLISH', key, string.format('%s %.0f\\n', epoch, offset + 1) .. table.concat(ARGV, '\\0', 4))
-return id(after)
+return found
 """
 
 # Keys: streams. Argument: time to live. Gives where each ends.
@@ -153,20 +159,27 @@ class _Viewed(Tail):
 
     def feed(self, at: float, epoch: str, first: int, bodies: list[bytes], *, gap: bool = True) -> None:
         """Takes what was appended from offset ``first`` on; ``gap`` lets it go on behind a hole, which readers
-        fill from the stream. The caller holds ``changed``."""
+        fill from the stream."""
+        with self.guard:
+            new = self.take(at, epoch, first, bodies, gap)
+        if new:
+            self.wake()
+
+    def take(self, at: float, epoch: str, first: int, bodies: list[bytes], gap: bool = True) -> bool:
+        """Does it, and gives whether that was new. The caller holds ``guard``."""
         if not self.ready:
             self.early.append((epoch, first, bodies))
-            return
+            return False
         if int(epoch) < int(self.epoch) or (first > self.offset + 1 and not gap and epoch == self.epoch):
-            return
+            return False
         if epoch != self.epoch or first > self.offset + 1:
             self.restart(epoch, first - 1)
         elif first + len(bodies) <= self.offset + 1:
             # An echo: its readers must not wake for nothing.
-            return
+            return False
         self.add(at, [_record(epoch, first + n, body) for n, body in enumerate(bodies) if first + n > self.offset])
         self.trim(self.most, 1 << 20, 0)
-        self.changed.notify_all()
+        return True
 
 
 class RedisLog:
@@ -224,17 +237,21 @@ class RedisLog:
     # Writing
 
     def append(self, thread_id: str, events: Sequence[Event]) -> Place:
-        if not events:
-            return self.end(thread_id)
-        bodies = [f"{event.key or ''}\n".encode() + sse.encode(event.name, dumps(event.data)) for event in events]
-        arguments: list[int | bytes] = [self._ttl, self._max_events, self._max_bytes, *bodies]
-        place = self._place(self._do(lambda: self._append([self._prefix + thread_id], arguments)))
-        tail = self._threads.get(thread_id)
-        if tail is not None:
-            # Its own viewers need not wait for the echo.
-            with tail.changed:
-                tail.feed(self._threads.clock(), place.epoch, place.offset + 1 - len(bodies), bodies, gap=False)
-        return place
+        return self.append_all([(thread_id, events)])[0]
+
+    def append_all(self, told: Sequence[tuple[str, Sequence[Event]]]) -> Sequence[Place]:
+        keys = [self._prefix + thread_id for thread_id, _ in told]
+        bodies = [[_body(event) for event in events] for _, events in told]
+        arguments: list[int | bytes] = [self._ttl, self._max_events, self._max_bytes]
+        for ours in bodies:
+            arguments += [len(ours), *ours]
+        places = [self._place(found) for found in self._do(lambda: self._append(keys, arguments))]
+        for (thread_id, _), ours, place in zip(told, bodies, places, strict=True):
+            tail = self._threads.get(thread_id)
+            if tail is not None and ours:
+                # Its own viewers need not wait for the echo.
+                tail.feed(self._threads.clock(), place.epoch, place.offset + 1 - len(ours), ours, gap=False)
+        return places
 
     def restart(self, thread_id: str) -> None:
         self._do(lambda: self._restart([self._prefix + thread_id], [self._ttl]))
@@ -314,11 +331,12 @@ class RedisLog:
             if not tail.heard.wait(SECONDS):
                 raise Away
             place = self.end(thread_id)
-            with tail.changed:
+            with tail.guard:
                 tail.restart(*place)
                 tail.ready = True
                 for early in tail.early:
-                    tail.feed(self._threads.clock(), *early)
+                    tail.take(self._threads.clock(), *early)
+            tail.wake()
 
     def _older(self, thread_id: str, place: Place) -> list[Record]:
         """What a reader has to catch up with, a piece at a time."""
@@ -396,10 +414,9 @@ class RedisLog:
             tail.heard.set()
         elif kind == b"message":
             head, _, rest = data.partition(b"\n")
-            epoch, first = head.split()
-            with tail.changed:
-                bodies = rest.split(b"\0") if rest else []
-                tail.feed(self._threads.clock(), epoch.decode(), int(first), bodies)
+            epoch, _, first = head.partition(b"-")
+            bodies = rest.split(b"\0") if rest else []
+            tail.feed(self._threads.clock(), epoch.decode(), int(first), bodies)
 
     def _send(self, *command: str) -> None:
         with self._sending:
@@ -432,14 +449,16 @@ class RedisLog:
         ends = self._do(lambda: self._ends([self._prefix + thread_id for thread_id, _ in viewed], [self._ttl]))
         for (_, tail), epoch, found in zip(viewed, before, ends, strict=True):
             place = self._place(found)
-            with tail.changed:
+            with tail.guard:
                 if tail.epoch != epoch:
                     continue
                 missing = place.offset if not patient else tail.known
-                if place.epoch != epoch or tail.offset < missing:
+                behind = place.epoch != epoch or tail.offset < missing
+                if behind:
                     tail.restart(*place)
-                    tail.changed.notify_all()
                 tail.known = place.offset if place.epoch == tail.epoch else 0
+            if behind:
+                tail.wake()
 
     # Upkeep
 
@@ -491,6 +510,10 @@ class RedisLog:
     def _place(id: bytes) -> Place:
         epoch, _, offset = id.decode().partition("-")
         return Place(epoch, int(offset))
+
+
+def _body(event: Event) -> bytes:
+    return (event.key or "").encode() + b"\n" + sse.encode(event.name, dumps(event.data))
 
 
 def _record(epoch: str, offset: int, body: bytes) -> Record:

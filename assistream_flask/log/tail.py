@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeAlias, TypeVar
+
+from gevent import monkey
 
 from . import Lost, Place, Record
 
@@ -15,9 +19,22 @@ READ_BYTES: Final = 65_536
 """One read gives records up to about so many bytes: what a slow viewer holds besides its socket's buffer."""
 
 
+_SWEEP_SECONDS: Final = 0.5
+Bell: TypeAlias = "queue.SimpleQueue[None]"
+
+
+def plain_lock() -> threading.RLock:
+    """Gives a lock for sections in which nothing waits: gevent's own costs more than most of them.
+
+    It may be taken again, by what the garbage collector tidies up in the midst of one.
+    """
+    lock: threading.RLock = monkey.get_original("_thread", "RLock")()
+    return lock
+
+
 class Tail:
     """Records without a gap up to ``offset``. ``lock``, ``held`` so often, is for changes that span store and log,
-    ``changed`` for the records. ``users`` and ``touched`` are the registry's."""
+    ``guard`` for the records. ``users`` and ``touched`` are the registry's."""
 
     def __init__(self, epoch: str, offset: int = 0) -> None:
         self.epoch, self.offset = epoch, offset
@@ -27,12 +44,30 @@ class Tail:
         self.touched = 0.0
         self.lock = threading.RLock()
         self.held = 0
-        self.changed = threading.Condition(threading.Lock())
+        self.guard = plain_lock()
+        self._bells: list[Bell] = []
 
     @property
     def place(self) -> Place:
         """The place after the newest record."""
         return Place(self.epoch, self.offset)
+
+    def wait(self, bell: Bell) -> None:
+        """Has ``bell`` rung at the next change. The caller holds ``guard``."""
+        self._bells.append(bell)
+
+    def wake(self) -> None:
+        """Wakes all who wait."""
+        with self.guard:
+            bells, self._bells = self._bells, []
+        for bell in bells:
+            bell.put(None)
+
+    def forget(self, bell: Bell) -> None:
+        """``bell`` need not be rung any more."""
+        with self.guard:
+            if bell in self._bells:
+                self._bells.remove(bell)
 
     def restart(self, epoch: str, offset: int) -> None:
         """Forgets all records: the log begins anew, or goes on behind a gap."""
@@ -61,6 +96,8 @@ class Tail:
         """Gives the records after ``place``, up to about ``size`` bytes. Raises :class:`Lost`."""
         if not self.has(place):
             raise Lost
+        if place.offset == self.offset - 1:
+            return [self.records[-1][1]]
         # From the right: the newest few are what nearly every reader wants.
         newest = [record for _, record in islice(reversed(self.records), self.offset - place.offset)][::-1]
         for at, record in enumerate(newest):
@@ -79,7 +116,9 @@ class Registry(Generic[T]):
     def __init__(self, make: Callable[[], T], clock: Callable[[], float]) -> None:
         self._make, self.clock = make, clock
         self._tails: dict[str, T] = {}
-        self._guard = threading.Lock()
+        self._guard = plain_lock()
+        self._sleepers: dict[Bell, float] = {}
+        self._sweeping = False
         self.closed = False
 
     def enter(self, thread_id: str) -> T:
@@ -124,12 +163,39 @@ class Registry(Generic[T]):
             del self._tails[thread_id]
             return True
 
+    def sleep(self, bell: Bell, seconds: float) -> bool:
+        """Waits for ``bell``; gives whether it rang within ``seconds``, of which half a one may be missing."""
+        if seconds <= 2 * _SWEEP_SECONDS:
+            try:
+                bell.get(timeout=seconds)
+                return True
+            except queue.Empty:
+                return False
+        # A timer for each wait would cost more than all else that a viewer does for an event.
+        due = self._sleepers[bell] = time.monotonic() + seconds - _SWEEP_SECONDS
+        with self._guard:
+            begin, self._sweeping = not self._sweeping, True
+        if begin:
+            threading.Thread(target=self._sweep, daemon=True, name="assistream-sweeper").start()
+        try:
+            bell.get()
+        finally:
+            self._sleepers.pop(bell, None)
+        return time.monotonic() < due
+
+    def _sweep(self) -> None:
+        while not self.closed:
+            time.sleep(_SWEEP_SECONDS)
+            now = time.monotonic()
+            for bell, due in list(self._sleepers.items()):
+                if due <= now and self._sleepers.pop(bell, 0):
+                    bell.put(None)
+
     def wake(self) -> None:
         """Ends all waits, now and later."""
         self.closed = True
         for _, tail in self.all():
-            with tail.changed:
-                tail.changed.notify_all()
+            tail.wake()
 
 
 class Cursor:
@@ -146,15 +212,28 @@ class Cursor:
         older: Callable[[Place], list[Record]] | None = None,
     ) -> None:
         self._registry, self._tail, self._place, self._older = registry, tail, place, older
+        self._bell: Bell = queue.SimpleQueue()
         self._open = True
 
     def read(self, timeout: float) -> list[Record]:
+        records = self._ready(waits=True)
+        if records is not None or self._registry.closed:
+            return records or []
+        if not self._registry.sleep(self._bell, timeout):
+            self._tail.forget(self._bell)
+            with suppress(queue.Empty):
+                self._bell.get(block=False)
+        return self._ready(waits=False) or []
+
+    def _ready(self, *, waits: bool) -> list[Record] | None:
+        """Gives what there is to read; where that is nothing, and ``waits``, the bell rings when there is."""
         tail = self._tail
-        with tail.changed:
+        with tail.guard:
             # A reader can be ahead of what was heard, where it caught up from elsewhere.
-            behind = tail.epoch == self._place.epoch and tail.offset <= self._place.offset
-            if behind and not self._registry.closed:
-                tail.changed.wait(timeout)
+            if tail.epoch == self._place.epoch and tail.offset <= self._place.offset:
+                if waits:
+                    tail.wait(self._bell)
+                return None
             older = tail.epoch == self._place.epoch and not tail.has(self._place)
             if self._older is None or not older:
                 records = tail.since(self._place, READ_BYTES)

@@ -55,6 +55,8 @@ class Upstream:
     ) -> None:
         self._stream, self._translator, self._place, self._poll = stream, translator, place, poll
         self._state = place.state() if place is not None else None
+        self.before_read: Callable[[Any], None] = lambda connection: None
+        """Called with the socket before each read of it, where that is known: see :func:`.lean.lean`."""
 
     def state(self) -> Json | None:
         """Gives what :func:`resume` needs to go on behind the last list, as JSON for nobody to change.
@@ -69,12 +71,18 @@ class Upstream:
         translator, place = self._translator, self._place
         ended = False
         try:
-            for batch in wire.read(self._stream) if self._stream is not None else ():
+            for batch in wire.read(self._stream, lambda raw: self.before_read(raw)) if self._stream is not None else ():
                 if ended:
                     continue
                 parts: list[Part] = []
                 failed: RunError | None = None
                 try:
+                    if place is None and isinstance(translator, responses.ResponsesTranslator):
+                        texts = translator.texts(batch)
+                        if texts is not None:
+                            if texts:
+                                yield texts
+                            continue
                     for kind, data in batch:
                         translator = translator or _translator(kind, data)
                         if translator is None or (place is not None and place.repeats(data)):

@@ -23,8 +23,10 @@ def create(client: openai.OpenAI, assistant: Assistant, turns: Sequence[Turn], s
     if assistant.instructions is not None:
         messages.insert(0, {"role": "system", "content": assistant.instructions})
     arguments: Json = {"stream_options": {"include_usage": True, **unpadded(client)}, **assistant.arguments}
+    # As it is, see the Responses API.
+    arguments["extra_body"] = {**(arguments.get("extra_body") or {}), "messages": messages}
     return client.chat.completions.create(
-        model=assistant.model or "", messages=messages, stream=True, timeout=stall, **arguments
+        model=assistant.model or "", messages=[], stream=True, timeout=stall, **arguments
     )
 
 

@@ -17,6 +17,7 @@ from ..events import Json
 from .parts import End, Part, Slots, Turn, code_of, failure, reason, usage
 from .wire import unpadded
 
+_TEXT = "response.output_text.delta"
 _TOOLS = ("function_call", "custom_tool_call", "computer_call", "local_shell_call", "mcp_approval_request")
 
 
@@ -29,9 +30,9 @@ def create(client: openai.OpenAI, assistant: Assistant, turns: Sequence[Turn], s
         arguments["instructions"] = assistant.instructions
     if options := unpadded(client):
         arguments.setdefault("stream_options", options)
-    return client.responses.create(
-        model=assistant.model or "", input=[_item(turn) for turn in turns], stream=True, timeout=stall, **arguments
-    )
+    # The SDK looks through typed arguments, at more cost than all else that a request needs; this it sends as it is.
+    arguments["extra_body"] = {**(arguments.get("extra_body") or {}), "input": [_item(turn) for turn in turns]}
+    return client.responses.create(model=assistant.model or "", input=[], stream=True, timeout=stall, **arguments)
 
 
 def _item(turn: Turn) -> Any:
@@ -78,6 +79,21 @@ class ResponsesTranslator:
                     self._paragraph = True
             parts += self._whole(index, item, "poll")
         return parts
+
+    def texts(self, batch: Sequence[tuple[str, Json]]) -> list[Part] | None:
+        """Does for a batch of nothing but pieces of one text what :meth:`feed` does, in one step; gives ``None``, and
+        does nothing, for another."""
+        if self._told_by != "delta":
+            return None
+        at, content = batch[0][1].get("output_index"), batch[0][1].get("content_index")
+        found: list[str] = []
+        for kind, data in batch:
+            text = data.get("delta")
+            same = kind == _TEXT and data.get("output_index") == at and data.get("content_index") == content
+            if not same or not isinstance(text, str):
+                return None
+            found.append(text)
+        return self._slots.text((at, content), "".join(found))
 
     def feed(self, kind: str, data: Json) -> list[Part]:
         key = (data.get("output_index"), data.get("content_index"))

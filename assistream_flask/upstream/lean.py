@@ -1,0 +1,173 @@
+"""Reads the chunks of an HTTP/1.1 answer below httpx2, which takes longer for them than all else that a delta needs.
+
+Connections, TLS, proxies, time-outs, keep-alive and the heads of answers stay httpx2's, httpcore2's and h11's. A
+network backend, which httpcore2 is made to take, sees the bytes first: it gives h11 the head, and what it can prove to
+be whole, ordinary chunks (RFC 9112, section 7.1) it gives out itself. All else, the last chunk included, is left for
+h11, which so keeps the connection's state and judges what is malformed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import ssl
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, Final
+
+import httpcore2
+import httpx2
+import openai
+
+_HEAD_END: Final = re.compile(rb"\n\r?\n")
+_CHUNK: Final = re.compile(rb"([0-9a-fA-F]{1,7})\r\n")
+_CUT: Final = re.compile(rb"[0-9a-fA-F]{1,7}\r?")
+_READ: Final = 65_536
+
+
+def lean(client: httpx2.Client) -> httpx2.Client:
+    """Has ``client``, one that has sent nothing yet, read event streams with a fraction of the work; gives it back.
+
+    For a client of the app's own: ``OpenAI(http_client=lean(DefaultHttpxClient()))``. Works with httpx2's own
+    transports, those for proxies included; others stay as they are.
+    """
+    for transport in (client._transport, *client._mounts.values()):
+        pool: Any = getattr(transport, "_pool", None)
+        backend = getattr(pool, "_network_backend", None)
+        # HTTP/2 has no chunks.
+        if isinstance(backend, httpcore2.NetworkBackend) and not isinstance(backend, _Backend) and not pool._http2:
+            pool._network_backend = _Backend(backend)
+    return client
+
+
+def new_client() -> openai.OpenAI:
+    """Gives the client of who names none: the SDK's settings from the environment, read leanly."""
+    # A server of one's own often wants no key, the SDK insists on one.
+    own = os.environ.get("OPENAI_BASE_URL") and not os.environ.get("OPENAI_API_KEY")
+    return openai.OpenAI(api_key="none" if own else None, http_client=lean(openai.DefaultHttpxClient()))
+
+
+class _Backend(httpcore2.NetworkBackend):
+    def __init__(self, inner: httpcore2.NetworkBackend) -> None:
+        self._inner = inner
+
+    def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore2.NetworkStream:
+        return Connection(self._inner.connect_tcp(host, port, timeout, local_address, socket_options))
+
+    def connect_unix_socket(
+        self, path: str, timeout: float | None = None, socket_options: Iterable[Any] | None = None
+    ) -> httpcore2.NetworkStream:
+        return Connection(self._inner.connect_unix_socket(path, timeout, socket_options))
+
+    def sleep(self, seconds: float) -> None:
+        self._inner.sleep(seconds)
+
+
+class Connection(httpcore2.NetworkStream):
+    """A connection that knows where the body of an answer begins."""
+
+    def __init__(self, inner: httpcore2.NetworkStream) -> None:
+        self._inner = inner
+        self._rest = b""
+        # Of the head so far, for an end that comes in two reads; None behind it.
+        self._head: bytes | None = None
+        self._at_body = False
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        self._at_body = False
+        if self._rest:
+            data, self._rest = self._rest[:max_bytes], self._rest[max_bytes:]
+            return data
+        data = self._inner.read(max_bytes, timeout)
+        if self._head is not None:
+            end = _HEAD_END.search(self._head + data)
+            if end is None:
+                self._head = (self._head + data)[-2:]
+            else:
+                at = end.end() - len(self._head)
+                data, self._rest = data[:at], data[at:]
+                self._head, self._at_body = None, True
+        return data
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self._head, self._at_body = b"", False
+        self._inner.write(buffer, timeout)
+
+    def close(self) -> None:
+        self._inner.close()
+
+    def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore2.NetworkStream:
+        return Connection(self._inner.start_tls(ssl_context, server_hostname, timeout))
+
+    def get_extra_info(self, info: str) -> Any:
+        if info == "is_readable" and self._rest:
+            return True
+        return self._inner.get_extra_info(info)
+
+    def chunks(self, timeout: float | None, before: Callable[[], None]) -> Iterator[bytes]:
+        """Gives the data of ordinary chunks, that of one read together; nothing where the body has been begun.
+
+        ``before`` is called before each read. What follows is for :meth:`read`. Raises what a socket does.
+        """
+        if not self._at_body:
+            return
+        data, left = self._rest, 0
+        self._rest, self._at_body = b"", False
+        raw = self.get_extra_info("socket")
+        if hasattr(raw, "recv"):
+            raw.settimeout(timeout)
+            read = raw.recv
+        else:
+            read = partial(self._inner.read, timeout=timeout)
+        while True:
+            found: list[bytes] = []
+            at, ordinary = 0, True
+            while at < len(data):
+                if left == 0:
+                    size = _CHUNK.match(data, at)
+                    if size is None:
+                        # A head that is cut, or one for h11.
+                        ordinary = _CUT.fullmatch(data, at) is not None
+                        break
+                    left = int(size[1], 16)
+                    if left == 0:
+                        ordinary = False
+                        break
+                    at, left = size.end(), left + 2
+                stop = at + left
+                if stop <= len(data):
+                    found.append(data[at : stop - 2])
+                    if data[stop - 2 : stop] != b"\r\n":
+                        if some := b"".join(found):
+                            yield some
+                        raise httpcore2.RemoteProtocolError("a chunk does not end in CRLF")
+                    at, left = stop, 0
+                elif left > 2:
+                    # All but what may be the line's end.
+                    part = data[at : at + left - 2]
+                    found.append(part)
+                    at, left = at + len(part), left - len(part)
+                else:
+                    break
+            data = data[at:]
+            if some := b"".join(found):
+                yield some
+            if not ordinary:
+                self._rest = data
+                return
+            before()
+            more = read(_READ)
+            if not more:
+                # h11 says what that means.
+                self._rest = data
+                return
+            data += more
