@@ -29,7 +29,7 @@ class Teller:
         """Does as :meth:`tell` for several threads at once."""
         if not any(thread_id in self._untold for thread_id, _ in told):
             try:
-                return self._log.append_all(told)
+                return self._log.append_all(told) if len(told) > 1 else [self._log.append(*told[0])]
             except Away:
                 for thread_id, _ in told:
                     self.untell(thread_id)

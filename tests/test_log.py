@@ -124,6 +124,21 @@ def test_an_append_of_nothing_changes_nothing(make: MakeLog) -> None:
     assert log.append("t", []) == log.end("t") == Place(log.end("t").epoch, 0)
 
 
+def test_what_is_appended_for_several_threads_at_once_is_in_each_of_them_in_order(make: MakeLog) -> None:
+    log = make()
+    starts = {name: log.end(name) for name in ("t", "u", "v")}
+    readers = {name: log.subscribe(name, start) for name, start in starts.items()}
+    places = log.append_all([("t", [event(1), event(2)]), ("u", [event(3)]), ("v", []), ("t", [event(4)])])
+    assert list(places) == [
+        Place(starts[name].epoch, offset) for name, offset in (("t", 2), ("u", 1), ("v", 0), ("t", 3))
+    ]
+    for name, expected in (("t", [1, 2, 4]), ("u", [3]), ("v", [])):
+        assert numbers(log.since(name, starts[name])) == expected
+        assert numbers(readers[name].read(0.05)) == expected
+        readers[name].close()
+    assert list(log.append_all([])) == []
+
+
 def test_a_record_has_its_frame_with_its_id_and_the_key_of_its_run(make: MakeLog) -> None:
     log = make()
     start = log.end("t")
@@ -552,7 +567,7 @@ def test_trimming_at_once_with_readers_and_writers_loses_nothing_silently(make: 
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(120)
         assert not thread.is_alive()
     assert wrong == []
 

@@ -99,6 +99,9 @@ class TapedLog(MemoryLog):
     def append(self, thread_id: str, events: Sequence[Event]) -> Place:
         return self._tape.append(super().append, thread_id, events)
 
+    def append_all(self, told: Sequence[tuple[str, Sequence[Event]]]) -> list[Place]:
+        return [self.append(thread_id, events) for thread_id, events in told]
+
 
 class Viewer:
     """What a page has that knows nothing but events: everything that is created is added."""

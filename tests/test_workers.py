@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, cast
 
 import pytest
 
+from assistream_flask import publisher, upstream
 from assistream_flask import runner as runners
-from assistream_flask import upstream
 from assistream_flask.assistants import Assistant
 from assistream_flask.errors import RequestError, RunError
 from assistream_flask.events import TERMINAL, Event, Json
@@ -98,7 +98,13 @@ class TapedRedisLog(RedisLog):
         self._tape = tape
 
     def append(self, thread_id: str, events: Sequence[Event]) -> Place:
-        return self._tape.append(super().append, thread_id, events)
+        return self._tape.append(self._append_one, thread_id, events)
+
+    def _append_one(self, thread_id: str, events: Sequence[Event]) -> Place:
+        return super().append_all([(thread_id, events)])[0]
+
+    def append_all(self, told: Sequence[tuple[str, Sequence[Event]]]) -> list[Place]:
+        return [self.append(thread_id, events) for thread_id, events in told]
 
 
 class Worker(NamedTuple):
@@ -232,6 +238,15 @@ def test_whatever_the_workers_do_every_viewer_ends_with_the_whole(
 ) -> None:
     with contextlib.closing(Houses(database_url, redis_server.empty_url(), workers=workers)) as houses:
         did = sum(trial(houses, seeded(houses, f"{workers}/{number}")) for number in range(TRIALS))
+    assert did >= 10 * TRIALS
+
+
+def test_whatever_they_do_at_a_pace_every_viewer_ends_with_the_whole(
+    redis_server: RedisServer, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher, "_FEW", 0)
+    with contextlib.closing(Houses(database_url, redis_server.empty_url())) as houses:
+        did = sum(trial(houses, seeded(houses, f"pace/{number}")) for number in range(TRIALS))
     assert did >= 10 * TRIALS
 
 
