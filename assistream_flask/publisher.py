@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from .errors import RunError
@@ -17,14 +17,15 @@ from .upstream.parts import Part
 _log = logging.getLogger(__name__)
 
 _FEW: Final = 20
-"""A worker with no more answers under way has time to tell of each delta as it comes."""
+"""A worker with no more answers under way, and no more viewers, has time to tell of each delta as it comes."""
 
 
 class Publisher:
-    """Tells what the runs of one worker grow by; ``seconds`` is a tick, 0 is for telling all at once."""
+    """Tells what the runs of one worker grow by; ``seconds`` is a tick, 0 is for telling all at once. ``viewers()`` are
+    the event streams that the worker has open."""
 
-    def __init__(self, teller: Teller, seconds: float) -> None:
-        self._teller = teller
+    def __init__(self, teller: Teller, seconds: float, viewers: Callable[[], int]) -> None:
+        self._teller, self._viewers = teller, viewers
         # Those that have begun to speak and are not over.
         self._speaking: set[str] = set()
         self._due: dict[str, Live] = {}
@@ -37,7 +38,8 @@ class Publisher:
             pacer.wait(connection, live.bell)
 
     def _pacer_of(self, live: Live) -> Pacer | None:
-        return self._pacer if live.begun and len(self._speaking) > _FEW else None
+        many = len(self._speaking) > _FEW or self._viewers() > _FEW
+        return self._pacer if live.begun and many else None
 
     def add(self, live: Live, parts: Sequence[Part]) -> None:
         """Takes what arrived. Raises :class:`Interrupted` when the run is over, or another worker's."""

@@ -53,7 +53,8 @@ class Started(NamedTuple):
 class Runner:
     """Runs the runs of one worker. ``worker`` names it in the store.
 
-    ``adopt`` gives the assistant for a queued run that another worker left behind, or ``None``.
+    ``adopt`` gives the assistant for a queued run that another worker left behind, or ``None``; ``viewers`` how many
+    event streams the worker has open.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Runner:
         settings: Settings,
         worker: str,
         adopt: Callable[[str, str], Asked | None],
+        viewers: Callable[[], int] = lambda: 0,
     ) -> None:
         self._store, self._log, self._settings = store, log, settings
         self._worker, self._adopt = worker, adopt
@@ -70,7 +72,7 @@ class Runner:
         self._live: dict[str, Live] = {}
         self._queues: dict[str, list[list[Live]]] = {}
         self._teller = Teller(log)
-        self._publisher = Publisher(self._teller, settings.pace_seconds)
+        self._publisher = Publisher(self._teller, settings.pace_seconds, viewers)
         # Threads with runs of the worker that this one replaces, where workers do not share a log.
         self._foreign: set[str] = set()
         self._renewed = self._swept = time.monotonic()

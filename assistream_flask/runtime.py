@@ -34,7 +34,7 @@ class Runtime:
         self.store = ThreadStore(settings.database_url, settings.database_pool)
         self.worker = new_id("worker")
         self.log = _log_of(settings)
-        self.runner = Runner(self.store, self.log, settings, self.worker, adopt)
+        self.runner = Runner(self.store, self.log, settings, self.worker, adopt, lambda: self.open_streams)
         self.log.listen(self.runner.attend)
         self.streams: dict[object, int] = {}
         self.open_streams = 0

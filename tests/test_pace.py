@@ -1,4 +1,4 @@
-"""Many answers at once share one tick; nothing of them is lost, late in its own way, or held up by another's failure."""
+"""Many answers at once share one tick: nothing of them is lost, and none is held up by another's failure."""
 
 from __future__ import annotations
 
