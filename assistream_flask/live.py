@@ -49,10 +49,11 @@ class Live:
         # Of a background response: what another worker needs to go on, and what that one has already.
         self.state: Json | None = None
         self.ahead: Ahead | None = None
-        # What arrived and was not added to the reply yet, and the state behind it; and whether anything was told.
+        # What arrived and was not added to the reply yet, and the state behind it.
         self.pending: list[Part] = []
         self.pending_state: Json | None = None
-        self.begun = False
+        # Whether, and when, anything was told.
+        self.begun, self.told = False, 0.0
         self.bell: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.waits = Interruptible(self.close)
         # How it ends when it is interrupted; not at all when another worker has it.

@@ -1,6 +1,7 @@
-"""One tick a worker: streams are read, and told, no more often than a screen can show.
+"""One clock a worker: streams are read, and told, no more often than a screen can show.
 
-A stream that is woken for each delta costs a switch, a poll and a timer each time; those of a tick share them.
+A stream that is woken for each delta costs a switch, a poll and a timer each time; those of a tick share them. There
+are several ticks to a turn of all streams, so that whatever else the worker does comes in between.
 """
 
 from __future__ import annotations
@@ -17,23 +18,24 @@ from gevent import monkey
 
 _log = logging.getLogger(__name__)
 
+_TICKS: Final = 8
 _PATIENCE: Final = 0.3
 """Who has nothing to read for so long waits in its own way, which costs nothing while it lasts."""
 
 
 class Pacer:
-    """Calls ``tell`` every ``seconds`` while there is something to tell, and lets streams wait for that time."""
+    """Lets each stream have a turn every ``seconds``; calls ``tell`` at each tick, while there is something to do."""
 
     def __init__(self, seconds: float, tell: Callable[[], None]) -> None:
         self._seconds, self._tell = seconds, tell
-        self._waiting: dict[int, tuple[queue.SimpleQueue[None], float]] = {}
+        self._waiting: dict[int, tuple[queue.SimpleQueue[None], float, float]] = {}
         self._wanted = threading.Event()
         self._guard = threading.Lock()
         self._thread: threading.Thread | None = None
         self._closed = False
 
     def wait(self, connection: Any, bell: queue.SimpleQueue[None]) -> None:
-        """Returns at the next tick at which the socket ``connection`` has something to read, or after a while.
+        """Returns at the next turn at which the socket ``connection`` has something to read, or after a while.
 
         ``bell`` is the caller's own, to be rung for it.
         """
@@ -42,7 +44,8 @@ class Pacer:
         number = connection.fileno()
         if number < 0 or self._closed or (pending is not None and pending()):
             return
-        self._waiting[number] = bell, time.monotonic() + _PATIENCE
+        now = time.monotonic()
+        self._waiting[number] = bell, now + self._seconds, now + self._seconds + _PATIENCE
         self.want()
         try:
             bell.get()
@@ -73,7 +76,7 @@ class Pacer:
             self._wanted.wait()
             now = time.monotonic()
             # Whoever is late is not in a hurry: others have a turn too.
-            due = max(due + self._seconds, now + self._seconds / 8)
+            due = max(due + self._seconds / _TICKS, now + self._seconds / _TICKS / 4)
             time.sleep(due - now)
             self._wanted.clear()
             try:
@@ -82,19 +85,20 @@ class Pacer:
                 _log.exception("a tick failed")
             if self._waiting:
                 self._wanted.set()
-        for bell, _ in list(self._waiting.values()):
+        for bell, *_ in list(self._waiting.values()):
             bell.put(None)
 
     def _tick(self) -> None:
-        if self._waiting:
+        now = time.monotonic()
+        turn = [(number, bell, until) for number, (bell, since, until) in list(self._waiting.items()) if since <= now]
+        if turn:
             poll = _poll()
-            for number in list(self._waiting):
+            for number, _, _ in turn:
                 poll.register(number, POLLIN)
             ready = {number for number, _ in poll.poll(0)}
-            now = time.monotonic()
-            for number, (bell, until) in list(self._waiting.items()):
-                if number in ready or now > until:
-                    del self._waiting[number]
+            for number, bell, until in turn:
+                if number in ready or until <= now:
+                    self._waiting.pop(number, None)
                     bell.put(None)
             # They read now, and what they read is told at once.
             time.sleep(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -29,6 +30,7 @@ class Publisher:
         # Those that have begun to speak and are not over.
         self._speaking: set[str] = set()
         self._due: dict[str, Live] = {}
+        self._seconds = seconds
         self._pacer = Pacer(seconds, self._tick) if seconds else None
 
     def wait(self, live: Live, connection: Any) -> None:
@@ -76,8 +78,10 @@ class Publisher:
         locked: list[Live] = []
         grown: list[tuple[Live, list[Event]]] = []
         try:
+            # What was read in a turn of the pacer's is told in it; what came otherwise waits for one of its own.
+            late = time.monotonic() - self._seconds * 0.75
             for live in due.values():
-                if not live.lock.acquire(blocking=False):
+                if live.told > late or not live.lock.acquire(blocking=False):
                     self._due[live.id] = live
                     continue
                 locked.append(live)
@@ -100,9 +104,10 @@ class Publisher:
         told = [(live, events) for live, events in grown if events]
         if told:
             places = self._teller.tell_all([(live.thread_id, events) for live, events in told])
+            now = time.monotonic()
             for (live, _), place in zip(told, places, strict=True):
                 live.place = place or live.place
-                live.dirty = True
+                live.dirty, live.told = True, now
                 if not live.begun:
                     live.begun = True
                     self._speaking.add(live.id)

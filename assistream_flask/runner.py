@@ -405,12 +405,15 @@ class Runner:
 
     def _end(self, live: Live, finish: Callable[[Reply], list[Event]]) -> None:
         """Ends the run once: the store has its final state before viewers hear of it."""
-        self._publisher.flush(live)
+        try:
+            self._publisher.flush(live)
+        except Exception:
+            _log.exception("the last words of run %s are lost", live.id)
         with live.lock:
             if live.reply.over:
                 return
             if not live.left:
-                told = [*live.grow(), *finish(live.reply)]
+                told = finish(live.reply)
                 final = live.now()
         if live.left:
             self._forget(live)
