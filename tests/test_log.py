@@ -533,7 +533,8 @@ def test_writers_at_once_leave_no_hole_and_each_batch_whole(make: MakeLog) -> No
 
 def test_trimming_at_once_with_readers_and_writers_loses_nothing_silently(make: MakeLog) -> None:
     clock = make.clock
-    log, total = make(max_events=20, max_age=10), 3000
+    # Redis's time passes for real.
+    log, total = make(max_events=20, max_age=10), 3000 if make.trims_by_age else 800
     written = threading.Event()
 
     def write() -> None:
