@@ -31,7 +31,7 @@ def on_starting(server: Any) -> None:
 
 
 def post_worker_init(worker: Any) -> None:
-    """Has the garbage collector look at what is new only, and seldom: it took a sixth of a busy worker's time."""
+    """Has the garbage collector look at what is new only, and seldom: it took a tenth of a busy worker's time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)

@@ -35,7 +35,11 @@ def lean(client: httpx2.Client) -> httpx2.Client:
         pool: Any = getattr(transport, "_pool", None)
         backend = getattr(pool, "_network_backend", None)
         # HTTP/2 has no chunks.
-        if isinstance(backend, httpcore2.NetworkBackend) and not isinstance(backend, _Backend) and not pool._http2:
+        if (
+            isinstance(backend, httpcore2.NetworkBackend)
+            and not isinstance(backend, _Backend)
+            and not getattr(pool, "_http2", False)
+        ):
             pool._network_backend = _Backend(backend)
     return client
 
@@ -113,10 +117,11 @@ class Connection(httpcore2.NetworkStream):
             return True
         return self._inner.get_extra_info(info)
 
-    def chunks(self, timeout: float | None, before: Callable[[], None]) -> Iterator[bytes]:
+    def chunks(self, timeout: float | None, before: Callable[[Any], None]) -> Iterator[bytes]:
         """Gives the data of ordinary chunks, that of one read together; nothing where the body has been begun.
 
-        ``before`` is called before each read. What follows is for :meth:`read`. Raises what a socket does.
+        ``before`` is called with the socket before each read. What follows is for :meth:`read`. Raises what a socket
+        does.
         """
         if not self._at_body:
             return
@@ -164,7 +169,7 @@ class Connection(httpcore2.NetworkStream):
             if not ordinary:
                 self._rest = data
                 return
-            before()
+            before(raw)
             more = read(_READ)
             if not more:
                 # h11 says what that means.

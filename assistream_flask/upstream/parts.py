@@ -65,10 +65,6 @@ def merged(parts: Sequence[Part]) -> Sequence[Part]:
     """Gives the same with neighbours joined that go to the same place: one event for what one read brought."""
     if len(parts) < 2:
         return parts
-    at = parts[0].at if isinstance(parts[0], Text) else None
-    texts = [part.value for part in parts if isinstance(part, Text) and part.at == at]
-    if len(texts) == len(parts) and at is not None:
-        return [Text(at, "".join(texts))]
     found: list[Part] = []
     for _, group in groupby(parts, lambda part: (type(part), *part[:-1])):
         first, *more = group
@@ -134,11 +130,6 @@ class Slots:
 
     def text(self, key: object, value: object) -> list[Part]:
         """Gives the text for the part that ``key`` names."""
-        slot = "text", key
-        known = slot in self._told and slot not in self._half and slot not in self._skip
-        if known and isinstance(value, str) and value and value.isascii() and "\0" not in value:
-            self._told[slot] += len(value)
-            return [Text(self._place(slot), value)]
         whole = self._whole(("text", key), value)
         return [Text(self._place(("text", key)), whole)] if whole else []
 

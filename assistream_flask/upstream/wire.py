@@ -65,8 +65,7 @@ def _bytes(response: Any, before: Callable[[Any], None]) -> Iterator[bytes]:
         and "Content-Encoding" not in headers
     ):
         timeout = response.request.extensions.get("timeout", {}).get("read")
-        raw = connection.get_extra_info("socket")
-        yield from connection.chunks(timeout, lambda: before(raw))
+        yield from connection.chunks(timeout, before)
     yield from response.iter_bytes()
 
 
