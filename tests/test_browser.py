@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Route, sync_playwright
 
 from tests.live import ROOT, Gunicorn, running
 
@@ -417,6 +417,26 @@ def test_the_page_streams_two_assistants_by_keyboard_alone(
             page.get_by_role("article", name=name).get_by_text("I am the offline assistant").wait_for()
         assert errors == []
         assert "sk-" not in page.content()
+
+
+@pytest.mark.parametrize("late", ["assistream.js", "assistants"])
+def test_what_is_sent_before_the_page_is_ready_is_sent_when_it_is(
+    context: BrowserContext, example: str, late: str
+) -> None:
+    page, errors = watched(context)
+    held = list[Route]()
+    page.route(f"**/assistream/{late}", lambda route: held.append(route))
+    page.goto(example, wait_until="domcontentloaded")
+    page.get_by_role("textbox").first.fill("Hello")
+    page.keyboard.press("Enter")
+    wait(page, lambda: held)
+    pause(page, 0.2)
+    for route in held:
+        route.continue_()
+    page.get_by_role("article", name="You").get_by_text("Hello", exact=True).wait_for()
+    page.get_by_role("article", name="Tutor").get_by_text("I am the offline assistant").wait_for()
+    assert page.get_by_role("textbox").first.input_value() == ""
+    assert errors == []
 
 
 def test_the_page_shows_model_text_as_text_and_keeps_a_strict_policy(context: BrowserContext, example: str) -> None:

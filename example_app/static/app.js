@@ -1,11 +1,24 @@
 import { show as showMarkdown } from "./markdown.js";
 
-const helper = new URL(document.getElementById("app").dataset.assistream, location.href);
-const { addMessageAndRuns, createThread, loadThread, run, text } = await import(helper);
-
 const $ = (id) => document.getElementById(id);
 const copyOf = (template) => $(template).content.firstElementChild.cloneNode(true);
 const input = $("text"), list = $("entries"), scroller = $("scroller");
+
+// People type faster than pages load: what is sent before the page is ready goes out when it is.
+let ready = false, early = false;
+input.addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  $("composer").requestSubmit();
+});
+$("composer").addEventListener("submit", (event) => {
+  event.preventDefault();
+  if (ready) send(input.value.trim(), picked(), $("composer").elements.mode.value);
+  else early = true;
+});
+
+const helper = new URL($("app").dataset.assistream, location.href);
+const { addMessageAndRuns, createThread, loadThread, run, text } = await import(helper);
 
 const assistants = new Map();   // id -> {id, name, description, voice}
 const threads = new Map();      // id -> thread, newest first
@@ -163,7 +176,8 @@ async function open(id) {
   render([]);
   $("notice").hidden = true;
   $("empty").hidden = !!id;
-  input.value = recall(sessionStorage, draftKey()) ?? "";
+  if (!ready && input.value) remember(sessionStorage, draftKey(), input.value);
+  else input.value = recall(sessionStorage, draftKey()) ?? "";
   grow();
   showThreads();
   if (!id) return;
@@ -222,16 +236,6 @@ input.addEventListener("input", () => {
   remember(sessionStorage, draftKey(), input.value);
   grow();
 });
-input.addEventListener("keydown", (event) => {
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
-  event.preventDefault();
-  $("composer").requestSubmit();
-});
-$("composer").addEventListener("submit", (event) => {
-  event.preventDefault();
-  send(input.value.trim(), picked(), $("composer").elements.mode.value);
-});
-
 // The text stays in the box until the thread shows it: whatever goes wrong, nothing typed is lost.
 async function send(words, ids, mode) {
   if (!words || sending) return;
@@ -503,3 +507,5 @@ addEventListener("keydown", (event) => {
 await Promise.all([loadThreads(), loadAssistants().catch((error) => complain(`The assistants could not be loaded. ${error.message}`))]);
 connection();
 openFromHash();
+ready = true;
+if (early) $("composer").requestSubmit();
