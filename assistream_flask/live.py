@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import openai
@@ -14,6 +13,7 @@ from .assistants import Assistant
 from .events import Event, Json
 from .interrupt import Interruptible
 from .log import Place
+from .pace import Seat
 from .reply import Ahead, Reply
 from .upstream.parts import Part, merged
 
@@ -54,7 +54,9 @@ class Live:
         self.pending_state: Json | None = None
         # Whether, and when, anything was told.
         self.begun, self.told = False, 0.0
-        self.bell: queue.SimpleQueue[None] = queue.SimpleQueue()
+        # What arrives, and where its reader waits for it.
+        self.batches: Iterator[list[Part]] = iter(())
+        self.seat = Seat()
         self.waits = Interruptible(self.close)
         # How it ends when it is interrupted; not at all when another worker has it.
         self.stop: Callable[[Reply], list[Event]] | None = Reply.cancel
@@ -63,6 +65,23 @@ class Live:
         """Closes the connection to the model server."""
         if self.upstream is not None:
             self.upstream.close()
+
+    def read(self, ours: upstream.Upstream) -> None:
+        """Has its batches come from there."""
+        self.upstream, self.seat = ours, Seat()
+        ours.gate = self.seat
+        self.batches = iter(ours)
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether what is stored is as of another log."""
+        return self.place is not None and self.place.epoch != self.kept
+
+    def take(self, parts: Sequence[Part]) -> None:
+        """Takes what arrived."""
+        self.pending += self.ahead.rest(parts) if self.ahead else parts
+        if self.upstream is not None:
+            self.pending_state = self.upstream.state()
 
     def grow(self) -> list[Event]:
         """Adds what arrived to the reply; gives the events that tell of it."""

@@ -10,11 +10,14 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import takewhile
 from select import POLLIN
-from typing import Any, Final
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 from gevent import monkey
+
+from .upstream.lean import Gate
 
 _log = logging.getLogger(__name__)
 
@@ -23,34 +26,56 @@ _PATIENCE: Final = 0.3
 """Who has nothing to read for so long waits in its own way, which costs nothing while it lasts."""
 
 
-class Pacer:
-    """Lets each stream have a turn every ``seconds``; calls ``tell`` at each tick, while there is something to do."""
+class Seat(Gate):
+    """Where the reader of a stream waits for its turn. ``left`` is for what is left to it; ``None``: the reading."""
 
-    def __init__(self, seconds: float, tell: Callable[[], None]) -> None:
-        self._seconds, self._tell = seconds, tell
-        self._waiting: dict[int, tuple[queue.SimpleQueue[None], float, float]] = {}
+    def __init__(self) -> None:
+        super().__init__()
+        self.since = self.until = 0.0
+        self.left: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+
+class Seated(Protocol):
+    """Who has a seat."""
+
+    seat: Seat
+
+
+T = TypeVar("T", bound=Seated)
+
+
+class Pacer(Generic[T]):
+    """Lets each stream have a turn every ``seconds``. While there is something to do, calls ``tick`` every few
+    milliseconds with those that have a turn and something to read: for it to read, and to have each wait :meth:`again`
+    or go on.
+    """
+
+    def __init__(self, seconds: float, tick: Callable[[Sequence[T]], None]) -> None:
+        self._seconds, self._call = seconds, tick
+        # In the order of their turns.
+        self._waiting: dict[T, None] = {}
         self._wanted = threading.Event()
         self._guard = threading.Lock()
         self._thread: threading.Thread | None = None
         self._closed = False
 
-    def wait(self, connection: Any, bell: queue.SimpleQueue[None]) -> None:
-        """Returns at the next turn at which the socket ``connection`` has something to read, or after a while.
-
-        ``bell`` is the caller's own, to be rung for it.
-        """
-        # What TLS has decrypted already does not show on the socket.
-        pending = getattr(connection, "pending", None)
-        number = connection.fileno()
-        if number < 0 or self._closed or (pending is not None and pending()):
-            return
-        now = time.monotonic()
-        self._waiting[number] = bell, now + self._seconds, now + self._seconds + _PATIENCE
-        self.want()
+    def wait(self, one: T) -> Any:
+        """Gives what is left to the reader; ``None`` when it is to read for itself."""
+        if self._closed or one.seat.socket.fileno() < 0:
+            return None
+        self.again(one)
         try:
-            bell.get()
+            return one.seat.left.get()
         finally:
-            self._waiting.pop(number, None)
+            self._waiting.pop(one, None)
+
+    def again(self, one: T) -> None:
+        """Lets it have its next turn; its reader waits."""
+        seat = one.seat
+        seat.since = time.monotonic() + self._seconds
+        seat.until = seat.since + _PATIENCE
+        self._waiting[one] = None
+        self.want()
 
     def want(self) -> None:
         """Has the next tick come."""
@@ -85,24 +110,28 @@ class Pacer:
                 _log.exception("a tick failed")
             if self._waiting:
                 self._wanted.set()
-        for bell, *_ in list(self._waiting.values()):
-            bell.put(None)
+        for one in list(self._waiting):
+            one.seat.left.put(None)
 
     def _tick(self) -> None:
         now = time.monotonic()
-        turn = [(number, bell, until) for number, (bell, since, until) in list(self._waiting.items()) if since <= now]
+        ready: list[T] = []
+        first = takewhile(lambda one: one.seat.since <= now, list(self._waiting))
+        turn = [(one.seat.socket.fileno(), one) for one in first]
         if turn:
             poll = _poll()
-            for number, _, _ in turn:
-                poll.register(number, POLLIN)
-            ready = {number for number, _ in poll.poll(0)}
-            for number, bell, until in turn:
-                if number in ready or until <= now:
-                    self._waiting.pop(number, None)
-                    bell.put(None)
-            # They read now, and what they read is told at once.
-            time.sleep(0)
-        self._tell()
+            for number, _ in turn:
+                if number >= 0:
+                    poll.register(number, POLLIN)
+            readable = {number for number, _ in poll.poll(0)}
+            for number, one in turn:
+                if number in readable or one.seat.pending():
+                    self._waiting.pop(one, None)
+                    ready.append(one)
+                elif number < 0 or one.seat.until <= now:
+                    self._waiting.pop(one, None)
+                    one.seat.left.put(None)
+        self._call(ready)
 
 
 def _poll() -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Final, cast
 
 from .errors import RunError
 from .events import Event
@@ -22,24 +22,38 @@ _FEW: Final = 20
 
 
 class Publisher:
-    """Tells what the runs of one worker grow by; ``seconds`` is a tick, 0 is for telling all at once. ``viewers()`` are
-    the event streams that the worker has open."""
+    """Tells what the runs of one worker grow by; ``seconds`` is a turn, 0 is for telling all at once. ``viewers()`` are
+    the event streams that the worker has open; ``plain`` says of what arrived for a run that it is to be told, and that
+    nothing else is to be done for it."""
 
-    def __init__(self, teller: Teller, seconds: float, viewers: Callable[[], int]) -> None:
-        self._teller, self._viewers = teller, viewers
+    def __init__(
+        self,
+        teller: Teller,
+        seconds: float,
+        viewers: Callable[[], int],
+        plain: Callable[[Live, Sequence[Part]], bool],
+    ) -> None:
+        self._teller, self._viewers, self._plain = teller, viewers, plain
         # Those that have begun to speak and are not over.
         self._speaking: set[str] = set()
         self._due: dict[str, Live] = {}
         self._seconds = seconds
-        self._pacer = Pacer(seconds, self._tick) if seconds else None
+        self._pacer: Pacer[Live] | None = Pacer(seconds, self._tick) if seconds else None
 
-    def wait(self, live: Live, connection: Any) -> None:
-        """Returns when the run's ``connection`` is to be read: for its first words, at once."""
-        pacer = self._pacer_of(live)
-        if pacer is not None:
-            pacer.wait(connection, live.bell)
+    def next(self, live: Live) -> Sequence[Part] | None:
+        """Gives the run's next parts, without those that were told in its turns; ``None`` at the end. Raises what its
+        stream does."""
+        while (parts := next(live.batches, None)) is not None and not parts:
+            # At the gate.
+            pacer = self._pacer_of(live)
+            left = pacer.wait(live) if pacer is not None else None
+            if isinstance(left, Exception):
+                raise left
+            if left is not None:
+                return cast("Sequence[Part]", left)
+        return parts
 
-    def _pacer_of(self, live: Live) -> Pacer | None:
+    def _pacer_of(self, live: Live) -> Pacer[Live] | None:
         many = len(self._speaking) > _FEW or self._viewers() > _FEW
         return self._pacer if live.begun and many else None
 
@@ -48,9 +62,7 @@ class Publisher:
         with live.lock:
             if live.reply.over or live.left:
                 raise Interrupted
-            live.pending += live.ahead.rest(parts) if live.ahead else parts
-            if live.upstream is not None:
-                live.pending_state = live.upstream.state()
+            live.take(parts)
             pacer = self._pacer_of(live)
             if pacer is None:
                 self._tell([(live, live.grow())])
@@ -73,18 +85,28 @@ class Publisher:
         if self._pacer is not None:
             self._pacer.close()
 
-    def _tick(self) -> None:
+    def _tick(self, ready: Sequence[Live]) -> None:
+        assert self._pacer is not None
         due, self._due = self._due, {}
         locked: list[Live] = []
-        grown: list[tuple[Live, list[Event]]] = []
         try:
-            # What was read in a turn of the pacer's is told in it; what came otherwise waits for one of its own.
+            for live in ready:
+                if live.lock.acquire(blocking=False):
+                    locked.append(live)
+                    due.pop(live.id, None)
+                    if self._read(live):
+                        self._pacer.again(live)
+                else:
+                    live.seat.left.put(None)
+            # What was read elsewhere.
             late = time.monotonic() - self._seconds * 0.75
             for live in due.values():
                 if live.told > late or not live.lock.acquire(blocking=False):
                     self._due[live.id] = live
-                    continue
-                locked.append(live)
+                else:
+                    locked.append(live)
+            grown: list[tuple[Live, list[Event]]] = []
+            for live in locked:
                 if live.pending and not live.reply.over and not live.left:
                     try:
                         grown.append((live, live.grow()))
@@ -96,8 +118,29 @@ class Publisher:
         finally:
             for live in locked:
                 live.lock.release()
-        if self._due and self._pacer is not None:
+        if self._due:
             self._pacer.want()
+
+    def _read(self, live: Live) -> bool:
+        """Takes what the stream has; gives ``False`` where its own reader is to go on. Its lock is held."""
+        left: object = None
+        try:
+            if not live.seat.read():
+                return True
+            while parts := next(live.batches):
+                if live.reply.over or live.left or not self._plain(live, parts):
+                    left = parts
+                    break
+                live.take(parts)
+            else:
+                return True
+        except (OSError, StopIteration):
+            # The reader meets it too.
+            pass
+        except Exception as error:
+            left = error
+        live.seat.left.put(left)
+        return False
 
     def _tell(self, grown: Sequence[tuple[Live, list[Event]]]) -> None:
         """Their locks are held."""

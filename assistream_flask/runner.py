@@ -72,7 +72,7 @@ class Runner:
         self._live: dict[str, Live] = {}
         self._queues: dict[str, list[list[Live]]] = {}
         self._teller = Teller(log)
-        self._publisher = Publisher(self._teller, settings.pace_seconds, viewers)
+        self._publisher = Publisher(self._teller, settings.pace_seconds, viewers, self._plain)
         # Threads with runs of the worker that this one replaces, where workers do not share a log.
         self._foreign: set[str] = set()
         self._renewed = self._swept = time.monotonic()
@@ -301,21 +301,16 @@ class Runner:
             return upstream.open(ours, assistant, turns, stall)
 
         live.close()
-        live.upstream = live.waits.wait(ask)
-        live.upstream.before_read = lambda connection: self._publisher.wait(live, connection)
-        batches = iter(live.upstream)
-        nothing: list[Part] = []
+        live.read(live.waits.wait(ask))
         turn = time.monotonic()
         # After the end this reads on, so that the connection can serve the next run.
-        while (parts := live.waits.wait(lambda: next(batches, nothing))) is not nothing:
-            now = time.monotonic()
-            if now - max(self._renewed, live.checked) > _LATE_SECONDS:
-                # This worker was held up; another may have taken the run for lost.
-                live.checked = now
+        while (parts := live.waits.wait(lambda: self._publisher.next(live))) is not None:
+            if self._is_late(live):
+                live.checked = time.monotonic()
                 self._keep(live)
             self._publisher.add(live, parts)
-            if (live.place is not None and live.place.epoch != live.kept) or isinstance(parts[0], Begun):
-                # Its text is stored as of another log, or a crash would lose the response that it is of.
+            if live.elsewhere or isinstance(parts[0], Begun):
+                # A crash would lose the response that it is of.
                 self._keep(live)
             if time.monotonic() - turn > _TURN_SECONDS:
                 # A greenlet that never has to wait for its next byte would keep all others waiting.
@@ -324,6 +319,14 @@ class Runner:
             if isinstance(parts[-1], End):
                 end = parts[-1]
                 self._end(live, lambda reply, end=end: reply.finish(end))  # type: ignore[misc]
+
+    def _plain(self, live: Live, parts: Sequence[Part]) -> bool:
+        special = isinstance(parts[0], Begun) or isinstance(parts[-1], End)
+        return not (special or self._is_late(live) or live.elsewhere)
+
+    def _is_late(self, live: Live) -> bool:
+        """Whether this worker was held up; another may have taken the run for lost."""
+        return time.monotonic() - max(self._renewed, live.checked) > _LATE_SECONDS
 
     def _patiently(self, live: Live, call: Callable[[], T]) -> T:
         """Gives what ``call`` gives, as soon as store and log can be reached. Raises :class:`Interrupted`."""

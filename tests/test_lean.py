@@ -24,6 +24,7 @@ import pytest
 
 from assistream_flask import lean
 from assistream_flask.upstream import wire
+from assistream_flask.upstream.lean import Gate
 
 CERTIFICATE = Path(__file__).with_name("localhost.pem")
 TRIALS = int(os.environ.get("ASSISTREAM_TRIALS", "80")) * 4
@@ -67,7 +68,7 @@ def fetched(pieces: Sequence[bytes], *, quick: bool) -> Got:
     with client:
         try:
             with client.stream("POST", "http://server/") as response:
-                for data in wire._bytes(response, lambda _: None) if quick else response.iter_bytes():
+                for data in wire._bytes(response, None) if quick else response.iter_bytes():
                     assert data
                     body += data
         except (httpx2.TransportError, httpcore2.ProtocolError, httpcore2.NetworkError) as caught:
@@ -214,10 +215,14 @@ class Wire:
 
 
 class Tunnel:
-    """A proxy for CONNECT."""
+    """A proxy for CONNECT, reached over TLS or not."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, tls: bool = False) -> None:
         self._server = socket.create_server(("127.0.0.1", 0))
+        if tls:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(CERTIFICATE)
+            self._server = context.wrap_socket(self._server, server_side=True)
         self.port: int = self._server.getsockname()[1]
         self.asked: list[bytes] = []
         threading.Thread(target=self._serve, daemon=True).start()
@@ -246,12 +251,18 @@ class Tunnel:
 
 
 def deltas(client: httpx2.Client, url: str) -> tuple[list[str], int]:
-    """The deltas that a stream gives, and how often the lean connection was read for them."""
+    """The deltas that a stream gives, and how often it stood at the gate; every second time it is read there."""
     sdk = openai.OpenAI(base_url=url, api_key="k", http_client=client, max_retries=0)
     stream = sdk.responses.create(model="m", input="Hi", stream=True, timeout=0.5)
-    reads: list[Any] = []
-    found = [data["delta"] for batch in wire.read(stream, reads.append) for _, data in batch]
-    return found, len(reads)
+    gate, stops, found = Gate(), 0, list[str]()
+    for batch in wire.read(stream, gate):
+        found += [data["delta"] for _, data in batch]
+        if not batch:
+            stops += 1
+            end = time.monotonic() + 0.3
+            while stops % 2 and not gate.read() and time.monotonic() < end:
+                time.sleep(0.001)
+    return found, stops
 
 
 @pytest.fixture
@@ -281,6 +292,17 @@ def test_tls_and_proxies_are_read_so_too_and_connections_are_kept(
         assert reads > 0
     assert server.accepted == 1
     assert [line.split()[0] for line in tunnel.asked] == ([b"CONNECT"] if proxied and tls else [])
+
+
+def test_tls_within_the_tls_of_a_proxy_is_read_too(closing: contextlib.ExitStack) -> None:
+    server, tunnel = Wire(tls=True), Tunnel(tls=True)
+    closing.callback(server.close)
+    closing.callback(tunnel.close)
+    proxy = httpx2.Proxy(f"https://localhost:{tunnel.port}", ssl_context=server.context)
+    client = closing.enter_context(lean(openai.DefaultHttpxClient(verify=server.context, proxy=proxy)))
+    for _ in range(2):
+        assert deltas(client, f"https://localhost:{server.port}/v1") == (["one", "two", "three"], 0)
+    assert server.accepted == len(tunnel.asked) == 1
 
 
 @pytest.mark.parametrize("tls", [False, True])

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import queue
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import openai
@@ -14,7 +13,7 @@ import pytest
 
 from assistream_flask import lean, pace, publisher
 from assistream_flask.live import Live
-from assistream_flask.pace import Pacer
+from assistream_flask.pace import Pacer, Seat
 from assistream_flask.testing import OfflineServer, Reply
 
 from .conftest import KEY, Caller, MakeApp, text, wait_until
@@ -122,55 +121,93 @@ def test_one_that_fails_in_a_tick_fails_alone(
 # The pacer
 
 
-@pytest.fixture
-def pacer() -> Iterator[Callable[[float], Pacer]]:
-    made: list[Pacer] = []
+class Reader:
+    """One that reads a socket, a turn at a time, and stops when it is to read for itself."""
 
-    def make(seconds: float) -> Pacer:
-        made.append(Pacer(seconds, lambda: None))
-        return made[-1]
+    def __init__(self, connection: socket.socket) -> None:
+        self.seat = Seat()
+        self.seat.socket = connection
+        self.got: list[bytes | None] = []
+
+
+MakePacer = Callable[[float], Pacer[Reader]]
+
+
+@pytest.fixture
+def pacer() -> Iterator[MakePacer]:
+    made: list[Pacer[Reader]] = []
+
+    def make(seconds: float) -> Pacer[Reader]:
+        def tick(ready: Sequence[Reader]) -> None:
+            for one in ready:
+                assert one.seat.read()
+                one.got.append(one.seat.data)
+                if one.seat.data == b"stop":
+                    one.seat.left.put("more than bytes")
+                else:
+                    new.again(one)
+
+        new: Pacer[Reader] = Pacer(seconds, tick)
+        made.append(new)
+        return new
 
     yield make
     for one in made:
         one.close()
 
 
-def waiting(pacer: Pacer, connection: socket.socket) -> threading.Thread:
-    thread = threading.Thread(target=pacer.wait, args=[connection, queue.SimpleQueue()], daemon=True)
+def waiting(pacer: Pacer[Reader], reader: Reader) -> threading.Thread:
+    thread = threading.Thread(target=lambda: reader.got.append(pacer.wait(reader)), daemon=True)
     thread.start()
     return thread
 
 
-def test_who_waits_is_let_go_at_a_tick_at_which_there_is_something_to_read(
-    pacer: Callable[[float], Pacer], monkeypatch: pytest.MonkeyPatch
+def test_what_there_is_to_read_is_read_a_turn_at_a_time_until_something_is_left_to_the_reader(
+    pacer: MakePacer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pace, "_PATIENCE", 1000)
     one, (ours, theirs) = pacer(0.01), socket.socketpair()
     with ours, theirs:
-        thread = waiting(one, ours)
-        thread.join(0.2)
-        assert thread.is_alive()
-        theirs.send(b"x")
+        reader = Reader(ours)
+        thread = waiting(one, reader)
+        for number, sent in enumerate((b"one", b"two", b"stop"), 1):
+            thread.join(0.1)
+            assert thread.is_alive()
+            theirs.send(sent)
+            while len(reader.got) < number:
+                time.sleep(0.001)
         thread.join(10)
-        assert not thread.is_alive()
+        assert reader.got == [b"one", b"two", b"stop", "more than bytes"]
 
 
-@pytest.mark.parametrize("how", ["nothing comes for long", "the other end leaves", "the pacer is closed"])
-def test_nobody_waits_for_ever(how: str, pacer: Callable[[float], Pacer], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "how", ["nothing comes for long", "it is closed", "its number is another's", "the pacer is closed"]
+)
+def test_nobody_waits_for_ever(how: str, pacer: MakePacer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pace, "_PATIENCE", 0.05 if how == "nothing comes for long" else 1000)
     one, (ours, theirs) = pacer(0.01), socket.socketpair()
     with ours, theirs:
-        thread = waiting(one, ours)
+        reader = Reader(ours)
+        thread = waiting(one, reader)
         time.sleep(0.03)
-        if how == "the other end leaves":
-            theirs.close()
+        if how == "it is closed":
+            ours.close()
+        elif how == "its number is another's":
+            number = ours.fileno()
+            ours.close()
+            others = socket.socketpair()
+            assert number in (others[0].fileno(), others[1].fileno())
+            waiting(one, Reader(others[0]))
         elif how == "the pacer is closed":
             one.close()
         thread.join(10)
-        assert not thread.is_alive()
+        assert reader.got == [None]
+    if how == "its number is another's":
+        for other in others:
+            other.close()
 
 
-def test_a_connection_that_is_closed_already_is_not_waited_for(pacer: Callable[[float], Pacer]) -> None:
+def test_a_connection_that_is_closed_already_is_not_waited_for(pacer: MakePacer) -> None:
     connection = socket.socket()
     connection.close()
-    pacer(1000).wait(connection, queue.SimpleQueue())
+    assert pacer(1000).wait(Reader(connection)) is None

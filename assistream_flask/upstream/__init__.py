@@ -19,6 +19,7 @@ from ..errors import RunError
 from ..events import Json
 from . import assistants, background, chat, responses, wire
 from .background import cancel
+from .lean import Gate
 from .parts import Begun, End, Part, Translator, Turn, code_of, failure
 
 __all__ = ["Upstream", "cancel", "open", "resume", "translate"]
@@ -55,8 +56,8 @@ class Upstream:
     ) -> None:
         self._stream, self._translator, self._place, self._poll = stream, translator, place, poll
         self._state = place.state() if place is not None else None
-        self.before_read: Callable[[Any], None] = lambda connection: None
-        """Called with the socket before each read of it, where that is known: see :func:`.lean.lean`."""
+        self.gate: Gate | None = None
+        """Where it is set, an empty list is given before each read that can be waited for there, until the end."""
 
     def state(self) -> Json | None:
         """Gives what :func:`resume` needs to go on behind the last list, as JSON for nobody to change.
@@ -71,8 +72,11 @@ class Upstream:
         translator, place = self._translator, self._place
         ended = False
         try:
-            for batch in wire.read(self._stream, lambda raw: self.before_read(raw)) if self._stream is not None else ():
+            for batch in wire.read(self._stream, self.gate) if self._stream is not None else ():
                 if ended:
+                    continue
+                if not batch:
+                    yield []
                     continue
                 parts: list[Part] = []
                 failed: RunError | None = None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import ssl
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, Final
 
@@ -49,6 +49,35 @@ def new_client() -> openai.OpenAI:
     # A server of one's own often wants no key, the SDK insists on one.
     own = os.environ.get("OPENAI_BASE_URL") and not os.environ.get("OPENAI_API_KEY")
     return openai.OpenAI(api_key="none" if own else None, http_client=lean(openai.DefaultHttpxClient()))
+
+
+class Gate:
+    """Where a stream stops before each read, with the ``socket`` to read: who iterates may wait there, and read."""
+
+    def __init__(self) -> None:
+        self.socket: Any = None
+        self.data: bytes | None = None
+
+    def read(self) -> bool:
+        """Reads what has arrived, for the stream to go on with; gives ``False`` for nothing. Does not wait."""
+        limit = self.socket.gettimeout()
+        self.socket.settimeout(0)
+        try:
+            data = self.socket.recv(_READ)
+            # What TLS has decrypted does not show on the socket.
+            while data and self.pending():
+                data += self.socket.recv(_READ)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return False
+        finally:
+            self.socket.settimeout(limit)
+        self.data = data
+        return True
+
+    def pending(self) -> bool:
+        """Whether bytes are here that a poll of the socket does not see."""
+        pending = getattr(self.socket, "pending", None)
+        return pending is not None and bool(pending())
 
 
 class _Backend(httpcore2.NetworkBackend):
@@ -117,22 +146,23 @@ class Connection(httpcore2.NetworkStream):
             return True
         return self._inner.get_extra_info(info)
 
-    def chunks(self, timeout: float | None, before: Callable[[Any], None]) -> Iterator[bytes]:
+    def chunks(self, timeout: float | None, gate: Gate | None = None) -> Iterator[bytes]:
         """Gives the data of ordinary chunks, that of one read together; nothing where the body has been begun.
 
-        ``before`` is called with the socket before each read. What follows is for :meth:`read`. Raises what a socket
-        does.
+        Gives ``b""`` before each read where there is a ``gate``. What follows is for :meth:`read`. Raises what a
+        socket does.
         """
         if not self._at_body:
             return
         data, left = self._rest, 0
         self._rest, self._at_body = b"", False
         raw = self.get_extra_info("socket")
-        if hasattr(raw, "recv"):
+        # TLS within a proxy's TLS is decrypted above the socket.
+        if hasattr(raw, "recv") and not isinstance(self.get_extra_info("ssl_object"), ssl.SSLObject):
             raw.settimeout(timeout)
             read = raw.recv
         else:
-            read = partial(self._inner.read, timeout=timeout)
+            read, gate = partial(self._inner.read, timeout=timeout), None
         while True:
             found: list[bytes] = []
             at, ordinary = 0, True
@@ -169,8 +199,13 @@ class Connection(httpcore2.NetworkStream):
             if not ordinary:
                 self._rest = data
                 return
-            before(raw)
-            more = read(_READ)
+            more = None
+            if gate is not None:
+                gate.socket = raw
+                yield b""
+                more, gate.data = gate.data, None
+            if more is None:
+                more = read(_READ)
             if not more:
                 # h11 says what that means.
                 self._rest = data

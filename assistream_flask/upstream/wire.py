@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Final
 
 import httpx2
@@ -14,7 +14,7 @@ from pydantic_core import from_json
 from ..errors import RunError
 from ..events import Json
 from ..sse import Decoder
-from .lean import Connection
+from .lean import Connection, Gate
 
 DONE: Final = "[DONE]"
 """The kind of the in-band end mark that OpenAI's streams close with."""
@@ -29,17 +29,20 @@ def unpadded(client: openai.OpenAI) -> Json:
     return {"include_obfuscation": False} if f".{host}".endswith((".openai.com", ".openai.azure.com")) else {}
 
 
-def read(stream: Any, before: Callable[[Any], None] = lambda _: None) -> Iterator[list[tuple[str, Json]]]:
+def read(stream: Any, gate: Gate | None = None) -> Iterator[list[tuple[str, Json]]]:
     """Gives lists of ``(kind, data)``, one list a network read; ``kind`` is the event's type or name.
 
-    ``before`` is called with the socket before each read, where that is known: see :mod:`.lean`. Raises
-    :class:`RunError` for an event that is not JSON, and whatever the transport raises.
+    Gives an empty list at the ``gate``, where the transport is :mod:`.lean`. Raises :class:`RunError` for an event
+    that is not JSON, and whatever the transport raises.
     """
     response: Any = getattr(stream, "response", None)
     if hasattr(response, "iter_bytes") and not response.is_stream_consumed:
         decoder = Decoder()
         # Typed events cost twenty times what their bytes do, and an unknown one is built as the wrong class.
-        for chunk in _bytes(response, before):
+        for chunk in _bytes(response, gate):
+            if not chunk:
+                yield []
+                continue
             batch: list[tuple[str, Json]] = []
             try:
                 for name, data in decoder.split(chunk):
@@ -56,7 +59,7 @@ def read(stream: Any, before: Callable[[Any], None] = lambda _: None) -> Iterato
             yield [_plain(event)]
 
 
-def _bytes(response: Any, before: Callable[[Any], None]) -> Iterator[bytes]:
+def _bytes(response: Any, gate: Gate | None) -> Iterator[bytes]:
     connection = response.extensions.get("network_stream")
     headers = response.headers
     if (
@@ -65,7 +68,7 @@ def _bytes(response: Any, before: Callable[[Any], None]) -> Iterator[bytes]:
         and "Content-Encoding" not in headers
     ):
         timeout = response.request.extensions.get("timeout", {}).get("read")
-        yield from connection.chunks(timeout, before)
+        yield from connection.chunks(timeout, gate)
     yield from response.iter_bytes()
 
 
