@@ -18,7 +18,7 @@ from flask.blueprints import BlueprintSetupState
 from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
 
-from . import checks, doctor, events, server, sse, streams
+from . import checks, database, doctor, events, server, sse, streams
 from .assistants import Assistant, index
 from .errors import AssistreamError, ConfigurationError, RequestError
 from .events import Json
@@ -28,7 +28,7 @@ from .relay import relay
 from .runner import Started
 from .runtime import Runtime, default_database
 from .settings import Settings
-from .threads import Answer, AnsweredBefore, Owner, ThreadStore, TooManyRuns, thread_object
+from .threads import Answer, AnsweredBefore, Owner, TooManyRuns, thread_object
 from .upstream.lean import new_client
 
 _log = logging.getLogger(__name__)
@@ -182,7 +182,7 @@ def _register(setup: BlueprintSetupState, part: _Part) -> None:
     # What cannot work is told now, not to the first visitor.
     settings = Settings.read(app.config)
     if settings.database_url:
-        ThreadStore.check(settings.database_url)
+        database.check(settings.database_url)
     if not settings.redis_url:
         server.check_alone()
     if setup.url_prefix and setup.url_prefix != "/":

@@ -15,6 +15,7 @@ from .interrupt import Interruptible
 from .log import Place
 from .pace import Seat
 from .reply import Ahead, Reply
+from .threads import State
 from .upstream.parts import Part, merged
 
 
@@ -89,6 +90,6 @@ class Live:
         self.state = self.pending_state or self.state
         return self.reply.add(parts)
 
-    def now(self) -> tuple[Json, Json, list[Json], str | None, Json | None]:
+    def now(self) -> State:
         """What there is to store."""
         return *self.reply.snapshot(), str(self.place) if self.place else None, self.state

@@ -17,6 +17,7 @@ from . import events, pages, upstream
 from .errors import RequestError, RunError
 from .events import TERMINAL, Event, Json
 from .interrupt import Interrupted
+from .keeper import Keeper
 from .live import Asked, Live
 from .log import Away, Log, Lost, Place
 from .publisher import Publisher
@@ -72,6 +73,7 @@ class Runner:
         self._live: dict[str, Live] = {}
         self._queues: dict[str, list[list[Live]]] = {}
         self._teller = Teller(log)
+        self._keeper = Keeper(store, log, self._teller, worker, self._leave)
         self._publisher = Publisher(self._teller, settings.pace_seconds, viewers, self._plain)
         # Threads with runs of the worker that this one replaces, where workers do not share a log.
         self._foreign: set[str] = set()
@@ -307,11 +309,11 @@ class Runner:
         while (parts := live.waits.wait(lambda: self._publisher.next(live))) is not None:
             if self._is_late(live):
                 live.checked = time.monotonic()
-                self._keep(live)
+                self._keeper.keep(live)
             self._publisher.add(live, parts)
             if live.elsewhere or isinstance(parts[0], Begun):
                 # A crash would lose the response that it is of.
-                self._keep(live)
+                self._keeper.keep(live)
             if time.monotonic() - turn > _TURN_SECONDS:
                 # A greenlet that never has to wait for its next byte would keep all others waiting.
                 time.sleep(0)
@@ -376,29 +378,6 @@ class Runner:
         # An assistant may speak first, but servers refuse an empty history.
         return turns or [Turn("user", "Begin.")]
 
-    def _keep(self, live: Live, anew: bool = False) -> None:
-        """Stores what the run is now; ``anew``, as of the log's end. Failures are for the next time."""
-        with live.saving:
-            with live.lock:
-                if live.reply.over:
-                    return
-                if anew:
-                    # Nothing of this run is appended meanwhile, so what it is now is exact there.
-                    live.place = self._log.end(live.thread_id)
-                live.dirty = False
-                state, place = live.now(), live.place
-            try:
-                mine = self._store.save(self._worker, *state)
-            except SQLAlchemyError:
-                _log.exception("the text of run %s cannot be stored yet", live.id)
-                live.dirty = True
-                return
-            live.kept = place.epoch if place else ""
-        if not mine and not live.reply.over:
-            # The thread is gone, or another worker took the run for lost; what was told since is not that one's.
-            self._teller.untell(live.thread_id)
-            self._leave(live)
-
     def _leave(self, live: Live) -> None:
         """Does no more for a run that another worker has, or may have."""
         with live.lock:
@@ -462,9 +441,12 @@ class Runner:
     def flush(self, thread_id: str | None = None) -> None:
         """Stores the text that grew since it was last stored; of the thread ``thread_id``, all that is
         not over, as of the log's end."""
-        for live in list(self._live.values()):
-            if live.dirty if thread_id is None else live.thread_id == thread_id:
-                self._keep(live, anew=thread_id is not None)
+        lives = list(self._live.values())
+        if thread_id is None:
+            self._keeper.keep_all([live for live in lives if live.dirty])
+        for live in lives:
+            if live.thread_id == thread_id:
+                self._keeper.keep(live, anew=True)
 
     def renew(self) -> None:
         """Keeps this worker's runs its own, ends those that took too long, and cancels those that
@@ -479,7 +461,7 @@ class Runner:
         for live in lives.values():
             if late:
                 # Another worker may have taken it; what is stored shows that.
-                self._keep(live)
+                self._keeper.keep(live)
             if time.monotonic() > live.deadline:
                 self._interrupt(live, lambda reply: reply.fail(RunError("run_time_limit")), wait=0)
 
@@ -579,7 +561,7 @@ class Runner:
         """Leaves a background response to the next worker, which goes on behind what is stored here."""
         self._leave(live)
         live.ended.wait(1)
-        self._keep(live)
+        self._keeper.keep(live)
         try:
             self._store.release(self._worker, live.id)
         except SQLAlchemyError:

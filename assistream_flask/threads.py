@@ -7,19 +7,16 @@ with the place in the log as of which it is exact, so that text plus later event
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import sqlite3
-import sys
 import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
-from sqlalchemy.engine import URL, Connection, Engine, Row
+from sqlalchemy.engine import Connection, Row
 
-from . import migrations, schema
+from . import database, migrations, schema
 from .errors import ConfigurationError
 from .events import TERMINAL, Json, entry
 from .schema import answers, messages, runs, threads
@@ -33,13 +30,19 @@ _MESSAGE_CHANGES = [
 ]
 _RUN_CHANGES = _RUN[_RUN.index(runs.c.status) : _RUN.index(runs.c.model)] + _RUN[_RUN.index(runs.c.started_at) :]
 # What was let go of is nobody's, also while its row still names the last who had it.
-_SAVE_RUN = runs.update().where(
-    runs.c.id == sa.bindparam("this"),
+_HELD = (
     runs.c.worker == sa.bindparam("mine"),
     sa.or_(*(runs.c.status == live for live in _LIVE)),
     runs.c.lease > 0,
 )
+_SAVE_RUN = runs.update().where(runs.c.id == sa.bindparam("this"), *_HELD)
 _SAVE_MESSAGE = messages.update().where(messages.c.id == sa.bindparam("this"))
+# Rows that another transaction holds are passed over: two that wait for many rows can be a deadlock.
+_MINE = (
+    sa.select(runs.c.id)
+    .where(runs.c.id.in_(sa.bindparam("these", expanding=True)), *_HELD)
+    .with_for_update(skip_locked=True)
+)
 
 
 class Owner(NamedTuple):
@@ -82,6 +85,11 @@ class Held(NamedTuple):
     lease: float
 
 
+State = tuple[Json, Json, list[Json], str | None, Json | None]
+"""What there is to store of a run that goes on: the run, its message, its steps, the place in the log as of which they
+are exact, and the state of its upstream."""
+
+
 class AnsweredBefore(Exception):
     """The Idempotency-Key has an answer already; it was given between the look-up and the write."""
 
@@ -98,28 +106,19 @@ class ThreadStore:
     """
 
     def __init__(self, url: str, pool: int = 10) -> None:
-        self._engine = _engine(_url(url), pool)
-        _check_psycopg()
+        self._engine = database.open_engine(url, pool)
         sqlite = self._engine.dialect.name == "sqlite"
         # SQLite has one writer: a greenlet that waits for it inside SQLite would stop the one that holds it.
         self._writer: AbstractContextManager[object] = threading.RLock() if sqlite else nullcontext()
         # A database in memory is one connection, which readers share with the writer.
         alone = isinstance(self._engine.pool, sa.StaticPool)
         self._reader: AbstractContextManager[object] = self._writer if alone else nullcontext()
-        self._writes = self._engine.execution_options(assistream_write=True)
+        self._writes = self._engine.execution_options(**{database.WRITE: True})
         try:
             self._create()
         except BaseException:
             self.close()
             raise
-
-    @staticmethod
-    def check(url: str) -> None:
-        """Raises :class:`ConfigurationError` for a URL that cannot work. Connects to nothing, and does not
-        import psycopg: see :func:`_check_psycopg`."""
-        parsed = _url(url)
-        if parsed.drivername != _PSYCOPG:
-            _engine(parsed, 1).dispose()
 
     @contextmanager
     def _write(self) -> Iterator[Connection]:
@@ -328,6 +327,29 @@ class ThreadStore:
             connection.execute(_SAVE_MESSAGE, {**_columns(message, _MESSAGE_CHANGES), "this": message["id"]})
         return True
 
+    def save_grown(self, worker: str, states: Sequence[State]) -> set[str]:
+        """Stores, at once, what has grown in runs whose status was stored before. Gives the ids of those; of another,
+        :meth:`save` tells whether it is ``worker``'s."""
+        if not states:
+            return set()
+        with self._write() as connection:
+            ids = [run["id"] for run, *_ in states]
+            mine = set(connection.execute(_MINE, {"mine": worker, "these": ids}).scalars())
+            found = [state for state in states if state[0]["id"] in mine]
+            if found:
+                connection.execute(
+                    _SAVE_RUN,
+                    [
+                        {"steps": steps, "place": place, "upstream": upstream, "this": run["id"], "mine": worker}
+                        for run, _, steps, place, upstream in found
+                    ],
+                )
+                connection.execute(
+                    _SAVE_MESSAGE,
+                    [{"content": message["content"], "this": message["id"]} for _, message, *_ in found],
+                )
+        return mine
+
     # Who works on what
 
     def held(self, *where: sa.ColumnElement[bool]) -> list[Held]:
@@ -483,113 +505,3 @@ def _take_turns(connection: Connection, *names: str) -> None:
         digest = hashlib.sha256("\0".join(("assistream", *names)).encode("utf-8", "surrogatepass")).digest()
         number = sa.literal(int.from_bytes(digest[:8], signed=True), sa.BigInteger)
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(number)))
-
-
-_PSYCOPG: Final = "postgresql+psycopg"
-# What nothing may wait for longer than: a host that is gone must not hold a greenlet, and its thread, for ever.
-_POSTGRES_ARGUMENTS: Final = {
-    "connect_timeout": 5,
-    "keepalives_idle": 10,
-    "keepalives_interval": 5,
-    "keepalives_count": 3,
-    "tcp_user_timeout": 15_000,
-    "client_encoding": "utf8",
-}
-# The operator's own limits stay. Not as connection options: PgBouncer refuses those.
-_POSTGRES_LIMITS: Final = """
-SELECT set_config(name, value, false)
-FROM (VALUES
-    ('statement_timeout', '15s'), ('lock_timeout', '5s'), ('idle_in_transaction_session_timeout', '30s')
-) AS ours (name, value)
-WHERE current_setting(name) = '0'
-"""
-
-
-def _url(url: str) -> URL:
-    try:
-        parsed = sa.make_url(url)
-    except (sa.exc.ArgumentError, ValueError) as error:
-        raise _unusable(error) from error
-    if parsed.drivername in ("postgres", "postgresql"):
-        parsed = parsed.set(drivername=_PSYCOPG)
-    if parsed.drivername == _PSYCOPG and importlib.util.find_spec("psycopg") is None:
-        raise _no_psycopg()
-    return parsed
-
-
-def _engine(url: URL, pool: int) -> Engine:
-    options: dict[str, Any] = {"pool_pre_ping": True, "pool_size": pool, "max_overflow": 0, "pool_timeout": 5}
-    if url.get_backend_name() == "sqlite":
-        options = {"connect_args": {"timeout": 10}}
-        if url.database in (None, "", ":memory:"):
-            options = {"poolclass": sa.StaticPool, "connect_args": {"check_same_thread": False}}
-    elif url.drivername == _PSYCOPG:
-        options["connect_args"] = {key: _POSTGRES_ARGUMENTS[key] for key in _POSTGRES_ARGUMENTS.keys() - url.query}
-        # What add() and its like rely on: a statement sees what was committed before it.
-        options["isolation_level"] = "READ COMMITTED"
-    try:
-        engine = sa.create_engine(url, **options)
-    except ImportError as error:
-        raise _no_psycopg() if url.drivername == _PSYCOPG else _unusable(error) from error
-    except (sa.exc.ArgumentError, sa.exc.NoSuchModuleError) as error:
-        raise _unusable(error) from error
-    if engine.dialect.name == "sqlite":
-        sa.event.listen(engine, "connect", _sqlite_connect)
-        sa.event.listen(engine, "begin", _sqlite_begin)
-    elif url.drivername == _PSYCOPG:
-        sa.event.listen(engine, "connect", _postgres_connect)
-    return engine
-
-
-def _unusable(error: Exception) -> ConfigurationError:
-    return ConfigurationError(
-        f"ASSISTREAM_DATABASE_URL cannot be used ({type(error).__name__}): give an SQLAlchemy URL such as "
-        "sqlite:////var/lib/app/assistream.sqlite3 or postgresql://user:password@host/database, "
-        "and install the driver that it names"
-    )
-
-
-def _no_psycopg() -> ConfigurationError:
-    return ConfigurationError(
-        "ASSISTREAM_DATABASE_URL names a PostgreSQL database, and its driver is not installed: "
-        "pip install 'assistream-flask[postgres]'"
-    )
-
-
-def _check_psycopg() -> None:
-    """Raises :class:`ConfigurationError` where one query would stop all greenlets: psycopg chooses how it waits
-    when it is imported, and a process that gevent patches later keeps the choice."""
-    patched, waiting = sys.modules.get("gevent.monkey"), sys.modules.get("psycopg.waiting")
-    if patched and waiting and patched.is_module_patched("select") and waiting.wait is vars(waiting).get("wait_c"):
-        raise ConfigurationError(
-            "psycopg was imported before gevent patched this process, so that every query would stop all event "
-            "streams: run gunicorn without --preload, or import psycopg only in the workers"
-        )
-
-
-def _postgres_connect(connection: Any, _: object) -> None:
-    connection.execute(_POSTGRES_LIMITS)
-    connection.commit()
-
-
-def _sqlite_connect(connection: Any, _: object) -> None:
-    # The driver begins transactions by itself otherwise, and late: see SQLAlchemy's notes on pysqlite.
-    connection.isolation_level = None
-    end = time.monotonic() + 10
-    while True:
-        try:
-            connection.execute("PRAGMA journal_mode=WAL")
-            break
-        except sqlite3.OperationalError:
-            # Two that change a new file's mode at once: SQLite does not wait here, whatever its timeout says.
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.01)
-    connection.execute("PRAGMA synchronous=NORMAL")
-    connection.execute("PRAGMA foreign_keys=ON")
-
-
-def _sqlite_begin(connection: Connection) -> None:
-    # A transaction that writes takes the write lock first: a later upgrade could fail at once.
-    write = connection.get_execution_options().get("assistream_write")
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")

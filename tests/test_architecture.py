@@ -19,13 +19,13 @@ MODULES = sorted(HOUSE.rglob("*.py"))
 # does not know of its neighbours.
 FLOORS: list[set[str]] = [
     {"errors", "version", "interrupt", "upstream.lean"},
-    {"sse", "events", "assistants", "settings", "schema", "migrations", "pace"},
+    {"sse", "events", "assistants", "settings", "schema", "migrations", "pace", "database"},
     {"checks", "log", "server", "threads", "upstream.parts", "upstream.wire"},
     {"log.tail", "upstream.assistants", "upstream.chat", "upstream.responses"},
     {"log.memory", "log.redis", "upstream.background"},
     {"upstream", "reply", "pages", "teller"},
     {"live"},
-    {"publisher"},
+    {"publisher", "keeper"},
     {"runner", "relay", "doctor"},
     {"runtime"},
     {"streams"},

@@ -422,15 +422,16 @@ class Outage:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.on, self.refused = False, 0
-        save = ThreadStore.save
+        for name in ("save", "save_grown"):
+            save = getattr(ThreadStore, name)
 
-        def outage(store: ThreadStore, *arguments: Any) -> bool:
-            if self.on:
-                self.refused += 1
-                raise OperationalError("save", None, Exception("the disk is full"))
-            return save(store, *arguments)
+            def outage(store: ThreadStore, *arguments: Any, save: Any = save) -> Any:
+                if self.on:
+                    self.refused += 1
+                    raise OperationalError("save", None, Exception("the disk is full"))
+                return save(store, *arguments)
 
-        monkeypatch.setattr(ThreadStore, "save", outage)
+            monkeypatch.setattr(ThreadStore, name, outage)
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from assistream_flask.log import Log, Lost, Place, Subscription
 from assistream_flask.log.memory import MemoryLog
 from assistream_flask.runner import Runner
 from assistream_flask.settings import Settings
-from assistream_flask.threads import Owner, ThreadStore, thread_object
+from assistream_flask.threads import Owner, State, ThreadStore, thread_object
 from assistream_flask.upstream.parts import Annotation, End, Part, Reasoning, Refusal, Text, Turn
 
 ME = Owner("blue", "me")
@@ -587,18 +587,19 @@ def test_an_older_text_is_never_stored_over_a_newer_one(house: House, monkeypatc
     house.post(thread_id, [script])
     script.go()
     until(lambda: house.attach(thread_id)[0][1]["message"]["content"])
-    save, slow, newer = house.store.save, threading.Event(), threading.Event()
+    save, slow, newer = house.store.save_grown, threading.Event(), threading.Event()
 
-    def slow_save(worker: str, run: Json, message: Json, steps: list[Json], *more: Any) -> bool:
+    def slow_save(worker: str, states: Sequence[State]) -> set[str]:
+        [(_, message, *_)] = states
         if message["content"] == [events.text_part("a")]:
             slow.set()
             newer.wait(0.3)
-        done = save(worker, run, message, steps, *more)
+        done = save(worker, states)
         if message["content"] == [events.text_part("ab")]:
             newer.set()
         return done
 
-    monkeypatch.setattr(house.store, "save", slow_save)
+    monkeypatch.setattr(house.store, "save_grown", slow_save)
     first = threading.Thread(target=house.runner.flush)
     first.start()
     assert slow.wait(5)

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from assistream_flask import events, schema
+from assistream_flask import database, events, schema
 from assistream_flask.errors import ConfigurationError
 from assistream_flask.events import Json
-from assistream_flask.threads import Answer, AnsweredBefore, Owner, ThreadStore, TooManyRuns, thread_object
+from assistream_flask.threads import Answer, AnsweredBefore, Owner, State, ThreadStore, TooManyRuns, thread_object
 
 from .postgres_server import PostgresServer
 
@@ -142,7 +142,7 @@ def test_a_newer_schema_is_refused_with_what_to_do(lasting: str) -> None:
 
 @pytest.mark.parametrize("bad", ["", "nonsense", "nosuch://x", "sqlite+nosuch://", "postgresql://host:port/x"])
 def test_a_url_that_cannot_work_is_refused_with_what_to_do(bad: str) -> None:
-    for use in (ThreadStore, ThreadStore.check):
+    for use in (ThreadStore, database.check):
         with pytest.raises(ConfigurationError, match="ASSISTREAM_DATABASE_URL"):
             use(bad)
 
@@ -327,6 +327,32 @@ def test_save_changes_nothing_of_a_run_that_is_over(store: ThreadStore, status: 
     assert store.save("w1", *final, [], None)
     assert not store.save("w1", run, {**message, "content": [events.text_part("late")]}, [], None)
     assert entries(store, thread_id) == [events.entry(final[1], final[0])]
+
+
+def test_what_has_grown_is_stored_at_once_of_those_runs_that_are_the_workers_and_not_over(store: ThreadStore) -> None:
+    thread_id = new_thread(store)["id"]
+    mine, also, theirs, ended = (start(store, thread_id, worker=name) for name in ("w1", "w1", "w2", "w1"))
+    gone = start(store, other := new_thread(store)["id"])
+    store.delete_thread(other)
+    store.save("w1", *over(*ended), [], "0a-1")
+    grown = [events.text_part("grown")]
+    step, state = events.reasoning_step(mine[0]), {"response_id": "resp_1"}
+    states: list[State] = [
+        (run, {**message, "content": grown}, [step], "0a-3", state) for run, message in (mine, also, theirs, gone)
+    ]
+    states.append((*over(*ended)[:1], {**ended[1], "content": grown}, [], "0a-3", None))
+    assert store.save_grown("w1", states) == {mine[0]["id"], also[0]["id"]}
+    assert store.save_grown("w1", states[2:]) == set()
+    assert store.save_grown("w1", []) == set()
+    found, _ = store.page(thread_id, 200) or ([], False)
+    stored = {one.entry["run"]["id"]: one for one in found}
+    for run, _ in (mine, also):
+        entry, place = stored[run["id"]]
+        assert (entry["message"]["content"], entry["steps"], place) == (grown, [step], "0a-3")
+    for run, _ in (theirs, ended):
+        assert stored[run["id"]].entry["message"]["content"] == []
+    held = {one.run["id"]: one.upstream for one in store.held()}
+    assert held == {mine[0]["id"]: state, also[0]["id"]: state, theirs[0]["id"]: None}
 
 
 def test_save_changes_nothing_of_another_workers_run_or_a_deleted_one(store: ThreadStore) -> None:
@@ -589,7 +615,7 @@ def test_the_urls_that_hosts_hand_out_mean_psycopg_3(postgres_url: str, name: st
     store.close()
 
 
-@pytest.mark.parametrize("use", [ThreadStore, ThreadStore.check])
+@pytest.mark.parametrize("use", [ThreadStore, database.check])
 def test_a_missing_driver_is_told_with_what_to_install(
     monkeypatch: pytest.MonkeyPatch, use: Callable[[str], object]
 ) -> None:
@@ -711,8 +737,9 @@ EARLY = """
 import sys
 import sqlalchemy
 from assistream_flask.errors import ConfigurationError
+from assistream_flask import database
 from assistream_flask.threads import ThreadStore
-ThreadStore.check("postgres://host/database")
+database.check("postgres://host/database")
 assert "psycopg" not in sys.modules
 if sys.argv[2] == "early":
     import psycopg

@@ -1,0 +1,83 @@
+"""What runs are is stored while they grow."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Final
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from .live import Live
+from .log import Log
+from .teller import Teller
+from .threads import ThreadStore
+
+_log = logging.getLogger(__name__)
+
+_BATCH: Final = 20
+_PAUSE_SECONDS: Final = 0.02
+
+
+class Keeper:
+    """Stores the runs of one ``worker``. ``lost`` is called for one that is not the worker's any more."""
+
+    def __init__(self, store: ThreadStore, log: Log, teller: Teller, worker: str, lost: Callable[[Live], None]) -> None:
+        self._store, self._log, self._teller = store, log, teller
+        self._worker, self._lost = worker, lost
+
+    def keep(self, live: Live, anew: bool = False) -> None:
+        """Stores what the run is now; ``anew``, as of the log's end. Failures are for the next time."""
+        with live.saving:
+            with live.lock:
+                if live.reply.over:
+                    return
+                if anew:
+                    # Nothing of this run is appended meanwhile, so what it is now is exact there.
+                    live.place = self._log.end(live.thread_id)
+                live.dirty = False
+                state, place = live.now(), live.place
+            try:
+                mine = self._store.save(self._worker, *state)
+            except SQLAlchemyError:
+                _log.exception("the text of run %s cannot be stored yet", live.id)
+                live.dirty = True
+                return
+            live.kept = place.epoch if place else ""
+        if not mine and not live.reply.over:
+            # The thread is gone, or another worker took the run for lost; what was told since is not that one's.
+            self._teller.untell(live.thread_id)
+            self._lost(live)
+
+    def keep_all(self, lives: Sequence[Live]) -> None:
+        """Does so for many: a few in a transaction, with time between for all else."""
+        for at in range(0, len(lives), _BATCH):
+            if at:
+                time.sleep(_PAUSE_SECONDS)
+            for live in self._left(lives[at : at + _BATCH]):
+                self.keep(live)
+
+    def _left(self, lives: Sequence[Live]) -> list[Live]:
+        """Stores those that have grown; gives those that may be another's."""
+        with ExitStack() as stack:
+            states, grown = [], []
+            for live in lives:
+                stack.enter_context(live.saving)
+                with live.lock:
+                    if not live.reply.over:
+                        live.dirty = False
+                        states.append(live.now())
+                        grown.append((live, live.place))
+            try:
+                mine = self._store.save_grown(self._worker, states)
+            except SQLAlchemyError:
+                _log.exception("the text of %d runs cannot be stored yet", len(grown))
+                for live, _ in grown:
+                    live.dirty = True
+                return []
+            for live, place in grown:
+                if live.id in mine:
+                    live.kept = place.epoch if place else ""
+        return [live for live, _ in grown if live.id not in mine]
