@@ -55,7 +55,7 @@ def main() -> None:
     run(PYTHON, "-m", "ruff", "check", ".")
     run(PYTHON, "-m", "ruff", "format", "--check", ".")
     run(PYTHON, "-m", "mypy")
-    run(PYTHON, "-m", "pytest", "--numprocesses=2", "--dist=loadfile", "--no-loadscope-reorder", *sys.argv[1:])
+    run(PYTHON, "-m", "pytest", "--numprocesses=3", "--dist=loadfile", "--no-loadscope-reorder", *sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -58,9 +58,9 @@ def context(chromium: Browser) -> Iterator[BrowserContext]:
         yield context
 
 
-@pytest.fixture
-def live(tmp_path: Path) -> Iterator[Gunicorn]:
-    with running(tmp_path) as gunicorn:
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gunicorn]:
+    with running(tmp_path_factory.mktemp("live")) as gunicorn:
         yield gunicorn
 
 

@@ -23,9 +23,9 @@ from tests.conftest import OVER, wait_until
 from tests.live import ROOT, Event, Gunicorn, running, stream
 
 
-@pytest.fixture
-def live(tmp_path: Path) -> Iterator[Gunicorn]:
-    with running(tmp_path, max_runs=1000, max_streams=1000) as gunicorn:
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gunicorn]:
+    with running(tmp_path_factory.mktemp("live"), max_runs=1000, max_streams=1000) as gunicorn:
         yield gunicorn
 
 

@@ -290,10 +290,10 @@ def test_a_thread_that_has_records_or_was_just_used_is_not_dropped(make: MakeLog
     clock = make.clock
     log = make(max_age=10)
     end = log.append("t", [event(1)])
-    clock.forward(9)
+    clock.forward(6)
     log.tend()
     assert log.end("t") == end
-    clock.forward(9)
+    clock.forward(6)
     log.tend()
     assert log.end("t") == end
 
