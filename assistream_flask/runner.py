@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import logging
 import threading
 import time
@@ -216,8 +217,10 @@ class Runner:
                 continue
             with self._guard:
                 self._queues[thread_id].remove(group)
-            for live in group:
+            first, *more = group
+            for live in more:
                 _spawn(self._perform, live)
+            self._perform(first)
             for live in group:
                 live.ended.wait()
 
@@ -577,5 +580,6 @@ def _groups(held: Sequence[Held]) -> Iterator[list[Held]]:
 
 
 def _spawn(target: Callable[..., None], *args: object) -> None:
-    """Starts a daemon thread: a greenlet once gevent has patched ``threading``."""
-    threading.Thread(target=target, args=args, daemon=True, name="assistream").start()
+    """Starts a daemon thread: a greenlet once gevent has patched ``_thread``."""
+    # threading.Thread waits until it runs: once more behind all that the worker does.
+    _thread.start_new_thread(target, args)

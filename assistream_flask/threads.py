@@ -24,19 +24,60 @@ from .schema import answers, messages, runs, threads
 _LIVE = ("queued", "in_progress", "requires_action")
 _MESSAGE = [column for column in messages.c if column.name != "position"]
 _RUN = list(runs.c)[: list(runs.c).index(runs.c.steps)]
-# What changes while a run goes on. SQLAlchemy takes ten times as long for a statement that is made anew.
+# What changes while a run goes on.
 _MESSAGE_CHANGES = [
     messages.c[name] for name in ("status", "content", "completed_at", "incomplete_at", "incomplete_details")
 ]
 _RUN_CHANGES = _RUN[_RUN.index(runs.c.status) : _RUN.index(runs.c.model)] + _RUN[_RUN.index(runs.c.started_at) :]
 # What was let go of is nobody's, also while its row still names the last who had it.
+
+# Statements on a request's way to its first words, and of what is stored all the time: SQLAlchemy takes ten times as
+# long for one that is made anew.
+_THIS: sa.BindParameter[Any] = sa.bindparam("this")
+_OWNED = (threads.c.scope == sa.bindparam("scope"), threads.c.owner == sa.bindparam("owner"))
+_LIVING = sa.or_(*(runs.c.status == live for live in _LIVE))
+_OWNS = sa.select(threads.c.number).where(threads.c.id == _THIS, *_OWNED)
+# The row lock gives positions in the order of commits where several can write at once.
+_HOLD = sa.select(threads.c.number).where(threads.c.id == _THIS).with_for_update()
+_COUNT = (
+    sa.select(sa.func.count()).select_from(runs.join(threads, threads.c.id == runs.c.thread_id)).where(_LIVING, *_OWNED)
+)
+_LAST = sa.select(sa.func.max(messages.c.position)).where(messages.c.thread_id == _THIS)
+_ADD_MESSAGE, _ADD_RUN = messages.insert(), runs.insert()
+_BUSY = (
+    sa.select(runs.c.id)
+    .join(messages, messages.c.id == runs.c.message_id)
+    .where(
+        runs.c.thread_id == _THIS,
+        _LIVING,
+        messages.c.position < sa.bindparam("before"),
+        runs.c.group_id != sa.bindparam("beside"),
+    )
+    .limit(1)
+)
+_ASKED = (
+    sa.select(messages.c.thread_id, messages.c.position, runs.c.group_id, runs.c.mode)
+    .join_from(messages, runs, runs.c.id == messages.c.run_id)
+    .where(messages.c.id == _THIS)
+    .subquery()
+)
+_BESIDE = sa.select(runs.c.message_id).where(runs.c.group_id == _ASKED.c.group_id, _ASKED.c.mode == "parallel")
+_HISTORY = (
+    sa.select(*_MESSAGE)
+    .where(
+        messages.c.thread_id == _ASKED.c.thread_id,
+        messages.c.position < _ASKED.c.position,
+        messages.c.id.not_in(_BESIDE),
+    )
+    .order_by(messages.c.position)
+)
 _HELD = (
     runs.c.worker == sa.bindparam("mine"),
-    sa.or_(*(runs.c.status == live for live in _LIVE)),
+    _LIVING,
     runs.c.lease > 0,
 )
-_SAVE_RUN = runs.update().where(runs.c.id == sa.bindparam("this"), *_HELD)
-_SAVE_MESSAGE = messages.update().where(messages.c.id == sa.bindparam("this"))
+_SAVE_RUN = runs.update().where(runs.c.id == _THIS, *_HELD)
+_SAVE_MESSAGE = messages.update().where(messages.c.id == _THIS)
 # Rows that another transaction holds are passed over: two that wait for many rows can be a deadlock.
 _MINE = (
     sa.select(runs.c.id)
@@ -174,9 +215,8 @@ class ThreadStore:
 
     def owns(self, owner: Owner, thread_id: str) -> bool:
         """Tells whether the thread exists and is ``owner``'s."""
-        query = sa.select(threads.c.number).where(threads.c.id == thread_id, *_owned(owner))
         with self._read() as connection:
-            return connection.execute(query).first() is not None
+            return connection.execute(_OWNS, {"this": thread_id, **_named(owner)}).first() is not None
 
     def threads(self, owner: Owner, limit: int, before: str | None) -> tuple[list[Json], bool] | None:
         """Gives ``owner``'s threads older than ``before``, newest first, and whether there are more;
@@ -196,7 +236,7 @@ class ThreadStore:
         """Deletes the thread and all that is in it."""
         with self._write() as connection:
             # Before all else, as in add(): whoever else works on the thread comes wholly before or after.
-            connection.execute(sa.select(threads.c.number).where(threads.c.id == thread_id).with_for_update())
+            connection.execute(_HOLD, {"this": thread_id})
             connection.execute(answers.delete().where(answers.c.thread_id == thread_id))
             connection.execute(runs.delete().where(runs.c.thread_id == thread_id))
             connection.execute(messages.delete().where(messages.c.thread_id == thread_id))
@@ -225,26 +265,18 @@ class ThreadStore:
         Raises :class:`AnsweredBefore`, :class:`TooManyRuns`.
         """
         with self._write() as connection:
-            # The row lock gives positions in the order of commits where several can write at once.
-            held = sa.select(threads.c.number).where(threads.c.id == thread_id).with_for_update()
-            if connection.execute(held).first() is None:
+            if connection.execute(_HOLD, {"this": thread_id}).first() is None:
                 return None
             self._remember(connection, owner, answer)
             if max_runs is not None and started:
                 # Two that count at once would both find room.
                 _take_turns(connection, "runs", *owner)
-                live = (
-                    sa.select(sa.func.count())
-                    .select_from(runs.join(threads, threads.c.id == runs.c.thread_id))
-                    .where(runs.c.status.in_(_LIVE), *_owned(owner))
-                )
-                if (connection.execute(live).scalar() or 0) + len(started) > max_runs:
+                if (connection.execute(_COUNT, _named(owner)).scalar() or 0) + len(started) > max_runs:
                     raise TooManyRuns
-            last = sa.select(sa.func.max(messages.c.position)).where(messages.c.thread_id == thread_id)
-            position: int = (connection.execute(last).scalar() or 0) + 1
+            position: int = (connection.execute(_LAST, {"this": thread_id}).scalar() or 0) + 1
             new = ([message] if message else []) + [reply for _, reply in started]
             connection.execute(
-                messages.insert(), [{**_columns(m, _MESSAGE), "position": position + i} for i, m in enumerate(new)]
+                _ADD_MESSAGE, [{**_columns(m, _MESSAGE), "position": position + i} for i, m in enumerate(new)]
             )
             if started:
                 ours: Json = {
@@ -256,7 +288,7 @@ class ThreadStore:
                     "lease": lease,
                     "cancel_requested": False,
                 }
-                connection.execute(runs.insert(), [{**_columns(run, _RUN), **ours} for run, _ in started])
+                connection.execute(_ADD_RUN, [{**_columns(run, _RUN), **ours} for run, _ in started])
         return position
 
     def page(self, thread_id: str, limit: int, before: str | None = None) -> tuple[list[Stored], bool] | None:
@@ -283,24 +315,8 @@ class ThreadStore:
     def history(self, message_id: str) -> list[Json]:
         """Gives what the run of the message ``message_id`` may see, in order: the messages before it, without
         the replies of its own group where that runs in parallel."""
-        this = (
-            sa.select(messages.c.thread_id, messages.c.position, runs.c.group_id, runs.c.mode)
-            .join_from(messages, runs, runs.c.id == messages.c.run_id)
-            .where(messages.c.id == message_id)
-            .subquery()
-        )
-        beside = sa.select(runs.c.message_id).where(runs.c.group_id == this.c.group_id, this.c.mode == "parallel")
-        query = (
-            sa.select(*_MESSAGE)
-            .where(
-                messages.c.thread_id == this.c.thread_id,
-                messages.c.position < this.c.position,
-                messages.c.id.not_in(beside),
-            )
-            .order_by(messages.c.position)
-        )
         with self._read() as connection:
-            return [_message(row._mapping) for row in connection.execute(query)]
+            return [_message(row._mapping) for row in connection.execute(_HISTORY, {"this": message_id})]
 
     def run(self, thread_id: str, run_id: str) -> Json | None:
         """Gives a run of the thread."""
@@ -386,12 +402,9 @@ class ThreadStore:
 
     def busy_before(self, thread_id: str, position: int, group_id: str | None) -> bool:
         """Tells whether a run of the thread that stands before ``position``, and is not of the group, is not over."""
-        where = [runs.c.thread_id == thread_id, runs.c.status.in_(_LIVE), messages.c.position < position]
-        if group_id is not None:
-            where.append(runs.c.group_id != group_id)
-        query = sa.select(runs.c.id).join(messages, messages.c.id == runs.c.message_id).where(*where).limit(1)
+        values = {"this": thread_id, "before": position, "beside": group_id or ""}
         with self._read() as connection:
-            return connection.execute(query).first() is not None
+            return connection.execute(_BUSY, values).first() is not None
 
     def renew(self, worker: str, run_ids: Collection[str], lease: float) -> list[str]:
         """Extends the leases of those runs that are ``worker``'s to the Unix time ``lease``; gives the ids of those
@@ -454,6 +467,10 @@ class ThreadStore:
 def thread_object(row: Any) -> Json:
     """Gives the public thread object."""
     return {"id": row["id"], "object": "thread", "created_at": row["created_at"], "metadata": row["metadata"]}
+
+
+def _named(owner: Owner) -> Json:
+    return {"scope": owner.scope, "owner": owner.name}
 
 
 def _owned(owner: Owner) -> tuple[sa.ColumnElement[bool], ...]:
