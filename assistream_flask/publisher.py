@@ -91,13 +91,13 @@ class Publisher:
         locked: list[Live] = []
         try:
             for live in ready:
-                if live.lock.acquire(blocking=False):
-                    locked.append(live)
-                    due.pop(live.id, None)
-                    if self._read(live):
-                        self._pacer.again(live)
-                else:
+                if not live.lock.acquire(blocking=False):
                     live.seat.left.put(None)
+                    continue
+                locked.append(live)
+                due.pop(live.id, None)
+                if self._read(live):
+                    self._pacer.again(live)
             # What was read elsewhere.
             late = time.monotonic() - self._seconds * 0.75
             for live in due.values():
@@ -128,7 +128,7 @@ class Publisher:
             if not live.seat.read():
                 return True
             while parts := next(live.batches):
-                if live.reply.over or live.left or not self._plain(live, parts):
+                if not self._plain(live, parts):
                     left = parts
                     break
                 live.take(parts)

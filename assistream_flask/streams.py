@@ -134,7 +134,7 @@ def follow(runtime: Runtime, thread_id: str, message_id: str | None, runs: set[s
                 if ours or now >= due:
                     yield first + (b"".join([one.frame for one in ours]) or sse.PING)
                     first, due = b"", now + runtime.settings.heartbeat_seconds
-                waiting -= {one.key or "" for one in ours if one.name in _ENDS}
+                waiting.difference_update(one.key for one in ours if one.name in _ENDS)
                 if gone:
                     break
         yield first + sse.DONE

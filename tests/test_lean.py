@@ -197,9 +197,12 @@ class Wire:
     def _answer(self, peer: socket.socket) -> None:
         try:
             with self._tls.wrap_socket(peer, server_side=True) if self._tls else peer as connection:
-                while asked := connection.recv(65_536):
-                    while b"\r\n\r\n" not in asked:
-                        asked += connection.recv(65_536)
+                asked = b""
+                while more := connection.recv(65_536):
+                    asked += more
+                    if not asked.endswith(b"}"):
+                        continue
+                    asked = b""
                     connection.sendall(HEAD)
                     for word in ("one", "two", "three"):
                         time.sleep(0.02)
@@ -211,6 +214,8 @@ class Wire:
             pass
 
     def close(self) -> None:
+        # Ends the accept() that waits, too.
+        self._server.shutdown(socket.SHUT_RDWR)
         self._server.close()
 
 
@@ -225,6 +230,7 @@ class Tunnel:
             self._server = context.wrap_socket(self._server, server_side=True)
         self.port: int = self._server.getsockname()[1]
         self.asked: list[bytes] = []
+        self._open: list[socket.socket] = []
         threading.Thread(target=self._serve, daemon=True).start()
 
     def _serve(self) -> None:
@@ -235,6 +241,7 @@ class Tunnel:
                 self.asked.append(line)
                 host, _, port = line.split()[1].decode().partition(":")
                 other = socket.create_connection((host, int(port)))
+                self._open += [peer, other]
                 peer.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
                 for pair in ((peer, other), (other, peer)):
                     threading.Thread(target=self._copy, args=pair, daemon=True).start()
@@ -247,7 +254,11 @@ class Tunnel:
             target.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
+        # Ends the accept() that waits, too.
+        self._server.shutdown(socket.SHUT_RDWR)
         self._server.close()
+        for one in self._open:
+            one.close()
 
 
 def deltas(client: httpx2.Client, url: str) -> tuple[list[str], int]:

@@ -20,7 +20,7 @@ READ_BYTES: Final = 65_536
 
 
 _SWEEP_SECONDS: Final = 0.5
-Bell: TypeAlias = "queue.SimpleQueue[None]"
+Bell: TypeAlias = "queue.SimpleQueue[bool]"
 
 
 def plain_lock() -> threading.RLock:
@@ -61,7 +61,7 @@ class Tail:
         with self.guard:
             bells, self._bells = self._bells, []
         for bell in bells:
-            bell.put(None)
+            bell.put(True)
 
     def forget(self, bell: Bell) -> None:
         """``bell`` need not be rung any more."""
@@ -172,16 +172,20 @@ class Registry(Generic[T]):
             except queue.Empty:
                 return False
         # A timer for each wait would cost more than all else that a viewer does for an event.
-        due = self._sleepers[bell] = time.monotonic() + seconds - _SWEEP_SECONDS
+        self._sleepers[bell] = time.monotonic() + seconds - _SWEEP_SECONDS
+        if not self._sweeping:
+            self._begin_to_sweep()
+        return bell.get()
+
+    def _begin_to_sweep(self) -> None:
         with self._guard:
             begin, self._sweeping = not self._sweeping, True
         if begin:
             threading.Thread(target=self._sweep, daemon=True, name="assistream-sweeper").start()
-        try:
-            bell.get()
-        finally:
-            self._sleepers.pop(bell, None)
-        return time.monotonic() < due
+
+    def awake(self, bell: Bell) -> None:
+        """``bell`` is slept by no more."""
+        self._sleepers.pop(bell, None)
 
     def _sweep(self) -> None:
         while not self.closed:
@@ -189,7 +193,7 @@ class Registry(Generic[T]):
             now = time.monotonic()
             for bell, due in list(self._sleepers.items()):
                 if due <= now and self._sleepers.pop(bell, 0):
-                    bell.put(None)
+                    bell.put(False)
 
     def wake(self) -> None:
         """Ends all waits, now and later."""
@@ -246,4 +250,5 @@ class Cursor:
     def close(self) -> None:
         if self._open:
             self._open = False
+            self._registry.awake(self._bell)
             self._registry.leave(self._tail)

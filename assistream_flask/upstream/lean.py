@@ -54,20 +54,22 @@ def new_client() -> openai.OpenAI:
 class Gate:
     """Where a stream stops before each read, with the ``socket`` to read: who iterates may wait there, and read."""
 
-    def __init__(self) -> None:
-        self.socket: Any = None
-        self.data: bytes | None = None
+    socket: Any = None
+    data: bytes | None = None
 
     def read(self) -> bool:
-        """Reads what has arrived, for the stream to go on with; gives ``False`` for nothing. Does not wait."""
+        """Reads, for the stream to go on with, what a poll or :meth:`pending` saw; gives ``False`` where that is less
+        than TLS can decrypt. Does not wait."""
+        if not isinstance(self.socket, ssl.SSLSocket):
+            self.data = self.socket.recv(_READ)
+            return True
         limit = self.socket.gettimeout()
         self.socket.settimeout(0)
         try:
             data = self.socket.recv(_READ)
-            # What TLS has decrypted does not show on the socket.
-            while data and self.pending():
+            while data and self.socket.pending():
                 data += self.socket.recv(_READ)
-        except (BlockingIOError, ssl.SSLWantReadError):
+        except ssl.SSLWantReadError:
             return False
         finally:
             self.socket.settimeout(limit)
@@ -75,9 +77,8 @@ class Gate:
         return True
 
     def pending(self) -> bool:
-        """Whether bytes are here that a poll of the socket does not see."""
-        pending = getattr(self.socket, "pending", None)
-        return pending is not None and bool(pending())
+        """Whether TLS has decrypted what a poll of the socket does not see."""
+        return isinstance(self.socket, ssl.SSLSocket) and self.socket.pending() > 0
 
 
 class _Backend(httpcore2.NetworkBackend):
@@ -163,6 +164,8 @@ class Connection(httpcore2.NetworkStream):
             read = raw.recv
         else:
             read, gate = partial(self._inner.read, timeout=timeout), None
+        if gate is not None:
+            gate.socket = raw
         while True:
             found: list[bytes] = []
             at, ordinary = 0, True
@@ -201,7 +204,6 @@ class Connection(httpcore2.NetworkStream):
                 return
             more = None
             if gate is not None:
-                gate.socket = raw
                 yield b""
                 more, gate.data = gate.data, None
             if more is None:
