@@ -44,8 +44,7 @@ class Publisher:
         """Gives the run's next parts, without those that were told in its turns; ``None`` at the end. Raises what its
         stream does."""
         while (parts := next(live.batches, None)) is not None and not parts:
-            # At the gate.
-            pacer = self._pacer_of(live)
+            pacer = self._pacer_of(live) if live.seat.socket is not None else None
             left = pacer.wait(live) if pacer is not None else None
             if isinstance(left, Exception):
                 raise left
@@ -133,7 +132,8 @@ class Publisher:
                     break
                 live.take(parts)
             else:
-                return True
+                if live.seat.socket is not None:
+                    return True
         except (OSError, StopIteration):
             # The reader meets it too.
             pass

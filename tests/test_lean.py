@@ -173,9 +173,10 @@ def test_a_body_that_is_cut_anywhere_is_what_httpx2_makes_of_it(body: bytes) -> 
 
 class Wire:
     """A server that answers each request with the deltas ``one``, ``two``, ``three``, 20 ms apart, then ``stops``
-    or goes silent."""
+    or goes silent. The second has a chunk ``extension``."""
 
-    def __init__(self, *, tls: bool, stops: bool = True) -> None:
+    def __init__(self, *, tls: bool, stops: bool = True, extension: bytes = b"") -> None:
+        self._extension = extension
         self.context = ssl.create_default_context(cafile=CERTIFICATE)
         self._stops, self._server = stops, socket.create_server(("127.0.0.1", 0))
         self.port: int = self._server.getsockname()[1]
@@ -207,7 +208,8 @@ class Wire:
                     for word in ("one", "two", "three"):
                         time.sleep(0.02)
                         event = b'data: {"type": "response.output_text.delta", "delta": "%b"}\n\n' % word.encode()
-                        connection.sendall(b"%x\r\n%b\r\n" % (len(event), event))
+                        extension = self._extension if word == "two" else b""
+                        connection.sendall(b"%x%b\r\n%b\r\n" % (len(event), extension, event))
                     if self._stops:
                         connection.sendall(END)
         except OSError:
@@ -271,6 +273,8 @@ def deltas(client: httpx2.Client, url: str) -> tuple[list[str], int]:
         if not batch:
             stops += 1
             end = time.monotonic() + 0.3
+            if gate.socket is None:
+                continue
             while stops % 2 and not gate.read() and time.monotonic() < end:
                 time.sleep(0.001)
     return found, stops
@@ -324,6 +328,26 @@ def test_a_silent_server_is_given_up_after_the_time_out(tls: bool, closing: cont
     with pytest.raises(TimeoutError) as caught:
         deltas(client, f"{'https' if tls else 'http'}://localhost:{server.port}/v1")
     assert wire.timed_out(caught.value)
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_before_h11_reads_on_the_gate_says_so(tls: bool, closing: contextlib.ExitStack) -> None:
+    server = Wire(tls=tls, stops=False, extension=b";a=b")
+    closing.callback(server.close)
+    client = closing.enter_context(lean(openai.DefaultHttpxClient(verify=server.context)))
+    sdk = openai.OpenAI(
+        base_url=f"{'https' if tls else 'http'}://localhost:{server.port}/v1", api_key="k", http_client=client
+    )
+    gate, told = Gate(), list[str]()
+
+    def read() -> None:
+        with sdk.responses.create(model="m", input="Hi", stream=True, timeout=0.5) as stream:
+            for batch in wire.read(stream, gate):
+                told.extend([data["delta"] for _, data in batch] or ["go on" if gate.socket is None else "wait"])
+
+    with pytest.raises(httpx2.ReadTimeout):
+        read()
+    assert told == ["wait", "one", "wait", "go on", "two", "three"]
 
 
 def test_a_certificate_that_nobody_signed_is_refused(closing: contextlib.ExitStack) -> None:

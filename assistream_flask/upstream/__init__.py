@@ -57,7 +57,8 @@ class Upstream:
         self._stream, self._translator, self._place, self._poll = stream, translator, place, poll
         self._state = place.state() if place is not None else None
         self.gate: Gate | None = None
-        """Where it is set, an empty list is given before each read that can be waited for there, until the end."""
+        """Where it is set, an empty list is given before each read that can be waited for there, and before the first
+        that can't, until the end."""
 
     def state(self) -> Json | None:
         """Gives what :func:`resume` needs to go on behind the last list, as JSON for nobody to change.

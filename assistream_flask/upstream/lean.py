@@ -52,7 +52,8 @@ def new_client() -> openai.OpenAI:
 
 
 class Gate:
-    """Where a stream stops before each read, with the ``socket`` to read: who iterates may wait there, and read."""
+    """Where a stream stops before each read: who iterates may wait there, and read. Without a ``socket`` there is none
+    that can be, and to go on is to wait for the network."""
 
     socket: Any = None
     data: bytes | None = None
@@ -200,8 +201,7 @@ class Connection(httpcore2.NetworkStream):
             if some := b"".join(found):
                 yield some
             if not ordinary:
-                self._rest = data
-                return
+                break
             more = None
             if gate is not None:
                 yield b""
@@ -209,7 +209,10 @@ class Connection(httpcore2.NetworkStream):
             if more is None:
                 more = read(_READ)
             if not more:
-                # h11 says what that means.
-                self._rest = data
-                return
+                break
             data += more
+        # h11 says what this means, and reads on.
+        self._rest = data
+        if gate is not None:
+            gate.socket = None
+            yield b""
