@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Final
 
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 
 from .live import Live
 from .log import Log
@@ -72,7 +72,10 @@ class Keeper:
                         grown.append((live, live.place))
             try:
                 mine = self._store.save_grown(self._worker, states)
-            except SQLAlchemyError:
+            except (DataError, IntegrityError):
+                # What one of them has shall not keep the others.
+                mine = set()
+            except Exception:
                 _log.exception("the text of %d runs cannot be stored yet", len(grown))
                 for live, _ in grown:
                     live.dirty = True

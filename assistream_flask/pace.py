@@ -131,7 +131,12 @@ class Pacer(Generic[T]):
                 elif number < 0 or one.seat.until <= now:
                     self._waiting.pop(one, None)
                     one.seat.left.put(None)
-        self._call(ready)
+        try:
+            self._call(ready)
+        except BaseException:
+            for one in ready:
+                one.seat.left.put(None)
+            raise
 
 
 def _poll() -> Any:

@@ -211,18 +211,23 @@ class Runner:
             with self._guard:
                 if not self._queues[thread_id] or self._stopping.is_set():
                     del self._queues[thread_id]
-                    return
+                    return None
                 group = self._queues[thread_id][0]
             if self._waits(group[0]):
                 continue
             with self._guard:
                 self._queues[thread_id].remove(group)
+            _spawn(self._go_on, thread_id, group)
             first, *more = group
             for live in more:
                 _spawn(self._perform, live)
-            self._perform(first)
-            for live in group:
-                live.ended.wait()
+            # Here, not behind all that the worker does.
+            return self._perform(first)
+
+    def _go_on(self, thread_id: str, group: list[Live]) -> None:
+        for live in group:
+            live.ended.wait()
+        self._work(thread_id)
 
     def _waits(self, live: Live) -> bool:
         """Whether a run before it is not over; waits then, for a while, for that."""

@@ -331,6 +331,25 @@ def test_a_silent_server_is_given_up_after_the_time_out(tls: bool, closing: cont
 
 
 @pytest.mark.parametrize("tls", [False, True])
+def test_one_look_at_the_gate_brings_all_that_has_arrived(tls: bool, closing: contextlib.ExitStack) -> None:
+    # A server may send a TLS record a token.
+    server = Wire(tls=tls, stops=False)
+    closing.callback(server.close)
+    client = closing.enter_context(lean(openai.DefaultHttpxClient(verify=server.context)))
+    url = f"{'https' if tls else 'http'}://localhost:{server.port}/v1"
+    sdk = openai.OpenAI(base_url=url, api_key="k", http_client=client)
+    gate, told = Gate(), list[str]()
+    with sdk.responses.create(model="m", input="Hi", stream=True, timeout=5) as stream:
+        batches = wire.read(stream, gate)
+        assert next(batches) == []
+        time.sleep(0.5)
+        assert gate.read()
+        while batch := next(batches):
+            told += [data["delta"] for _, data in batch]
+    assert told == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize("tls", [False, True])
 def test_before_h11_reads_on_the_gate_says_so(tls: bool, closing: contextlib.ExitStack) -> None:
     server = Wire(tls=tls, stops=False, extension=b";a=b")
     closing.callback(server.close)

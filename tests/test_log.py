@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import pytest
 
 from assistream_flask.events import Event
-from assistream_flask.log import Log, Lost, Place, Record, Subscription
+from assistream_flask.log import Log, Lost, Place, Record, Subscription, tail
 from assistream_flask.log.memory import MemoryLog
 from assistream_flask.log.redis import RedisLog
 from tests.redis_server import RedisServer
@@ -502,6 +502,38 @@ def test_10000_attaches_while_appending_miss_and_repeat_nothing(make: MakeLog) -
     for thread in threads:
         thread.join(5)
     assert wrong == 0
+
+
+def test_a_reader_is_woken_once_by_an_event_whatever_its_time_outs_were(
+    make: MakeLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tail, "_SWEEP_SECONDS", 0.02)
+    log = make()
+    reader = log.subscribe("t", log.end("t"))
+    # A long wait that an event ends, then short ones until the long one would have ended.
+    waker = threading.Timer(0.07, lambda: log.append("t", [event(0)]))
+    waker.start()
+    end = time.monotonic() + 0.4
+    assert numbers(reader.read(0.2)) == [0]
+    while time.monotonic() < end:
+        assert reader.read(0.03) == []
+    waker.join()
+    reads, found = 0, list[int]()
+
+    def write() -> None:
+        for n in range(20):
+            time.sleep(0.02)
+            log.append("t", [event(n)])
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    while len(found) < 20:
+        found += numbers(reader.read(5))
+        reads += 1
+    writer.join()
+    reader.close()
+    assert found == list(range(20))
+    assert reads <= 20
 
 
 def test_writers_at_once_leave_no_hole_and_each_batch_whole(make: MakeLog) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import sqlite3
 import threading
 import time
@@ -13,12 +15,12 @@ import openai
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from assistream_flask import runner
+from assistream_flask import lean, runner
 from assistream_flask.runtime import Runtime
 from assistream_flask.testing import OfflineServer, Reply, Request
 from assistream_flask.threads import ThreadStore
 
-from .conftest import OVER, Caller, MakeApp, text, wait_until
+from .conftest import KEY, OVER, Caller, MakeApp, text, wait_until
 
 STALLED = Reply("one two three", fault="stall")
 """Says "one two", then nothing."""
@@ -273,6 +275,34 @@ def test_cancel_ends_a_run_at_once_whatever_it_waits_for(make_app: MakeApp, serv
     assert ended(caller, run) == ("cancelled", None)
     assert ended(caller, after) == ("completed", None)
     assert server.requests[0].wait(10)
+
+
+def test_the_next_run_does_not_wait_for_a_connection_that_stays_open_behind_the_end(
+    make_app: MakeApp, server: OfflineServer
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening, contextlib.ExitStack() as stack:
+
+        def serve() -> None:
+            while True:
+                try:
+                    peer = stack.enter_context(listening.accept()[0])
+                except OSError:
+                    return
+                peer.recv(65_536)
+                answer = b'data: {"choices": [{"delta": {"content": "fine"}}]}\n\ndata: [DONE]\n\n'
+                head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+                peer.sendall(head + b"%x\r\n%b\r\n" % (len(answer), answer))
+
+        threading.Thread(target=serve, daemon=True).start()
+        http_client = lean(openai.DefaultHttpxClient(verify=False))
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+        client = stack.enter_context(openai.OpenAI(api_key=KEY, base_url=url, http_client=http_client))
+        app = make_app(client=client, stall_seconds=100)
+        caller = Caller(app)
+        runs = [*caller.run("poet"), *caller.run("poet", content="two"), *caller.run("poet", content="three")]
+        assert [ended(caller, run) for run in runs] == [("completed", None)] * 3
+        app.extensions["assistream"].close()
+        listening.shutdown(socket.SHUT_RDWR)
 
 
 def test_cancel_of_one_run_leaves_the_others_of_its_group(make_app: MakeApp, server: OfflineServer) -> None:

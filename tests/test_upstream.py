@@ -410,6 +410,14 @@ def test_reasoning_is_cleaned_as_text_is(speaks: str, one: str) -> None:
     assert (got.reasoning, got.text) == ("a\ufffd🌍", "ok")
 
 
+@pytest.mark.parametrize("speaks", DIALECTS)
+def test_nothing_is_taken_from_behind_the_end(speaks: str) -> None:
+    with canned(literal(speaks, '"ok"') + literal(speaks, '"late"')) as client:
+        parts = [part for batch in upstream.open(client, assistant(speaks), [Turn("user", "Hi")], 5) for part in batch]
+    assert [type(part) for part in parts] == [Text, End]
+    assert parts[0] == Text(0, "ok")
+
+
 @pytest.mark.parametrize(
     ("host", "asked"),
     [

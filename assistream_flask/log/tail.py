@@ -166,9 +166,9 @@ class Registry(Generic[T]):
     def sleep(self, bell: Bell, seconds: float) -> bool:
         """Waits for ``bell``; gives whether it rang within ``seconds``, of which half a one may be missing."""
         if seconds <= 2 * _SWEEP_SECONDS:
+            self._sleepers.pop(bell, None)
             try:
-                bell.get(timeout=seconds)
-                return True
+                return bell.get(timeout=seconds)
             except queue.Empty:
                 return False
         # A timer for each wait would cost more than all else that a viewer does for an event.

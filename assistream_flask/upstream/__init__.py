@@ -100,7 +100,8 @@ class Upstream:
                 except RunError as error:
                     # What came before it in the same read was said.
                     failed = error
-                ended = any(isinstance(part, End) for part in parts)
+                if at := next((at for at, part in enumerate(parts, 1) if isinstance(part, End)), 0):
+                    ended, parts = True, parts[:at]
                 if parts:
                     if place is not None:
                         self._state = place.state()

@@ -66,12 +66,16 @@ class Gate:
             return True
         limit = self.socket.gettimeout()
         self.socket.settimeout(0)
+        data = b""
         try:
-            data = self.socket.recv(_READ)
-            while data and self.socket.pending():
-                data += self.socket.recv(_READ)
-        except ssl.SSLWantReadError:
-            return False
+            # One gives a record, and there may be one a token.
+            while len(data) < _READ and (more := self.socket.recv(_READ)):
+                data += more
+        except OSError as error:
+            if not data:
+                if isinstance(error, ssl.SSLWantReadError):
+                    return False
+                raise
         finally:
             self.socket.settimeout(limit)
         self.data = data
