@@ -30,7 +30,7 @@ class Settings:
     run_seconds: float = _setting(600.0, "a run fails when it takes longer", 0.1)
     heartbeat_seconds: float = _setting(15.0, "a `ping` goes out when nothing else did for so long", 0.05)
     pace_seconds: float = _setting(
-        0.04, "with more than 20 answers or viewers, an answer is told so often; 0: as it comes"
+        0.033, "with more than 20 answers or viewers, an answer is told so often; 0: as it comes"
     )
     flush_seconds: float = _setting(2.0, "growing text is stored at least so often", 0.05)
     log_events: int = _setting(10_000, "newest events a thread's log keeps for viewers that come back", 200)

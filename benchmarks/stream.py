@@ -378,11 +378,13 @@ def most(relays: Sequence[str], rounds: int, model_server: int) -> None:
 
 
 def _most(relay: str, model_server: int) -> int:
-    """Doubles until it is too many, and halves the rest up to a twentieth."""
+    """Doubles until it is too many, and halves the rest up to a tenth."""
     low, high = 0, 0
-    while not high or high - low > low / 20:
-        tried = (low + high) // 2 if high else low * 2 or 20
-        if stream(relay, model_server, tried, 50, 300).p99 < 50:
+    while not high or high - low > low / 10:
+        tried = (low + high) // 2 if high else low * 2 or 40
+        p99 = stream(relay, model_server, tried, 50, 250).p99
+        print(f"            {relay}: {p99:.1f} ms with {tried}", file=sys.stderr, flush=True)
+        if p99 < 50:
             low = tried
         else:
             high = tried
