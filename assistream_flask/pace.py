@@ -21,7 +21,7 @@ from .upstream.lean import Gate
 
 _log = logging.getLogger(__name__)
 
-_TICKS: Final = 8
+_TICKS: Final = 5
 _PATIENCE: Final = 0.3
 """Who has nothing to read for so long waits in its own way, which costs nothing while it lasts."""
 
