@@ -11,9 +11,9 @@ from typing import Final
 from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 
 from .live import Live
-from .log import Log
+from .log import Log, Place
 from .teller import Teller
-from .threads import ThreadStore
+from .threads import State, ThreadStore
 
 _log = logging.getLogger(__name__)
 
@@ -31,14 +31,10 @@ class Keeper:
     def keep(self, live: Live, anew: bool = False) -> None:
         """Stores what the run is now; ``anew``, as of the log's end. Failures are for the next time."""
         with live.saving:
-            with live.lock:
-                if live.reply.over:
-                    return
-                if anew:
-                    # Nothing of this run is appended meanwhile, so what it is now is exact there.
-                    live.place = self._log.end(live.thread_id)
-                live.dirty = False
-                state, place = live.now(), live.place
+            found = self._look(live, anew)
+            if found is None:
+                return
+            state, place = found
             try:
                 mine = self._store.save(self._worker, *state)
             except SQLAlchemyError:
@@ -50,6 +46,17 @@ class Keeper:
             # The thread is gone, or another worker took the run for lost; what was told since is not that one's.
             self._teller.untell(live.thread_id)
             self._lost(live)
+
+    def _look(self, live: Live, anew: bool = False) -> tuple[State, Place | None] | None:
+        """Gives what to store, and as of when; ``None`` when the run is over. Its ``saving`` is held."""
+        with live.lock:
+            if live.reply.over:
+                return None
+            if anew:
+                # Nothing of this run is appended meanwhile, so what it is now is exact there.
+                live.place = self._log.end(live.thread_id)
+            live.dirty = False
+            return live.now(), live.place
 
     def keep_all(self, lives: Sequence[Live]) -> None:
         """Does so for many: a few in a transaction, with time between for all else."""
@@ -65,11 +72,10 @@ class Keeper:
             states, grown = [], []
             for live in lives:
                 stack.enter_context(live.saving)
-                with live.lock:
-                    if not live.reply.over:
-                        live.dirty = False
-                        states.append(live.now())
-                        grown.append((live, live.place))
+                found = self._look(live)
+                if found is not None:
+                    states.append(found[0])
+                    grown.append((live, found[1]))
             try:
                 mine = self._store.save_grown(self._worker, states)
             except (DataError, IntegrityError):

@@ -56,8 +56,8 @@ class Live:
         # Whether, and when, anything was told.
         self.begun, self.told = False, 0.0
         # What arrives, and where its reader waits for it.
-        self.batches: Iterator[list[Part]] = iter(())
-        self.seat = Seat()
+        self.batches: Iterator[list[Part]]
+        self.seat: Seat
         self.waits = Interruptible(self.close)
         # How it ends when it is interrupted; not at all when another worker has it.
         self.stop: Callable[[Reply], list[Event]] | None = Reply.cancel

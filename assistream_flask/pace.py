@@ -30,8 +30,7 @@ class Seat(Gate):
     """Where the reader of a stream waits for its turn. ``left`` is for what is left to it; ``None``: the reading."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.since = self.until = 0.0
+        self.since = 0.0
         self.left: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
 
@@ -71,9 +70,7 @@ class Pacer(Generic[T]):
 
     def again(self, one: T) -> None:
         """Lets it have its next turn; its reader waits."""
-        seat = one.seat
-        seat.since = time.monotonic() + self._seconds
-        seat.until = seat.since + _PATIENCE
+        one.seat.since = time.monotonic() + self._seconds
         self._waiting[one] = None
         self.want()
 
@@ -128,7 +125,7 @@ class Pacer(Generic[T]):
                 if number in readable or one.seat.pending():
                     self._waiting.pop(one, None)
                     ready.append(one)
-                elif number < 0 or one.seat.until <= now:
+                elif number < 0 or one.seat.since + _PATIENCE <= now:
                     self._waiting.pop(one, None)
                     one.seat.left.put(None)
         try:

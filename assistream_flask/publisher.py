@@ -44,8 +44,9 @@ class Publisher:
         """Gives the run's next parts, without those that were told in its turns; ``None`` at the end. Raises what its
         stream does."""
         while (parts := next(live.batches, None)) is not None and not parts:
-            pacer = self._pacer_of(live) if live.seat.socket is not None else None
-            left = pacer.wait(live) if pacer is not None else None
+            if live.seat.socket is None or (pacer := self._pacer_of(live)) is None:
+                continue
+            left = pacer.wait(live)
             if isinstance(left, Exception):
                 raise left
             if left is not None:
@@ -126,14 +127,11 @@ class Publisher:
         try:
             if not live.seat.read():
                 return True
-            while parts := next(live.batches):
-                if not self._plain(live, parts):
-                    left = parts
-                    break
+            while (parts := next(live.batches)) and self._plain(live, parts):
                 live.take(parts)
-            else:
-                if live.seat.socket is not None:
-                    return True
+            if not parts and live.seat.socket is not None:
+                return True
+            left = parts or None
         except (OSError, StopIteration):
             # The reader meets it too.
             pass

@@ -45,8 +45,7 @@ class Reply:
             if isinstance(part, Reasoning):
                 found += self._think(part.value)
             elif not isinstance(part, End | Begun):
-                if self._step is not None:
-                    found += self._stop_thinking()
+                found += self._stop_thinking()
                 found.append(self._say(part))
         return found
 

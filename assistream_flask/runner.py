@@ -211,18 +211,18 @@ class Runner:
             with self._guard:
                 if not self._queues[thread_id] or self._stopping.is_set():
                     del self._queues[thread_id]
-                    return None
+                    return
                 group = self._queues[thread_id][0]
-            if self._waits(group[0]):
-                continue
-            with self._guard:
-                self._queues[thread_id].remove(group)
-            _spawn(self._go_on, thread_id, group)
-            first, *more = group
-            for live in more:
-                _spawn(self._perform, live)
-            # Here, not behind all that the worker does.
-            return self._perform(first)
+            if not self._waits(group[0]):
+                break
+        with self._guard:
+            self._queues[thread_id].remove(group)
+        _spawn(self._go_on, thread_id, group)
+        first, *more = group
+        for live in more:
+            _spawn(self._perform, live)
+        # Here, not behind all that the worker does.
+        self._perform(first)
 
     def _go_on(self, thread_id: str, group: list[Live]) -> None:
         for live in group:
@@ -452,6 +452,7 @@ class Runner:
         lives = list(self._live.values())
         if thread_id is None:
             self._keeper.keep_all([live for live in lives if live.dirty])
+            return
         for live in lives:
             if live.thread_id == thread_id:
                 self._keeper.keep(live, anew=True)

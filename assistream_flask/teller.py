@@ -27,9 +27,9 @@ class Teller:
 
     def tell_all(self, told: Sequence[tuple[str, Sequence[Event]]]) -> Sequence[Place | None]:
         """Does as :meth:`tell` for several threads at once."""
-        if not self._untold or not any(thread_id in self._untold for thread_id, _ in told):
+        if not any(thread_id in self._untold for thread_id, _ in told):
             try:
-                return self._log.append_all(told) if len(told) > 1 else [self._log.append(*told[0])]
+                return self._log.append_all(told)
             except Away:
                 for thread_id, _ in told:
                     self.untell(thread_id)

@@ -21,7 +21,6 @@ from .errors import ConfigurationError
 from .events import TERMINAL, Json, entry
 from .schema import answers, messages, runs, threads
 
-_LIVE = ("queued", "in_progress", "requires_action")
 _MESSAGE = [column for column in messages.c if column.name != "position"]
 _RUN = list(runs.c)[: list(runs.c).index(runs.c.steps)]
 # What changes while a run goes on.
@@ -29,13 +28,12 @@ _MESSAGE_CHANGES = [
     messages.c[name] for name in ("status", "content", "completed_at", "incomplete_at", "incomplete_details")
 ]
 _RUN_CHANGES = _RUN[_RUN.index(runs.c.status) : _RUN.index(runs.c.model)] + _RUN[_RUN.index(runs.c.started_at) :]
-# What was let go of is nobody's, also while its row still names the last who had it.
 
 # Statements on a request's way to its first words, and of what is stored all the time: SQLAlchemy takes ten times as
 # long for one that is made anew.
 _THIS: sa.BindParameter[Any] = sa.bindparam("this")
 _OWNED = (threads.c.scope == sa.bindparam("scope"), threads.c.owner == sa.bindparam("owner"))
-_LIVING = sa.or_(*(runs.c.status == live for live in _LIVE))
+_LIVING = sa.or_(*(runs.c.status == live for live in ("queued", "in_progress", "requires_action")))
 _OWNS = sa.select(threads.c.number).where(threads.c.id == _THIS, *_OWNED)
 # The row lock gives positions in the order of commits where several can write at once.
 _HOLD = sa.select(threads.c.number).where(threads.c.id == _THIS).with_for_update()
@@ -71,19 +69,18 @@ _HISTORY = (
     )
     .order_by(messages.c.position)
 )
-_HELD = (
-    runs.c.worker == sa.bindparam("mine"),
-    _LIVING,
-    runs.c.lease > 0,
-)
+# What was let go of is nobody's, also while its row still names the last who had it.
+_HELD = (runs.c.worker == sa.bindparam("mine"), _LIVING, runs.c.lease > 0)
 _SAVE_RUN = runs.update().where(runs.c.id == _THIS, *_HELD)
 _SAVE_MESSAGE = messages.update().where(messages.c.id == _THIS)
-# Rows that another transaction holds are passed over: two that wait for many rows can be a deadlock.
-_MINE = (
-    sa.select(runs.c.id)
-    .where(runs.c.id.in_(sa.bindparam("these", expanding=True)), *_HELD)
-    .with_for_update(skip_locked=True)
-)
+
+
+def _unlocked(*where: sa.ColumnElement[bool]) -> sa.Select[str]:
+    # Rows that another transaction holds are passed over: two that wait for many rows can be a deadlock.
+    return sa.select(runs.c.id).where(*where).with_for_update(skip_locked=True)
+
+
+_MINE = _unlocked(runs.c.id.in_(sa.bindparam("these", expanding=True)), *_HELD)
 
 
 class Owner(NamedTuple):
@@ -221,15 +218,14 @@ class ThreadStore:
     def threads(self, owner: Owner, limit: int, before: str | None) -> tuple[list[Json], bool] | None:
         """Gives ``owner``'s threads older than ``before``, newest first, and whether there are more;
         ``None`` when ``before`` is not one of them."""
-        query = sa.select(threads).where(*_owned(owner)).order_by(threads.c.number.desc()).limit(limit + 1)
+        query = sa.select(threads).where(*_OWNED).order_by(threads.c.number.desc()).limit(limit + 1)
         with self._read() as connection:
             if before is not None:
-                where = (threads.c.id == before, *_owned(owner))
-                number = connection.execute(sa.select(threads.c.number).where(*where)).scalar()
+                number = connection.execute(_OWNS, {"this": before, **_named(owner)}).scalar()
                 if number is None:
                     return None
                 query = query.where(threads.c.number < number)
-            rows = connection.execute(query).all()
+            rows = connection.execute(query, _named(owner)).all()
         return [thread_object(row._mapping) for row in rows[:limit]], len(rows) > limit
 
     def delete_thread(self, thread_id: str) -> None:
@@ -376,7 +372,7 @@ class ThreadStore:
             .select_from(
                 runs.join(messages, messages.c.id == runs.c.message_id).join(threads, threads.c.id == runs.c.thread_id)
             )
-            .where(runs.c.status.in_(_LIVE), *where)
+            .where(_LIVING, *where)
             .order_by(messages.c.thread_id, messages.c.position)
         )
         with self._read() as connection:
@@ -409,14 +405,14 @@ class ThreadStore:
     def renew(self, worker: str, run_ids: Collection[str], lease: float) -> list[str]:
         """Extends the leases of those runs that are ``worker``'s to the Unix time ``lease``; gives the ids of those
         to cancel."""
-        renewed = _free(runs.c.worker == worker, runs.c.status.in_(_LIVE), runs.c.id.in_(run_ids)).values(lease=lease)
+        renewed = _free(runs.c.worker == worker, _LIVING, runs.c.id.in_(run_ids)).values(lease=lease)
         with self._write() as connection:
             rows = connection.execute(renewed.returning(runs.c.id, runs.c.cancel_requested)).all()
         return [run_id for run_id, cancel in rows if cancel]
 
     def claim(self, run_id: str, worker: str, lease: float) -> bool:
         """Makes ``worker`` the holder of a run whose lease ran out; ``False`` when another was first."""
-        where = (runs.c.id == run_id, runs.c.status.in_(_LIVE), runs.c.lease < time.time())
+        where = (runs.c.id == run_id, _LIVING, runs.c.lease < time.time())
         with self._write() as connection:
             return bool(connection.execute(runs.update().where(*where).values(worker=worker, lease=lease)).rowcount)
 
@@ -473,14 +469,8 @@ def _named(owner: Owner) -> Json:
     return {"scope": owner.scope, "owner": owner.name}
 
 
-def _owned(owner: Owner) -> tuple[sa.ColumnElement[bool], ...]:
-    return threads.c.scope == owner.scope, threads.c.owner == owner.name
-
-
 def _free(*where: sa.ColumnElement[bool]) -> sa.Update:
-    # Rows that another transaction holds are passed over: two that wait for many rows can be a deadlock.
-    free = sa.select(runs.c.id).where(*where).with_for_update(skip_locked=True)
-    return runs.update().where(runs.c.id.in_(free))
+    return runs.update().where(runs.c.id.in_(_unlocked(*where)))
 
 
 def _columns(value: Json, columns: list[sa.Column[Any]]) -> Json:

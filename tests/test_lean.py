@@ -180,6 +180,7 @@ class Wire:
         self.context = ssl.create_default_context(cafile=CERTIFICATE)
         self._stops, self._server = stops, socket.create_server(("127.0.0.1", 0))
         self.port: int = self._server.getsockname()[1]
+        self.url = f"{'https' if tls else 'http'}://localhost:{self.port}/v1"
         self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) if tls else None
         if self._tls:
             self._tls.load_cert_chain(CERTIFICATE)
@@ -263,10 +264,14 @@ class Tunnel:
             one.close()
 
 
-def deltas(client: httpx2.Client, url: str) -> tuple[list[str], int]:
+def asked(client: httpx2.Client, server: Wire) -> openai.Stream[Any]:
+    sdk = openai.OpenAI(base_url=server.url, api_key="k", http_client=client, max_retries=0)
+    return sdk.responses.create(model="m", input="Hi", stream=True, timeout=0.5)
+
+
+def deltas(client: httpx2.Client, server: Wire) -> tuple[list[str], int]:
     """The deltas that a stream gives, and how often it stood at the gate; every second time it is read there."""
-    sdk = openai.OpenAI(base_url=url, api_key="k", http_client=client, max_retries=0)
-    stream = sdk.responses.create(model="m", input="Hi", stream=True, timeout=0.5)
+    stream = asked(client, server)
     gate, stops, found = Gate(), 0, list[str]()
     for batch in wire.read(stream, gate):
         found += [data["delta"] for _, data in batch]
@@ -300,9 +305,8 @@ def test_tls_and_proxies_are_read_so_too_and_connections_are_kept(
         # A forwarding proxy is asked as if it were the server.
         monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{server.port}")
     client = closing.enter_context(lean(openai.DefaultHttpxClient(verify=server.context)))
-    url = f"{'https' if tls else 'http'}://localhost:{server.port}/v1"
     for _ in range(2):
-        found, reads = deltas(client, url)
+        found, reads = deltas(client, server)
         assert found == ["one", "two", "three"]
         assert reads > 0
     assert server.accepted == 1
@@ -316,7 +320,7 @@ def test_tls_within_the_tls_of_a_proxy_is_read_too(closing: contextlib.ExitStack
     proxy = httpx2.Proxy(f"https://localhost:{tunnel.port}", ssl_context=server.context)
     client = closing.enter_context(lean(openai.DefaultHttpxClient(verify=server.context, proxy=proxy)))
     for _ in range(2):
-        assert deltas(client, f"https://localhost:{server.port}/v1") == (["one", "two", "three"], 0)
+        assert deltas(client, server) == (["one", "two", "three"], 0)
     assert server.accepted == len(tunnel.asked) == 1
 
 
@@ -326,7 +330,7 @@ def test_a_silent_server_is_given_up_after_the_time_out(tls: bool, closing: cont
     closing.callback(server.close)
     client = closing.enter_context(lean(openai.DefaultHttpxClient(verify=server.context)))
     with pytest.raises(TimeoutError) as caught:
-        deltas(client, f"{'https' if tls else 'http'}://localhost:{server.port}/v1")
+        deltas(client, server)
     assert wire.timed_out(caught.value)
 
 
@@ -336,10 +340,8 @@ def test_one_look_at_the_gate_brings_all_that_has_arrived(tls: bool, closing: co
     server = Wire(tls=tls, stops=False)
     closing.callback(server.close)
     client = closing.enter_context(lean(openai.DefaultHttpxClient(verify=server.context)))
-    url = f"{'https' if tls else 'http'}://localhost:{server.port}/v1"
-    sdk = openai.OpenAI(base_url=url, api_key="k", http_client=client)
     gate, told = Gate(), list[str]()
-    with sdk.responses.create(model="m", input="Hi", stream=True, timeout=5) as stream:
+    with asked(client, server) as stream:
         batches = wire.read(stream, gate)
         assert next(batches) == []
         time.sleep(0.5)
@@ -354,13 +356,10 @@ def test_before_h11_reads_on_the_gate_says_so(tls: bool, closing: contextlib.Exi
     server = Wire(tls=tls, stops=False, extension=b";a=b")
     closing.callback(server.close)
     client = closing.enter_context(lean(openai.DefaultHttpxClient(verify=server.context)))
-    sdk = openai.OpenAI(
-        base_url=f"{'https' if tls else 'http'}://localhost:{server.port}/v1", api_key="k", http_client=client
-    )
     gate, told = Gate(), list[str]()
 
     def read() -> None:
-        with sdk.responses.create(model="m", input="Hi", stream=True, timeout=0.5) as stream:
+        with asked(client, server) as stream:
             for batch in wire.read(stream, gate):
                 told.extend([data["delta"] for _, data in batch] or ["go on" if gate.socket is None else "wait"])
 
@@ -374,7 +373,7 @@ def test_a_certificate_that_nobody_signed_is_refused(closing: contextlib.ExitSta
     closing.callback(server.close)
     client = closing.enter_context(lean(openai.DefaultHttpxClient()))
     with pytest.raises(openai.APIConnectionError):
-        deltas(client, f"https://localhost:{server.port}/v1")
+        deltas(client, server)
 
 
 def test_a_client_with_a_transport_of_its_own_stays_as_it_is() -> None:

@@ -236,6 +236,7 @@ input.addEventListener("input", () => {
   remember(sessionStorage, draftKey(), input.value);
   grow();
 });
+
 // The text stays in the box until the thread shows it: whatever goes wrong, nothing typed is lost.
 async function send(words, ids, mode) {
   if (!words || sending) return;
