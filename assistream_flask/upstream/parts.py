@@ -166,14 +166,15 @@ class Slots:
     def _whole(self, slot: tuple[str, object], value: object) -> str:
         if not isinstance(value, str):
             return ""
-        value = self._half.pop(slot, "") + value
+        if self._half:
+            value = self._half.pop(slot, "") + value
         if not value.isascii() or "\0" in value:
             if "\ud800" <= value[-1] <= "\udbff":
                 self._half[slot] = value[-1]
                 value = value[:-1]
             # PostgreSQL stores no NUL, and no reader wants one.
             value = clean(value).replace("\0", "\ufffd")
-        if skip := self._skip.get(slot):
+        if self._skip and (skip := self._skip.get(slot)):
             self._skip[slot] = max(0, skip - len(value))
             value = value[skip:]
         self._told[slot] = self._told.get(slot, 0) + len(value)

@@ -86,14 +86,15 @@ class ResponsesTranslator:
         if self._told_by != "delta":
             return None
         at, content = batch[0][1].get("output_index"), batch[0][1].get("content_index")
-        found: list[str] = []
-        for kind, data in batch:
-            text = data.get("delta")
-            same = kind == _TEXT and data.get("output_index") == at and data.get("content_index") == content
-            if not same or not isinstance(text, str):
-                return None
-            found.append(text)
-        return self._slots.text((at, content), "".join(found))
+        found: list[Any] = [
+            data.get("delta")
+            for kind, data in batch
+            if kind == _TEXT and data.get("output_index") == at and data.get("content_index") == content
+        ]
+        try:
+            return self._slots.text((at, content), "".join(found)) if len(found) == len(batch) else None
+        except TypeError:
+            return None
 
     def feed(self, kind: str, data: Json) -> list[Part]:
         key = (data.get("output_index"), data.get("content_index"))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import chain
-from secrets import randbits
 from typing import Any, Final, cast
 
 import httpx2
@@ -39,23 +38,21 @@ def read(stream: Any, gate: Gate | None = None) -> Iterator[list[tuple[str, Json
     """
     response: Any = getattr(stream, "response", None)
     if hasattr(response, "iter_bytes") and not response.is_stream_consumed:
-        decoder, between = Decoder(), randbits(62)
+        decoder = Decoder()
         # Typed events cost twenty times what their bytes do, and an unknown one is built as the wrong class.
         for chunk in _bytes(response, gate):
             if not chunk:
                 yield []
                 continue
-            frames = decoder.split(chunk)
-            batch = _together(frames, between)
-            if not batch:
-                try:
-                    for name, data in frames:
-                        batch.append(_parsed(name, data))
-                except RunError:
-                    # What came before it in the same read was said.
-                    if batch:
-                        yield batch
-                    raise
+            batch: list[tuple[str, Json]] = []
+            try:
+                for name, data in decoder.split(chunk):
+                    batch.append(_parsed(name, data))
+            except RunError:
+                # What came before it in the same read was said.
+                if batch:
+                    yield batch
+                raise
             if batch:
                 yield batch
     else:
@@ -74,23 +71,6 @@ def _bytes(response: Any, gate: Gate | None) -> Iterable[bytes]:
         timeout = response.request.extensions.get("timeout", {}).get("read")
         return chain(connection.chunks(timeout, gate), response.iter_bytes())
     return cast("Iterable[bytes]", response.iter_bytes())
-
-
-def _together(frames: Sequence[tuple[bytes, bytes]], between: int) -> list[tuple[str, Json]]:
-    """Parses all in one go; gives nothing where one of them is not one JSON value, or there are few.
-
-    The number ``between`` them, which nobody can guess, keeps two pieces from making one value, or one from being two.
-    """
-    if len(frames) < 2:
-        return []
-    try:
-        whole = b"[%b]" % (b",%d," % between).join([text for _, text in frames])
-        found = from_json(whole, allow_inf_nan=False, cache_strings="keys")
-    except ValueError:
-        return []
-    if found[1::2] != [between] * (len(frames) - 1) or len(found) != 2 * len(frames) - 1:
-        return []
-    return [_kind(name.decode("utf-8", "replace"), data) for (name, _), data in zip(frames, found[::2], strict=True)]
 
 
 def _parsed(name: bytes, text: bytes) -> tuple[str, Json]:
@@ -116,6 +96,8 @@ def _kind(name: str, data: Any) -> tuple[str, Json]:
     if not isinstance(data, dict):
         return name, {}
     kind = data.get("type")
+    if kind == name != "":
+        return name, data
     if name.startswith("thread.") or name in ("done", "error") or not isinstance(kind, str):
         kind = name
     if kind == "" and data.get("error"):
