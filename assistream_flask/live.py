@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import _thread
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import openai
@@ -11,7 +13,7 @@ import openai
 from . import upstream
 from .assistants import Assistant
 from .events import Event, Json
-from .interrupt import Interruptible
+from .interrupt import Interrupted, Interruptible
 from .log import Place
 from .pace import Seat
 from .reply import Ahead, Reply
@@ -53,11 +55,13 @@ class Live:
         # What arrived and was not added to the reply yet, and the state behind it.
         self.pending: list[Part] = []
         self.pending_state: Json | None = None
-        # Whether, and when, anything was told.
-        self.begun, self.told = False, 0.0
-        # What arrives, and where its reader waits for it.
+        # Whether, and when, anything was told; and how often, soon after each other.
+        self.begun, self.told, self.in_a_row = False, 0.0, 0
+        # What arrives, where its reader waits for it, and when it last let others have their turn.
         self.batches: Iterator[list[Part]]
         self.seat: Seat
+        self.turn = 0.0
+        self.feeding: Interruptible | None = None
         self.waits = Interruptible(self.close)
         # How it ends when it is interrupted; not at all when another worker has it.
         self.stop: Callable[[Reply], list[Event]] | None = Reply.cancel
@@ -66,12 +70,20 @@ class Live:
         """Closes the connection to the model server."""
         if self.upstream is not None:
             self.upstream.close()
+        if self.feeding is not None:
+            self.feeding.interrupt()
 
     def read(self, ours: upstream.Upstream) -> None:
         """Has its batches come from there."""
-        self.upstream, self.seat = ours, Seat()
+        self.upstream, self.seat, self.feeding = ours, Seat(), None
         ours.gate = self.seat
         self.batches = iter(ours)
+
+    def feed(self) -> None:
+        """Has its stream read ahead, where it can't be read in a tick."""
+        assert self.upstream is not None
+        self.seat.is_fed, self.feeding = True, Interruptible(self.upstream.close)
+        _thread.start_new_thread(_feed, (self.feeding, self.seat))
 
     @property
     def elsewhere(self) -> bool:
@@ -93,3 +105,8 @@ class Live:
     def now(self) -> State:
         """What there is to store."""
         return *self.reply.snapshot(), str(self.place) if self.place else None, self.state
+
+
+def _feed(waits: Interruptible, seat: Seat) -> None:
+    with suppress(Interrupted):
+        waits.wait(seat.feed)

@@ -17,7 +17,7 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 
 from gevent import monkey
 
-from .upstream.lean import Gate
+from .upstream.gate import Gate
 
 _log = logging.getLogger(__name__)
 
@@ -30,8 +30,13 @@ class Seat(Gate):
     """Where the reader of a stream waits for its turn. ``left`` is for what is left to it; ``None``: the reading."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.since = 0.0
         self.left: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def number(self) -> int | None:
+        """Gives the file descriptor of its connection: -1 when that is closed, ``None`` when there is none."""
+        return None if self.socket is None else self.socket.fileno()
 
 
 class Seated(Protocol):
@@ -60,7 +65,7 @@ class Pacer(Generic[T]):
 
     def wait(self, one: T) -> Any:
         """Gives what is left to the reader; ``None`` when it is to read for itself."""
-        if self._closed or one.seat.socket.fileno() < 0:
+        if self._closed or one.seat.number() == -1:
             return None
         self.again(one)
         try:
@@ -114,20 +119,15 @@ class Pacer(Generic[T]):
         now = time.monotonic()
         ready: list[T] = []
         first = takewhile(lambda one: one.seat.since <= now, list(self._waiting))
-        turn = [(one.seat.socket.fileno(), one) for one in first]
-        if turn:
-            poll = _poll()
-            for number, _ in turn:
-                if number >= 0:
-                    poll.register(number, POLLIN)
-            readable = {number for number, _ in poll.poll(0)}
-            for number, one in turn:
-                if number in readable or one.seat.pending():
-                    self._waiting.pop(one, None)
-                    ready.append(one)
-                elif number < 0 or one.seat.since + _PATIENCE <= now:
-                    self._waiting.pop(one, None)
-                    one.seat.left.put(None)
+        turn = [(one.seat.number(), one) for one in first]
+        readable = _readable([number for number, _ in turn if number is not None and number >= 0])
+        for number, one in turn:
+            if number in readable or (number != -1 and one.seat.pending()):
+                self._waiting.pop(one, None)
+                ready.append(one)
+            elif number == -1 or one.seat.since + _PATIENCE <= now:
+                self._waiting.pop(one, None)
+                one.seat.left.put(None)
         try:
             self._call(ready)
         except BaseException:
@@ -136,6 +136,11 @@ class Pacer(Generic[T]):
             raise
 
 
-def _poll() -> Any:
+def _readable(numbers: Sequence[int]) -> set[int]:
+    if not numbers:
+        return set()
     # gevent's own waits; this one only looks.
-    return monkey.get_original("select", "poll")()
+    poll = monkey.get_original("select", "poll")()
+    for number in numbers:
+        poll.register(number, POLLIN)
+    return {number for number, _ in poll.poll(0)}

@@ -19,6 +19,13 @@ _log = logging.getLogger(__name__)
 
 _FEW: Final = 20
 """A worker with no more answers under way, and no more viewers, has time to tell of each delta as it comes."""
+_FLOODED: Final = 4
+"""With no more, for a flood too: one that begins with so many pieces, less than so many seconds from each other, and
+lasts while so many come a turn."""
+_FLOOD_PIECES: Final = 50
+_FLOOD_SECONDS: Final = 0.004
+_FLOOD_LASTS: Final = 8
+_TURN_SECONDS: Final = 0.01
 
 
 class Publisher:
@@ -36,39 +43,43 @@ class Publisher:
         self._teller, self._viewers, self._plain = teller, viewers, plain
         # Those that have begun to speak and are not over.
         self._speaking: set[str] = set()
-        self._due: dict[str, Live] = {}
-        self._seconds = seconds
         self._pacer: Pacer[Live] | None = Pacer(seconds, self._tick) if seconds else None
 
     def next(self, live: Live) -> Sequence[Part] | None:
-        """Gives the run's next parts, without those that were told in its turns; ``None`` at the end. Raises what its
-        stream does."""
-        while (parts := next(live.batches, None)) is not None and not parts:
-            if live.seat.socket is None or (pacer := self._pacer_of(live)) is None:
-                continue
-            left = pacer.wait(live)
-            if isinstance(left, Exception):
-                raise left
-            if left is not None:
-                return cast("Sequence[Part]", left)
-        return parts
+        """Gives the run's next parts, without those that a tick told or is to tell; ``None`` at the end. Raises what
+        its stream does."""
+        while (parts := next(live.batches, None)) is not None:
+            if time.monotonic() - live.turn > _TURN_SECONDS:
+                # A greenlet that never has to wait for its next byte would keep all others waiting.
+                time.sleep(0)
+                live.turn = time.monotonic()
+            if parts:
+                return parts
+            if live.begun and self._pacer is not None and (self._has_many() or self._floods(live)):
+                if live.seat.source is not None and not live.seat.is_fed:
+                    live.feed()
+                if live.seat.can_wait:
+                    left = self._pacer.wait(live)
+                    if isinstance(left, Exception):
+                        raise left
+                    if left is not None:
+                        return cast("Sequence[Part]", left)
+        return None
 
-    def _pacer_of(self, live: Live) -> Pacer[Live] | None:
-        many = len(self._speaking) > _FEW or self._viewers() > _FEW
-        return self._pacer if live.begun and many else None
+    def _has_many(self) -> bool:
+        return len(self._speaking) > _FEW or self._viewers() > _FEW
+
+    def _floods(self, live: Live) -> bool:
+        return live.in_a_row >= _FLOOD_PIECES and live.seat.source is not None and len(self._speaking) > _FLOODED
 
     def add(self, live: Live, parts: Sequence[Part]) -> None:
-        """Takes what arrived. Raises :class:`Interrupted` when the run is over, or another worker's."""
+        """Tells what arrived. Raises :class:`Interrupted` when the run is over, or another worker's."""
         with live.lock:
             if live.reply.over or live.left:
                 raise Interrupted
             live.take(parts)
-            pacer = self._pacer_of(live)
-            if pacer is None:
-                self._tell([(live, live.grow())])
-        if pacer is not None:
-            self._due[live.id] = live
-            pacer.want()
+            live.in_a_row = live.in_a_row + 1 if time.monotonic() - live.told < _FLOOD_SECONDS else 0
+            self._tell([(live, live.grow())])
 
     def flush(self, live: Live) -> None:
         """Tells what arrived by now."""
@@ -87,7 +98,7 @@ class Publisher:
 
     def _tick(self, ready: Sequence[Live]) -> None:
         assert self._pacer is not None
-        due, self._due = self._due, {}
+        many = self._has_many()
         locked: list[Live] = []
         try:
             for live in ready:
@@ -95,16 +106,8 @@ class Publisher:
                     live.seat.left.put(None)
                     continue
                 locked.append(live)
-                due.pop(live.id, None)
-                if self._read(live):
+                if self._read(live, many):
                     self._pacer.again(live)
-            # What was read elsewhere.
-            late = time.monotonic() - self._seconds * 0.75
-            for live in due.values():
-                if live.told > late or not live.lock.acquire(blocking=False):
-                    self._due[live.id] = live
-                else:
-                    locked.append(live)
             grown: list[tuple[Live, list[Event]]] = []
             for live in locked:
                 if live.pending and not live.reply.over and not live.left:
@@ -118,10 +121,8 @@ class Publisher:
         finally:
             for live in locked:
                 live.lock.release()
-        if self._due:
-            self._pacer.want()
 
-    def _read(self, live: Live) -> bool:
+    def _read(self, live: Live, many: bool) -> bool:
         """Takes what the stream has; gives ``False`` where its own reader is to go on. Its lock is held."""
         left: object = None
         try:
@@ -129,7 +130,7 @@ class Publisher:
                 return True
             while (parts := next(live.batches)) and self._plain(live, parts):
                 live.take(parts)
-            if not parts and live.seat.socket is not None:
+            if not parts and live.seat.can_wait and (many or live.seat.taken >= _FLOOD_LASTS):
                 return True
             left = parts or None
         except (OSError, StopIteration):

@@ -38,7 +38,6 @@ _BROKEN: Final = ("upstream_cut", "upstream_ended_early", "upstream_stalled", "u
 _TRIES: Final = 6
 _UNWANTED: Final = ("cancelled", "failed", "incomplete")
 _LATE_SECONDS: Final = 5.0
-_TURN_SECONDS: Final = 0.01
 _ENDS: Final = frozenset(f"thread.run.{status}" for status in TERMINAL)
 
 T = TypeVar("T")
@@ -312,7 +311,6 @@ class Runner:
 
         live.close()
         live.read(live.waits.wait(ask))
-        turn = time.monotonic()
         # After the end this reads on, so that the connection can serve the next run.
         while (parts := live.waits.wait(lambda: self._publisher.next(live))) is not None:
             if self._is_late(live):
@@ -322,10 +320,6 @@ class Runner:
             if live.elsewhere or isinstance(parts[0], Begun):
                 # A crash would lose the response that it is of.
                 self._keeper.keep(live)
-            if time.monotonic() - turn > _TURN_SECONDS:
-                # A greenlet that never has to wait for its next byte would keep all others waiting.
-                time.sleep(0)
-                turn = time.monotonic()
             if isinstance(parts[-1], End):
                 end = parts[-1]
                 self._end(live, lambda reply, end=end: reply.finish(end))  # type: ignore[misc]

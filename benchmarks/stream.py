@@ -110,7 +110,7 @@ class Load:
                     return
                 raise SystemExit("the streams took too long")
             for key, _ in self._selector.select(0.2):
-                data = cast(socket.socket, key.fileobj).recv(262_144)
+                data = cast(socket.socket, key.fileobj).recv(65_536)
                 now = time.time_ns()
                 self._read[key.data].append((now, data))
                 if self._silent and key.data in self._silent and _DELTA.search(data):

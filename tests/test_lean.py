@@ -24,7 +24,7 @@ import pytest
 
 from assistream_flask import lean
 from assistream_flask.upstream import wire
-from assistream_flask.upstream.lean import Gate
+from assistream_flask.upstream.gate import Gate
 
 CERTIFICATE = Path(__file__).with_name("localhost.pem")
 TRIALS = int(os.environ.get("ASSISTREAM_TRIALS", "80")) * 4

@@ -33,17 +33,23 @@ def client(request: pytest.FixtureRequest, quick: openai.OpenAI) -> openai.OpenA
     return quick if request.param == "lean" else None
 
 
-def test_many_answers_at_once_are_told_whole_and_in_fewer_events(
-    make_app: MakeApp, server: OfflineServer, client: openai.OpenAI | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many events were told each time, from now on."""
     told: list[int] = []
     tell = publisher.Publisher._tell
 
-    def counted(self: publisher.Publisher, grown: Any) -> None:
+    def count(self: publisher.Publisher, grown: Any) -> None:
         told.append(sum(len(events) for _, events in grown))
         tell(self, grown)
 
-    monkeypatch.setattr(publisher.Publisher, "_tell", counted)
+    monkeypatch.setattr(publisher.Publisher, "_tell", count)
+    return told
+
+
+def test_many_answers_at_once_are_told_whole_and_in_fewer_events(
+    make_app: MakeApp, server: OfflineServer, client: openai.OpenAI | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = counted(monkeypatch)
     monkeypatch.setattr(publisher, "_FEW", 0)
     server.replies = Reply(WORDS, delay=0.01)
     callers = [Caller(make_app(client=client, pace_seconds=0.1))]
@@ -65,6 +71,19 @@ def test_a_few_answers_are_told_as_they_come(
     caller = Caller(make_app(client=quick, pace_seconds=100))
     caller.run("tutor", "critic")
     assert [text(one) for one in caller.wait()[1:]] == ["one two three"] * 2
+
+
+def test_a_flood_is_told_in_turns_also_where_answers_are_few(
+    make_app: MakeApp, server: OfflineServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher, "_FLOODED", 0)
+    told = counted(monkeypatch)
+    words = WORDS * 40
+    server.replies = Reply(words)
+    caller = Caller(make_app())
+    caller.run("tutor")
+    assert text(caller.wait(60)[1]) == words
+    assert 1 < sum(told) < len(words.split()) / 3
 
 
 def test_the_first_words_of_each_are_told_at_once_and_a_cancel_does_not_wait_for_a_tick(

@@ -19,7 +19,7 @@ from ..errors import RunError
 from ..events import Json
 from . import assistants, background, chat, responses, wire
 from .background import cancel
-from .lean import Gate
+from .gate import Gate
 from .parts import Begun, End, Part, Translator, Turn, code_of, failure
 
 __all__ = ["Upstream", "cancel", "open", "resume", "translate"]

@@ -19,10 +19,11 @@ import httpcore2
 import httpx2
 import openai
 
+from .gate import READ_BYTES, Gate
+
 _HEAD_END: Final = re.compile(rb"\n\r?\n")
 _CHUNK: Final = re.compile(rb"([0-9a-fA-F]{1,7})\r\n")
 _CUT: Final = re.compile(rb"[0-9a-fA-F]{1,7}\r?")
-_READ: Final = 65_536
 
 
 def lean(client: httpx2.Client) -> httpx2.Client:
@@ -49,41 +50,6 @@ def new_client() -> openai.OpenAI:
     # A server of one's own often wants no key, the SDK insists on one.
     own = os.environ.get("OPENAI_BASE_URL") and not os.environ.get("OPENAI_API_KEY")
     return openai.OpenAI(api_key="none" if own else None, http_client=lean(openai.DefaultHttpxClient()))
-
-
-class Gate:
-    """Where a stream stops before each read: who iterates may wait there, and read. Without a ``socket`` there is none
-    that can be, and to go on is to wait for the network."""
-
-    socket: Any = None
-    data: bytes | None = None
-
-    def read(self) -> bool:
-        """Reads, for the stream to go on with, what a poll or :meth:`pending` saw; gives ``False`` where that is less
-        than TLS can decrypt. Does not wait."""
-        if not isinstance(self.socket, ssl.SSLSocket):
-            self.data = self.socket.recv(_READ)
-            return True
-        limit = self.socket.gettimeout()
-        self.socket.settimeout(0)
-        data = b""
-        try:
-            # One gives a record, and there may be one a token.
-            while len(data) < _READ and (more := self.socket.recv(_READ)):
-                data += more
-        except OSError as error:
-            if not data:
-                if isinstance(error, ssl.SSLWantReadError):
-                    return False
-                raise
-        finally:
-            self.socket.settimeout(limit)
-        self.data = data
-        return True
-
-    def pending(self) -> bool:
-        """Whether TLS has decrypted what a poll of the socket does not see."""
-        return isinstance(self.socket, ssl.SSLSocket) and self.socket.pending() > 0
 
 
 class _Backend(httpcore2.NetworkBackend):
@@ -211,7 +177,7 @@ class Connection(httpcore2.NetworkStream):
                 yield b""
                 more, gate.data = gate.data, None
             if more is None:
-                more = read(_READ)
+                more = read(READ_BYTES)
             if not more:
                 break
             data += more

@@ -6,7 +6,7 @@ import json
 import socket
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import httpx2
 import openai
@@ -15,7 +15,8 @@ from pydantic_core import from_json
 from ..errors import RunError
 from ..events import Json
 from ..sse import Decoder
-from .lean import Connection, Gate
+from .gate import Gate
+from .lean import Connection
 
 DONE: Final = "[DONE]"
 """The kind of the in-band end mark that OpenAI's streams close with."""
@@ -33,7 +34,7 @@ def unpadded(client: openai.OpenAI) -> Json:
 def read(stream: Any, gate: Gate | None = None) -> Iterator[list[tuple[str, Json]]]:
     """Gives lists of ``(kind, data)``, one list a network read; ``kind`` is the event's type or name.
 
-    Gives an empty list at the ``gate``, where the transport is :mod:`.lean`. Raises :class:`RunError` for an event
+    Gives an empty list at the ``gate``. Raises :class:`RunError` for an event
     that is not JSON, and whatever the transport raises.
     """
     response: Any = getattr(stream, "response", None)
@@ -56,8 +57,8 @@ def read(stream: Any, gate: Gate | None = None) -> Iterator[list[tuple[str, Json
             if batch:
                 yield batch
     else:
-        for event in stream:
-            yield [_plain(event)]
+        for events in _lists(iter(stream), gate):
+            yield [_plain(event) for event in events]
 
 
 def _bytes(response: Any, gate: Gate | None) -> Iterable[bytes]:
@@ -70,7 +71,11 @@ def _bytes(response: Any, gate: Gate | None) -> Iterable[bytes]:
     ):
         timeout = response.request.extensions.get("timeout", {}).get("read")
         return chain(connection.chunks(timeout, gate), response.iter_bytes())
-    return cast("Iterable[bytes]", response.iter_bytes())
+    return map(b"".join, _lists(response.iter_bytes(), gate))
+
+
+def _lists(source: Iterator[Any], gate: Gate | None) -> Iterator[list[Any]]:
+    return gate.through(source) if gate is not None else ([item] for item in source)
 
 
 def _parsed(name: bytes, text: bytes) -> tuple[str, Json]:

@@ -1,0 +1,121 @@
+"""Where a stream stops before each read, for many streams to be read together."""
+
+from __future__ import annotations
+
+import queue
+import ssl
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, Final, NamedTuple
+
+READ_BYTES: Final = 65_536
+_TURN_SECONDS: Final = 0.01
+
+
+class _End(NamedTuple):
+    error: Exception | None
+
+
+class Gate:
+    """Who iterates a stream may wait here, and have it go on with what :meth:`read` reads. That is from the ``socket``;
+    or from the ``source`` that the stream has, whoever reads that, once somebody calls :meth:`feed`. Where there is
+    neither, and without a :meth:`read`, to go on is to wait for the network."""
+
+    def __init__(self) -> None:
+        self.socket: Any = None
+        self.data: bytes | None = None
+        self.source: Iterator[Any] | None = None
+        self.is_fed = False
+        self.taken = 0
+        """How much of the source the stream took last."""
+        self._fed: deque[Any] = deque()
+        self._hungry = False
+        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    @property
+    def can_wait(self) -> bool:
+        """Whether there is something that :meth:`read` can read now or later."""
+        return self.is_fed or self.socket is not None
+
+    def read(self) -> bool:
+        """Reads, for the stream to go on with, what a poll or :meth:`pending` saw; gives ``False`` where that is less
+        than TLS can decrypt. Does not wait."""
+        if self.socket is None:
+            return self.pending()
+        if not isinstance(self.socket, ssl.SSLSocket):
+            self.data = self.socket.recv(READ_BYTES)
+            return True
+        limit = self.socket.gettimeout()
+        self.socket.settimeout(0)
+        data = b""
+        try:
+            # One gives a record, and there may be one a token.
+            while len(data) < READ_BYTES and (more := self.socket.recv(READ_BYTES)):
+                data += more
+        except OSError as error:
+            if not data:
+                if isinstance(error, ssl.SSLWantReadError):
+                    return False
+                raise
+        finally:
+            self.socket.settimeout(limit)
+        self.data = data
+        return True
+
+    def pending(self) -> bool:
+        """Whether there is something to read that a poll of the socket does not see."""
+        if self.socket is None:
+            return bool(self._fed)
+        return isinstance(self.socket, ssl.SSLSocket) and self.socket.pending() > 0
+
+    def through(self, source: Iterator[Any]) -> Iterator[list[Any]]:
+        """Gives what ``source`` gives, and an empty list before each read. Raises what ``source`` does."""
+        self.source = source
+        while True:
+            yield []
+            if not self.is_fed:
+                for item in source:
+                    yield [item]
+                    break
+                else:
+                    return
+                continue
+            found = self._take()
+            end = found.pop() if isinstance(found[-1], _End) else None
+            self.taken = len(found)
+            if found:
+                yield found
+            if end is not None:
+                if end.error is not None:
+                    raise end.error
+                return
+
+    def feed(self) -> None:
+        """Reads the source to its end, for the stream. Call it in a thread of its own, after ``is_fed`` is set."""
+        assert self.source is not None
+        error, turn = None, time.monotonic()
+        try:
+            for item in self.source:
+                self._give(item)
+                if time.monotonic() - turn > _TURN_SECONDS:
+                    # A greenlet that never has to wait for its next byte would keep all others waiting.
+                    time.sleep(0)
+                    turn = time.monotonic()
+        except Exception as raised:
+            error = raised
+        self._give(_End(error))
+
+    def _give(self, item: object) -> None:
+        self._fed.append(item)
+        if self._hungry:
+            self._hungry = False
+            self._bell.put(None)
+
+    def _take(self) -> list[Any]:
+        while not self._fed:
+            self._hungry = True
+            # It may have come meanwhile.
+            if not self._fed:
+                self._bell.get()
+        return [self._fed.popleft() for _ in range(len(self._fed))]

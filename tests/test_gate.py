@@ -1,0 +1,70 @@
+"""What a stream has is read whole and in order, by whom ever it is read."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from assistream_flask.upstream.gate import Gate
+
+
+class Broke(Exception):
+    """What a source raises."""
+
+
+def source(count: int, breaks: bool, chance: random.Random) -> Iterator[int]:
+    for number in range(count):
+        if chance.random() < 0.1:
+            time.sleep(0.0002)
+        yield number
+    if breaks:
+        raise Broke
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_a_source_that_is_fed_from_any_moment_on_is_read_whole_in_order_and_to_its_end(part: int) -> None:
+    for seed in range(part, 2000, 4):
+        chance = random.Random(seed)
+        count, breaks, from_ = chance.randrange(12), chance.random() < 0.5, chance.randrange(14)
+        gate, found, broke = Gate(), list[int](), False
+        feeder = None
+        try:
+            for at, items in enumerate(gate.through(source(count, breaks, random.Random(seed)))):
+                found += items
+                if items:
+                    assert not gate.is_fed or gate.taken == len(items)
+                    continue
+                if at >= from_ and not gate.is_fed:
+                    gate.is_fed, feeder = True, threading.Thread(target=gate.feed)
+                    feeder.start()
+                while gate.is_fed and chance.random() < 0.5 and not gate.pending():
+                    time.sleep(0.0001)
+        except Broke:
+            broke = True
+        assert (found, broke) == (list(range(count)), breaks)
+        if feeder is not None:
+            feeder.join(5)
+            assert not feeder.is_alive()
+
+
+def test_a_tick_looks_at_what_was_fed_and_does_not_wait_for_it() -> None:
+    gate, more = Gate(), threading.Event()
+
+    def slow() -> Iterator[str]:
+        yield "one"
+        more.wait(10)
+        yield "two"
+
+    items = gate.through(slow())
+    assert (next(items), next(items), next(items)) == ([], ["one"], [])
+    gate.is_fed, feeder = True, threading.Thread(target=gate.feed)
+    feeder.start()
+    assert (gate.read(), gate.pending()) == (False, False)
+    more.set()
+    feeder.join(10)
+    assert (gate.read(), gate.pending()) == (True, True)
+    assert list(items) == [["two"]]
