@@ -34,4 +34,4 @@ def post_worker_init(worker: Any) -> None:
     """Has the garbage collector look at what is new only, and seldom: it took a tenth of a busy worker's time."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 20)
+    gc.set_threshold(5_000, 50, 20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
 import time
@@ -676,3 +677,10 @@ def test_any_interleaving_of_appends_trims_attaches_and_cuts_is_as_the_model_say
         for reader, _ in readers:
             reader.close()
         log.close()
+
+
+def test_what_is_kept_is_nothing_that_the_garbage_collector_looks_at_again() -> None:
+    kept = tail.Tail("epoch")
+    kept.add(1.0, [("thread.message.delta", key, b"frame") for key in ("run_1", None)])
+    gc.collect()
+    assert not any(map(gc.is_tracked, kept.records))

@@ -38,12 +38,11 @@ class MemoryLog:
         try:
             with tail.guard:
                 epoch, offset = tail.epoch, tail.offset
-                records = []
+                told = []
                 for event, data in encoded:
                     offset += 1
-                    frame = sse.encode(event.name, data, f"{epoch}-{offset}")
-                    records.append(Record(Place(epoch, offset), event.name, event.key, frame))
-                tail.add(self._threads.clock(), records)
+                    told.append((event.name, event.key, sse.encode(event.name, data, f"{epoch}-{offset}")))
+                tail.add(self._threads.clock(), told)
                 tail.trim(self._max_events, self._max_bytes, 0)
                 place = tail.place
             tail.wake()

@@ -177,7 +177,9 @@ class _Viewed(Tail):
         elif first + len(bodies) <= self.offset + 1:
             # An echo: its readers must not wake for nothing.
             return False
-        self.add(at, [_record(epoch, first + n, body) for n, body in enumerate(bodies) if first + n > self.offset])
+        known = max(0, self.offset + 1 - first)
+        records = [_record(epoch, first + n, body) for n, body in enumerate(bodies[known:], known)]
+        self.add(at, [(record.name, record.key, record.frame) for record in records])
         self.trim(self.most, 1 << 20, 0)
         return True
 
