@@ -37,14 +37,16 @@ class Keeper:
             state, place = found
             try:
                 mine = self._store.save(self._worker, *state)
+                gone = not mine and self._store.run(live.thread_id, live.id) is None
             except SQLAlchemyError:
                 _log.exception("the text of run %s cannot be stored yet", live.id)
                 live.dirty = True
                 return
             live.kept = place.epoch if place else ""
         if not mine and not live.reply.over:
-            # The thread is gone, or another worker took the run for lost; what was told since is not that one's.
-            self._teller.untell(live.thread_id)
+            if not gone:
+                # Another worker took the run for lost; what was told since is not that one's.
+                self._teller.untell(live.thread_id)
             self._lost(live)
 
     def _look(self, live: Live, anew: bool = False) -> tuple[State, Place | None] | None:

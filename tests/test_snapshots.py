@@ -612,6 +612,26 @@ def test_an_older_text_is_never_stored_over_a_newer_one(house: House, monkeypatc
     assert found[0][1].entry["message"]["content"] == [events.text_part("ab")]
 
 
+def test_a_thread_that_is_deleted_while_its_text_is_stored_is_told_so(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thread_id = house.thread()
+    script = Script([[Text(0, "a")]])
+    house.post(thread_id, [script])
+    delete = house.store.delete_thread
+
+    def stored_meanwhile(thread_id: str) -> None:
+        delete(thread_id)
+        house.runner.flush()
+
+    monkeypatch.setattr(house.store, "delete_thread", stored_meanwhile)
+    script.go()
+    until(lambda: house.tape.until(thread_id)[-1].name == "thread.message.delta")
+    house.runner.delete(thread_id)
+    assert house.tape.until(thread_id)[-1].name == "thread.deleted"
+    house.settle(thread_id)
+
+
 def test_a_run_that_began_while_its_thread_was_being_deleted_is_stopped(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
