@@ -18,6 +18,7 @@ from .log import Place
 from .pace import Seat
 from .reply import Ahead, Reply
 from .threads import State
+from .upstream.gate import Turn
 from .upstream.parts import Part, merged
 
 
@@ -57,10 +58,10 @@ class Live:
         self.pending_state: Json | None = None
         # Whether, and when, anything was told; and how often, soon after each other.
         self.begun, self.told, self.in_a_row = False, 0.0, 0
-        # What arrives, where its reader waits for it, and when it last let others have their turn.
+        # What arrives, where its reader waits for it, and how long it did not; and who reads ahead.
         self.batches: Iterator[list[Part]]
         self.seat: Seat
-        self.turn = 0.0
+        self.turn = Turn()
         self.feeding: Interruptible | None = None
         self.waits = Interruptible(self.close)
         # How it ends when it is interrupted; not at all when another worker has it.

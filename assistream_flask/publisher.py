@@ -25,7 +25,6 @@ lasts while so many come a turn."""
 _FLOOD_PIECES: Final = 50
 _FLOOD_SECONDS: Final = 0.004
 _FLOOD_LASTS: Final = 8
-_TURN_SECONDS: Final = 0.01
 
 
 class Publisher:
@@ -49,10 +48,7 @@ class Publisher:
         """Gives the run's next parts, without those that a tick told or is to tell; ``None`` at the end. Raises what
         its stream does."""
         while (parts := next(live.batches, None)) is not None:
-            if time.monotonic() - live.turn > _TURN_SECONDS:
-                # A greenlet that never has to wait for its next byte would keep all others waiting.
-                time.sleep(0)
-                live.turn = time.monotonic()
+            live.turn.share()
             if parts:
                 return parts
             if live.begun and self._pacer is not None and (self._has_many() or self._floods(live)):

@@ -13,6 +13,19 @@ READ_BYTES: Final = 65_536
 _TURN_SECONDS: Final = 0.01
 
 
+class Turn:
+    """A greenlet that never has to wait for its next byte would keep all others waiting."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+
+    def share(self) -> None:
+        """Lets the others go on, where it was long ago that they could."""
+        if time.monotonic() - self._since > _TURN_SECONDS:
+            time.sleep(0)
+            self._since = time.monotonic()
+
+
 class _End(NamedTuple):
     error: Exception | None
 
@@ -27,8 +40,8 @@ class Gate:
         self.data: bytes | None = None
         self.source: Iterator[Any] | None = None
         self.is_fed = False
+        # How much of the source the stream took last.
         self.taken = 0
-        """How much of the source the stream took last."""
         self._fed: deque[Any] = deque()
         self._hungry = False
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
@@ -94,14 +107,11 @@ class Gate:
     def feed(self) -> None:
         """Reads the source to its end, for the stream. Call it in a thread of its own, after ``is_fed`` is set."""
         assert self.source is not None
-        error, turn = None, time.monotonic()
+        error, turn = None, Turn()
         try:
             for item in self.source:
                 self._give(item)
-                if time.monotonic() - turn > _TURN_SECONDS:
-                    # A greenlet that never has to wait for its next byte would keep all others waiting.
-                    time.sleep(0)
-                    turn = time.monotonic()
+                turn.share()
         except Exception as raised:
             error = raised
         self._give(_End(error))
