@@ -5,7 +5,6 @@ from __future__ import annotations
 import _thread
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from typing import NamedTuple
 
 import openai
@@ -109,5 +108,8 @@ class Live:
 
 
 def _feed(waits: Interruptible, seat: Seat) -> None:
-    with suppress(Interrupted):
+    try:
         waits.wait(seat.feed)
+    except Interrupted:
+        # Its reader may be a thread that waits for it.
+        seat.stop()

@@ -47,9 +47,11 @@ class Publisher:
     def next(self, live: Live) -> Sequence[Part] | None:
         """Gives the run's next parts, without those that a tick told or is to tell; ``None`` at the end. Raises what
         its stream does."""
-        while (parts := next(live.batches, None)) is not None:
+        while True:
+            # Before the read: an interrupt meets nothing that was read and not taken.
             live.turn.share()
-            if parts:
+            parts = next(live.batches, None)
+            if parts is None or parts:
                 return parts
             if live.begun and self._pacer is not None and (self._has_many() or self._floods(live)):
                 if live.seat.source is not None and not live.seat.is_fed:
@@ -60,7 +62,6 @@ class Publisher:
                         raise left
                     if left is not None:
                         return cast("Sequence[Part]", left)
-        return None
 
     def _has_many(self) -> bool:
         return len(self._speaking) > _FEW or self._viewers() > _FEW
@@ -71,9 +72,11 @@ class Publisher:
     def add(self, live: Live, parts: Sequence[Part]) -> None:
         """Tells what arrived. Raises :class:`Interrupted` when the run is over, or another worker's."""
         with live.lock:
-            if live.reply.over or live.left:
-                raise Interrupted
             live.take(parts)
+            if live.reply.over or live.left:
+                # A response that goes on in the background is cancelled by what is known of it.
+                live.state = live.pending_state or live.state
+                raise Interrupted
             live.in_a_row = live.in_a_row + 1 if time.monotonic() - live.told < _FLOOD_SECONDS else 0
             self._tell([(live, live.grow())])
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from assistream_flask.events import Json
+from assistream_flask.upstream import wire
 from assistream_flask.upstream.gate import Gate
 
 
@@ -38,7 +40,7 @@ def test_a_source_that_is_fed_from_any_moment_on_is_read_whole_in_order_and_to_i
                 if items:
                     assert not gate.is_fed or gate.taken == len(items)
                     continue
-                if at >= from_ and not gate.is_fed:
+                if at >= from_ and gate.source is not None and not gate.is_fed:
                     gate.is_fed, feeder = True, threading.Thread(target=gate.feed)
                     feeder.start()
                 while gate.is_fed and chance.random() < 0.5 and not gate.pending():
@@ -67,4 +69,19 @@ def test_a_tick_looks_at_what_was_fed_and_does_not_wait_for_it() -> None:
     more.set()
     feeder.join(10)
     assert (gate.read(), gate.pending()) == (True, True)
-    assert list(items) == [["two"]]
+    assert next(items) == ["two"]
+    # What may come behind is not for a tick.
+    assert (next(items), gate.can_wait) == ([], False)
+    assert list(items) == []
+
+
+def test_what_came_before_an_event_that_is_none_is_said_also_where_it_was_taken_with_it() -> None:
+    good: Json = {"type": "response.output_text.delta", "delta": "a"}
+    gate = Gate()
+    batches = wire.read(iter([good, good, object()]), gate)
+    assert next(batches) == []
+    gate.is_fed = True
+    gate.feed()
+    assert [data for _, data in next(batches)] == [good, good]
+    with pytest.raises(AttributeError):
+        next(batches)

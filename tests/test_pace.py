@@ -5,16 +5,24 @@ from __future__ import annotations
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import openai
 import pytest
 
-from assistream_flask import lean, pace, publisher
-from assistream_flask.live import Live
+from assistream_flask import Assistant, events, lean, pace, publisher, reply, upstream
+from assistream_flask.events import Json
+from assistream_flask.interrupt import Interrupted, Interruptible
+from assistream_flask.live import Live, _feed
+from assistream_flask.log.memory import MemoryLog
 from assistream_flask.pace import Pacer, Seat
+from assistream_flask.teller import Teller
 from assistream_flask.testing import OfflineServer, Reply
+from assistream_flask.testing._background import Stored
+from assistream_flask.upstream import background
+from assistream_flask.upstream.parts import Begun, Part, Text
 
 from .conftest import KEY, Caller, MakeApp, text, wait_until
 
@@ -135,6 +143,90 @@ def test_one_that_fails_in_a_tick_fails_alone(
     critic, tutor = caller.wait(30)[1:]
     assert (critic["run"]["status"], critic["run"]["last_error"]["code"]) == ("failed", "server_error")
     assert (tutor["run"]["status"], text(tutor)) == ("completed", WORDS)
+
+
+def test_a_response_that_is_asked_for_again_and_again_is_waited_for_by_its_reader_and_not_in_a_tick(
+    make_app: MakeApp, server: OfflineServer, client: openai.OpenAI | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher, "_FEW", 0)
+    follow, ask = Stored.follow, background.Poll._ask
+    asked: list[bool] = []
+
+    def short(self: Stored, after: int, fault: str | None) -> Iterator[float | bytes]:
+        """Ends before the answer does."""
+        frames = 0
+        for step in follow(self, after, fault):
+            frames += isinstance(step, bytes)
+            if frames > 6:
+                return
+            yield step
+
+    def seen(self: background.Poll) -> Any:
+        asked.append(any(frame.name == "_tick" for frame in traceback.extract_stack()))
+        return ask(self)
+
+    monkeypatch.setattr(Stored, "follow", short)
+    monkeypatch.setattr(background.Poll, "_ask", seen)
+    server.replies = Reply(WORDS, delay=0.03)
+    caller = Caller(make_app([Assistant("tutor", model="m", background=True)], client=client))
+    caller.run("tutor")
+    entry = caller.wait(30)[1]
+    assert (entry["run"]["status"], text(entry)) == ("completed", WORDS)
+    assert asked
+    assert not any(asked)
+
+
+# The publisher, by itself
+
+
+@pytest.fixture
+def live() -> Live:
+    run = events.run("thread_1", "tutor", "m")
+    one = Live(reply.Reply(run, events.message("thread_1", "assistant", []), []), None, 0, None, None)
+    one.seat = Seat()
+    return one
+
+
+def alone() -> publisher.Publisher:
+    return publisher.Publisher(Teller(MemoryLog()), 0.01, lambda: 0, lambda live, parts: True)
+
+
+def test_others_have_their_turn_before_a_read_and_not_with_its_parts_in_hand(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    did: list[str] = []
+    monkeypatch.setattr(live.turn, "share", lambda: did.append("shared"))
+
+    def batches() -> Iterator[list[Part]]:
+        did.append("read")
+        yield [Text(0, "a")]
+
+    live.batches = batches()
+    assert alone().next(live) == [Text(0, "a")]
+    assert did == ["shared", "read"]
+
+
+def test_what_is_known_of_a_response_is_kept_for_its_cancel_also_where_the_run_is_over(live: Live) -> None:
+    class Known(upstream.Upstream):
+        def state(self) -> Json:
+            return {"response_id": "resp_1"}
+
+    live.upstream = Known(None)
+    live.reply.cancel()
+    with pytest.raises(Interrupted):
+        alone().add(live, [Begun()])
+    assert live.state == {"response_id": "resp_1"}
+
+
+def test_nobody_waits_for_a_feeder_that_was_stopped_before_it_began() -> None:
+    seat, waits = Seat(), Interruptible(lambda: None)
+    items = seat.through(iter(["never read"]))
+    assert next(items) == []
+    seat.is_fed = True
+    waits.interrupt()
+    _feed(waits, seat)
+    assert seat.pending()
+    assert list(items) == [[]]
 
 
 # The pacer

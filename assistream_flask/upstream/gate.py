@@ -100,6 +100,9 @@ class Gate:
             if found:
                 yield found
             if end is not None:
+                # What comes behind the stream may wait: that is for its reader.
+                self.source, self.is_fed = None, False
+                yield []
                 if end.error is not None:
                     raise end.error
                 return
@@ -107,13 +110,18 @@ class Gate:
     def feed(self) -> None:
         """Reads the source to its end, for the stream. Call it in a thread of its own, after ``is_fed`` is set."""
         assert self.source is not None
-        error, turn = None, Turn()
+        turn = Turn()
         try:
             for item in self.source:
                 self._give(item)
                 turn.share()
-        except Exception as raised:
-            error = raised
+        except Exception as error:
+            self.stop(error)
+        else:
+            self.stop()
+
+    def stop(self, error: Exception | None = None) -> None:
+        """Nobody reads the source any more."""
         self._give(_End(error))
 
     def _give(self, item: object) -> None:

@@ -58,7 +58,12 @@ def read(stream: Any, gate: Gate | None = None) -> Iterator[list[tuple[str, Json
                 yield batch
     else:
         for events in _lists(iter(stream), gate):
-            yield [_plain(event) for event in events]
+            batch = []
+            try:
+                for event in events:
+                    batch.append(_plain(event))
+            finally:
+                yield batch
 
 
 def _bytes(response: Any, gate: Gate | None) -> Iterable[bytes]:
