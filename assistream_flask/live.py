@@ -83,7 +83,7 @@ class Live:
         """Has its stream read ahead, where it can't be read in a tick."""
         assert self.upstream is not None
         self.seat.is_fed, self.feeding = True, Interruptible(self.upstream.close)
-        _thread.start_new_thread(_feed, (self.feeding, self.seat))
+        spawn(_feed, self.feeding, self.seat)
 
     @property
     def elsewhere(self) -> bool:
@@ -113,3 +113,9 @@ def _feed(waits: Interruptible, seat: Seat) -> None:
     except Interrupted:
         # Its reader may be a thread that waits for it.
         seat.stop()
+
+
+def spawn(target: Callable[..., None], *args: object) -> None:
+    """Starts a daemon thread: a greenlet once gevent has patched ``_thread``."""
+    # threading.Thread waits until it runs: once more behind all that the worker does.
+    _thread.start_new_thread(target, args)

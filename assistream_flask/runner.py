@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
 import logging
 import threading
 import time
@@ -20,6 +19,7 @@ from .events import TERMINAL, Event, Json
 from .interrupt import Interrupted
 from .keeper import Keeper
 from .live import Asked, Live
+from .live import spawn as _spawn
 from .log import Away, Log, Lost, Place
 from .publisher import Publisher
 from .reply import Ahead, Reply
@@ -577,9 +577,3 @@ def _groups(held: Sequence[Held]) -> Iterator[list[Held]]:
     for one in held:
         groups.setdefault(one.group_id, []).append(one)
     yield from groups.values()
-
-
-def _spawn(target: Callable[..., None], *args: object) -> None:
-    """Starts a daemon thread: a greenlet once gevent has patched ``_thread``."""
-    # threading.Thread waits until it runs: once more behind all that the worker does.
-    _thread.start_new_thread(target, args)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any, Final
 
@@ -34,36 +34,34 @@ def unpadded(client: openai.OpenAI) -> Json:
 def read(stream: Any, gate: Gate | None = None) -> Iterator[list[tuple[str, Json]]]:
     """Gives lists of ``(kind, data)``, one list a network read; ``kind`` is the event's type or name.
 
-    Gives an empty list at the ``gate``. Raises :class:`RunError` for an event
-    that is not JSON, and whatever the transport raises.
+    Gives an empty list at the ``gate``. Raises :class:`RunError` for an event that is not JSON, and whatever the
+    transport raises.
     """
     response: Any = getattr(stream, "response", None)
+    reads: Iterable[Any]
+    split: Callable[[Any], Iterable[Any]]
+    parse: Callable[[Any], tuple[str, Json]]
+    some: Any
     if hasattr(response, "iter_bytes") and not response.is_stream_consumed:
-        decoder = Decoder()
         # Typed events cost twenty times what their bytes do, and an unknown one is built as the wrong class.
-        for chunk in _bytes(response, gate):
-            if not chunk:
-                yield []
-                continue
-            batch: list[tuple[str, Json]] = []
-            try:
-                for name, data in decoder.split(chunk):
-                    batch.append(_parsed(name, data))
-            except RunError:
-                # What came before it in the same read was said.
-                if batch:
-                    yield batch
-                raise
+        reads, split, parse = _bytes(response, gate), Decoder().split, _parsed
+    else:
+        reads, split, parse = _lists(iter(stream), gate), iter, _plain
+    for some in reads:
+        if not some:
+            yield []
+            continue
+        batch: list[tuple[str, Json]] = []
+        try:
+            for item in split(some):
+                batch.append(parse(item))
+        except Exception:
+            # What came before it in the same read was said.
             if batch:
                 yield batch
-    else:
-        for events in _lists(iter(stream), gate):
-            batch = []
-            try:
-                for event in events:
-                    batch.append(_plain(event))
-            finally:
-                yield batch
+            raise
+        if batch:
+            yield batch
 
 
 def _bytes(response: Any, gate: Gate | None) -> Iterable[bytes]:
@@ -83,7 +81,8 @@ def _lists(source: Iterator[Any], gate: Gate | None) -> Iterator[list[Any]]:
     return gate.through(source) if gate is not None else ([item] for item in source)
 
 
-def _parsed(name: bytes, text: bytes) -> tuple[str, Json]:
+def _parsed(frame: tuple[bytes, bytes]) -> tuple[str, Json]:
+    name, text = frame
     try:
         data = from_json(text, allow_inf_nan=False, cache_strings="keys")
     except ValueError:
