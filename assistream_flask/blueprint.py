@@ -277,15 +277,15 @@ def _http_error(error: HTTPException) -> Response:
 
 def _store_error(error: SQLAlchemyError) -> Response:
     _log.error("the store failed", exc_info=error)
-    return _request_error(
-        RequestError(503, "store_unavailable", "The database cannot be reached. Try again.", retry_after=2)
-    )
+    return _away("store_unavailable", "The database")
 
 
 def _log_error(_: Away) -> Response:
-    return _request_error(
-        RequestError(503, "log_unavailable", "The event log cannot be reached. Try again.", retry_after=2)
-    )
+    return _away("log_unavailable", "The event log")
+
+
+def _away(code: str, what: str) -> Response:
+    return _request_error(RequestError(503, code, f"{what} cannot be reached. Try again.", retry_after=2))
 
 
 def _unexpected(error: Exception) -> Response:
@@ -307,9 +307,8 @@ def _refused(below: re.Pattern[str]) -> Response | None:
         return None
     if isinstance(error, MethodNotAllowed):
         allowed = sorted(error.valid_methods or ())
-        error = MethodNotAllowed(
-            allowed, f"Use {' or '.join(one for one in allowed if one not in ('HEAD', 'OPTIONS'))} here."
-        )
+        use = " or ".join(one for one in allowed if one not in ("HEAD", "OPTIONS"))
+        error = MethodNotAllowed(allowed, f"Use {use} here.")
     elif isinstance(error, NotFound):
         error = NotFound(_NOTHING)
     return _http_error(error)
@@ -468,12 +467,12 @@ def _create_runs(call: _Call, thread_id: str) -> Response:
     def start() -> Answer:
         return _start(call, thread_id, content, asked, mode, 202, answer)
 
-    def follow() -> streams.Frames:
+    def follow(send: streams.Send) -> streams.Frames:
         given = start()
         message = given.body["message"]
         runs = {run["id"] for run in given.body["runs"]}
         message_id = message["message"]["id"] if message else None
-        return streams.follow(call.runtime, thread_id, message_id, runs, Place.parse(given.place))
+        return streams.follow(call.runtime, thread_id, message_id, runs, Place.parse(given.place), send)
 
     if any(kind.lower() == "text/event-stream" and quality for kind, quality in request.accept_mimetypes):
         return _streamed(call, follow)
@@ -556,12 +555,12 @@ def _doctor(**_: str) -> Response:
 
 def _events(call: _Call, thread_id: str) -> Response:
     asked = request.headers.get("Last-Event-ID") or _argument("last_event_id")
-    return _streamed(call, lambda: streams.view(call.runtime, thread_id, Place.parse(asked)), begin=True)
+    return _streamed(call, lambda send: streams.view(call.runtime, thread_id, Place.parse(asked), send), begin=True)
 
 
-def _streamed(call: _Call, start: Callable[[], streams.Frames], begin: bool = False) -> Response:
+def _streamed(call: _Call, start: Callable[[streams.Send], streams.Frames], begin: bool = False) -> Response:
     """Answers with a stream; one that is to ``begin`` before the headers can still be answered with an error."""
-    runtime = call.runtime
+    runtime, settings = call.runtime, call.runtime.settings
     if request.method == "HEAD":
         return Response(headers=sse.HEADERS)
     if runtime.stopping.is_set():
@@ -569,22 +568,24 @@ def _streamed(call: _Call, start: Callable[[], streams.Frames], begin: bool = Fa
     if runtime.full():
         raise RequestError(503, "server_full", "The server has too many event streams open. Try again.", retry_after=5)
     if not runtime.enter_stream(call.owner):
-        raise RequestError(
-            429,
-            "too_many_streams",
-            f"You may have {runtime.settings.max_streams} event streams open. Close one, such as a tab.",
-            retry_after=5,
-        )
+        fix = f"You may have {settings.max_streams} event streams open. Close one, such as a tab."
+        raise RequestError(429, "too_many_streams", fix, retry_after=5)
+    # Given up just before the second heartbeat after the first one that was not acknowledged.
+    peer = server.Peer(request.environ, settings.slow_seconds, 0.9 * settings.heartbeat_seconds)
     try:
-        stream = start()
+        stream = start(peer.send)
         first = next(stream) if begin else b""
-        # Given up just before the second heartbeat after the first one that was not acknowledged.
-        dead_seconds = 0.9 * runtime.settings.heartbeat_seconds
-        peer = server.Peer(request.environ, runtime.settings.slow_seconds, dead_seconds)
     except BaseException:
+        peer.release()
         runtime.leave_stream(call.owner)
         raise
-    return Response(server.Body(first, stream, peer, lambda: runtime.leave_stream(call.owner)), headers=sse.HEADERS)
+    body = server.Body(first, stream, peer, lambda: runtime.leave_stream(call.owner))
+    return _Streamed(body, headers=sse.HEADERS)
+
+
+class _Streamed(Response):
+    def __call__(self, environ: Any, start_response: Any) -> Any:
+        return super().__call__(environ, server.begun(self.response, start_response))
 
 
 def event_response(stream: Any, *, heartbeat_seconds: float = 15) -> Response:

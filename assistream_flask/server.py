@@ -6,10 +6,16 @@ import signal
 import socket
 from collections.abc import Callable, Generator, Iterator, Mapping
 from itertools import chain
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
+
+from gevent.socket import socket as GeventSocket
 
 from . import sse
 from .errors import ConfigurationError
+from .log import Taken
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse
 
 _PIECE: Final = 65_536
 _BUFFER: Final = 262_144
@@ -62,7 +68,10 @@ class Peer:
     """
 
     def __init__(self, environ: Mapping[str, Any], slow_seconds: float, dead_seconds: float) -> None:
-        self._socket = environ.get("gunicorn.socket")
+        self._socket: Any = environ.get("gunicorn.socket")
+        # Gunicorn's response, where it is known how its body is written.
+        self._answer: Any = None
+        self._rest = b""
         if self._socket is None:
             return
         self._socket.settimeout(slow_seconds)
@@ -72,9 +81,37 @@ class Peer:
                 milliseconds = int(dead_seconds * 1000)
                 self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
+    def begin(self, write: object) -> None:
+        """The answer begins; ``write`` is what the server's ``start_response`` gave."""
+        answer: Any = getattr(write, "__self__", None)
+        kind = type(answer)
+        is_known = kind.__module__ == "gunicorn.http.wsgi" and kind.__name__ == "Response"
+        if is_known and type(self._socket) is GeventSocket:
+            self._answer = answer
+
+    def send(self, data: bytes) -> Taken:
+        """Sends a piece of the body from outside of it, as gunicorn does but without waiting; while its own greenlet
+        waits only. Where a part is left the body has to go on, if with ``b""``."""
+        answer = self._answer
+        if answer is None or not answer.headers_sent or self._rest or not 0 < len(data) <= _PIECE:
+            return Taken.NO
+        framed = b"%X\r\n%b\r\n" % (len(data), data) if answer.chunked else data
+        try:
+            sent = self._socket._sock.send(framed)
+        except OSError:
+            # The body meets it too.
+            return Taken.NO
+        # For gunicorn's access log.
+        answer.sent += len(data)
+        self._rest = framed[sent:]
+        return Taken.PART if self._rest else Taken.WHOLE
+
     def pieces(self, frames: Iterator[bytes]) -> Iterator[bytes]:
         """Gives the bytes of ``frames``, until the viewer is gone."""
         for chunk in frames:
+            if self._rest:
+                rest, self._rest = self._rest, b""
+                self._socket.sendall(rest)
             # Else it would show at the second write only.
             if chunk is sse.PING and self._gone():
                 return
@@ -111,11 +148,11 @@ class Body:
     def __init__(
         self, first: bytes, frames: Generator[bytes, None, None], peer: Peer, ended: Callable[[], None]
     ) -> None:
-        self._first, self._frames, self._peer, self._ended = first, frames, peer, ended
+        self._first, self._frames, self.peer, self._ended = first, frames, peer, ended
         self._open = True
 
     def __iter__(self) -> Iterator[bytes]:
-        return self._peer.pieces(chain([self._first] if self._first else [], self._frames))
+        return self.peer.pieces(chain([self._first] if self._first else [], self._frames))
 
     def close(self) -> None:
         """Called by the server, whatever happened. Idempotent."""
@@ -123,4 +160,17 @@ class Body:
             self._open = False
             self._ended()
             self._frames.close()
-            self._peer.release()
+            self.peer.release()
+
+
+def begun(body: object, start_response: StartResponse) -> StartResponse:
+    """Gives ``start_response``, whose call a :class:`Body` learns of; another body, as of who wraps it, does not."""
+    if not isinstance(body, Body):
+        return start_response
+
+    def start(*args: Any) -> Any:
+        write = start_response(*args)
+        body.peer.begin(write)
+        return write
+
+    return start

@@ -6,26 +6,44 @@ Both read the log; what the log can't prove they replace by a snapshot. Knows no
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Final
 
 from . import events, sse
 from .events import TERMINAL
-from .log import Away, Lost, Place, Record, Subscription
+from .log import Away, Lost, Place, Record, Subscription, Taken
 from .runtime import Runtime
 
 _SNAPSHOT_BYTES: Final = 524_288
 _ENDS: Final = frozenset(f"thread.run.{status}" for status in TERMINAL)
+_LAST: Final = _ENDS | {"thread.deleted"}
 
 Frames = Generator[bytes, None, None]
+"""Of these ``b""`` is for what ``send`` did in part."""
+Send = Callable[[bytes], Taken]
+"""Sends frames to the viewer without waiting, or not, while nothing else is sent."""
 
 
 class _Reader:
-    """A subscription that is taken when it is first read, and let go of when the log can't prove its place."""
+    """A subscription that is taken when it is first read, and let go of when the log can't prove its place.
 
-    def __init__(self, runtime: Runtime, thread_id: str, place: Place | None) -> None:
+    ``plain`` gives what the viewer is to see of records, which is sent as soon as they come; ``None`` where they are
+    for :meth:`read`.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        thread_id: str,
+        place: Place | None,
+        send: Send,
+        plain: Callable[[list[Record]], bytes | None],
+    ) -> None:
         self._runtime, self._thread_id, self._place = runtime, thread_id, place
+        self._send, self._plain = send, plain
         self._subscription: Subscription | None = None
+        self._heartbeat = runtime.settings.heartbeat_seconds
+        self._due = time.monotonic() + self._heartbeat
         # The runs of the last snapshot, and how each was.
         self.seen: dict[str, str] = {}
 
@@ -36,11 +54,28 @@ class _Reader:
                 raise Lost
             self._subscription = self._runtime.log.subscribe(self._thread_id, self._place)
 
-    def read(self, seconds: float) -> list[Record]:
-        """Gives the next records, none after so many ``seconds``. Raises :class:`Lost`."""
+    def read(self) -> list[Record]:
+        """Gives the next records, none when a heartbeat is due. Raises :class:`Lost`."""
         self.open()
         assert self._subscription is not None
-        return self._subscription.read(seconds)
+        return self._subscription.read(max(0.0, self._due - time.monotonic()), self._take)
+
+    def _take(self, records: list[Record]) -> Taken:
+        data = None if self._runtime.stopping.is_set() else self._plain(records)
+        if data is None:
+            return Taken.NO
+        if not data:
+            return Taken.WHOLE
+        self._due = time.monotonic() + self._heartbeat
+        return self._send(data)
+
+    def beat(self, data: bytes) -> bytes:
+        """Gives ``data``; where there is none, a heartbeat once that is due."""
+        now = time.monotonic()
+        if not data and now < self._due:
+            return b""
+        self._due = now + self._heartbeat
+        return data or sse.PING
 
     def snapshot(self) -> bytes | None:
         """Gives the frame of a snapshot, ``None`` when the thread is gone; reading goes on from there."""
@@ -66,13 +101,17 @@ class _Reader:
             self._subscription = None
 
 
-def view(runtime: Runtime, thread_id: str, place: Place | None) -> Frames:
+def view(runtime: Runtime, thread_id: str, place: Place | None, send: Send) -> Frames:
     """Gives the thread's events after ``place``, without an end; a snapshot first where that can't be proven.
 
     Ends when the thread is deleted, the server shuts down or, once it has begun, the log is away: the viewer
     comes back then. Raises :class:`Away` before its first frame, so that the answer can say so.
     """
-    reader = _Reader(runtime, thread_id, place)
+
+    def plain(records: list[Record]) -> bytes | None:
+        return None if any(record.name == "thread.deleted" for record in records) else _joined(records)
+
+    reader = _Reader(runtime, thread_id, place, send, plain)
     first = sse.RETRY
     try:
         while True:
@@ -82,7 +121,7 @@ def view(runtime: Runtime, thread_id: str, place: Place | None) -> Frames:
                     # Nothing may come for a while, and servers send no headers before the first byte.
                     yield first + b"\n"
                     first = b""
-                records, gone = _until_deleted(reader.read(runtime.settings.heartbeat_seconds))
+                records, gone = _until_deleted(reader.read())
             except Lost:
                 frame = reader.snapshot()
                 yield first + (frame or _deleted(thread_id))
@@ -90,12 +129,11 @@ def view(runtime: Runtime, thread_id: str, place: Place | None) -> Frames:
                 if frame is None:
                     return
                 continue
-            if records:
-                yield b"".join([record.frame for record in records])
-            if gone or runtime.stopping.is_set():
+            stopping = runtime.stopping.is_set()
+            if records or not stopping:
+                yield reader.beat(_joined(records))
+            if gone or stopping:
                 return
-            if not records:
-                yield sse.PING
     except Away:
         if first:
             raise
@@ -103,21 +141,30 @@ def view(runtime: Runtime, thread_id: str, place: Place | None) -> Frames:
         reader.close()
 
 
-def follow(runtime: Runtime, thread_id: str, message_id: str | None, runs: set[str], place: Place | None) -> Frames:
+def follow(
+    runtime: Runtime, thread_id: str, message_id: str | None, runs: set[str], place: Place | None, send: Send
+) -> Frames:
     """Gives the events of ``runs`` and of the user's message after ``place``, then ``done``.
 
     At a shutdown, or when the log is away, it ends without ``done``: the runs go on.
     """
-    reader = _Reader(runtime, thread_id, place)
+
+    def ours(records: list[Record]) -> list[Record]:
+        return [one for one in records if one.key in runs or _tells_of(one, message_id)]
+
+    def plain(records: list[Record]) -> bytes | None:
+        found = ours(records)
+        return None if first or any(one.name in _LAST for one in found) else _joined(found)
+
+    reader = _Reader(runtime, thread_id, place, send, plain)
     waiting = set(runs)
     first = sse.RETRY
-    due = time.monotonic() + runtime.settings.heartbeat_seconds
     try:
         while waiting:
             if runtime.stopping.is_set():
                 return
             try:
-                records, gone = _until_deleted(reader.read(max(0.0, due - time.monotonic())))
+                records, gone = _until_deleted(reader.read())
             except Lost:
                 frame = reader.snapshot()
                 yield first + (frame or _deleted(thread_id))
@@ -129,12 +176,11 @@ def follow(runtime: Runtime, thread_id: str, message_id: str | None, runs: set[s
                 if frame is None:
                     waiting.clear()
             else:
-                ours = [one for one in records if one.key in runs or _tells_of(one, message_id)]
-                now = time.monotonic()
-                if ours or now >= due:
-                    yield first + (b"".join([one.frame for one in ours]) or sse.PING)
-                    first, due = b"", now + runtime.settings.heartbeat_seconds
-                waiting.difference_update(one.key for one in ours if one.name in _ENDS)
+                found = ours(records)
+                if data := reader.beat(_joined(found)):
+                    data, first = first + data, b""
+                yield data
+                waiting.difference_update(one.key for one in found if one.name in _ENDS)
                 if gone:
                     break
         yield first + sse.DONE
@@ -142,6 +188,10 @@ def follow(runtime: Runtime, thread_id: str, message_id: str | None, runs: set[s
         return
     finally:
         reader.close()
+
+
+def _joined(records: list[Record]) -> bytes:
+    return records[0].frame if len(records) == 1 else b"".join([record.frame for record in records])
 
 
 def _until_deleted(records: list[Record]) -> tuple[list[Record], bool]:

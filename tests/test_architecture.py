@@ -20,8 +20,8 @@ MODULES = sorted(HOUSE.rglob("*.py"))
 FLOORS: list[set[str]] = [
     {"errors", "version", "interrupt", "upstream.gate"},
     {"sse", "events", "assistants", "settings", "schema", "migrations", "pace", "database", "upstream.lean"},
-    {"checks", "log", "server", "threads", "upstream.parts", "upstream.wire"},
-    {"log.tail", "upstream.assistants", "upstream.chat", "upstream.responses"},
+    {"checks", "log", "threads", "upstream.parts", "upstream.wire"},
+    {"server", "log.tail", "upstream.assistants", "upstream.chat", "upstream.responses"},
     {"log.memory", "log.redis", "upstream.background"},
     {"upstream", "reply", "pages", "teller"},
     {"live"},

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import pytest
 
 from assistream_flask.events import Event
-from assistream_flask.log import Log, Lost, Place, Record, Subscription, tail
+from assistream_flask.log import Log, Lost, Place, Record, Subscription, Taken, tail
 from assistream_flask.log.memory import MemoryLog
 from assistream_flask.log.redis import RedisLog
 from tests.redis_server import RedisServer
@@ -399,6 +399,98 @@ def test_close_wakes_every_reader_and_later_reads_do_not_wait(make: MakeLog) -> 
     began = time.monotonic()
     readers[0].read(5)
     assert time.monotonic() - began < 1
+
+
+# Records that are taken where they come from
+
+
+def test_what_a_waiting_reader_takes_is_not_given_to_it(make: MakeLog) -> None:
+    log, taken = make(), list[int]()
+
+    def take(records: list[Record]) -> Taken:
+        taken.extend(numbers(records))
+        return Taken.WHOLE if taken[-1] < 5 else Taken.PART
+
+    def write() -> None:
+        for n in range(3):
+            time.sleep(0.05)
+            log.append("t", [event(2 * n), event(2 * n + 1)])
+
+    reader = log.subscribe("t", log.end("t"))
+    writer = threading.Thread(target=write)
+    writer.start()
+    # Woken for the rest of the last two.
+    assert reader.read(30, take) == []
+    writer.join()
+    assert taken == [0, 1, 2, 3, 4, 5]
+    log.append("t", [event(6)])
+    assert numbers(reader.read(0, take)) == [6]
+    reader.close()
+    assert taken == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_is_not_taken_is_given_as_ever(make: MakeLog, caplog: pytest.LogCaptureFixture, fails: bool) -> None:
+    log, offered = make(), list[int]()
+
+    def take(records: list[Record]) -> Taken:
+        offered.extend(numbers(records))
+        if fails:
+            raise KeyError("take")
+        return Taken.NO
+
+    reader = log.subscribe("t", log.end("t"))
+    writer = threading.Timer(0.05, lambda: log.append("t", [event(1), event(2)]))
+    writer.start()
+    assert numbers(reader.read(30, take)) == [1, 2]
+    writer.join()
+    assert offered == [1, 2]
+    assert ("records could not be taken" in caplog.text) == fails
+    reader.close()
+
+
+def test_a_reader_that_does_not_wait_takes_nothing(make: MakeLog) -> None:
+    log, offered = make(), list[int]()
+
+    def take(records: list[Record]) -> Taken:
+        offered.extend(numbers(records))
+        return Taken.WHOLE
+
+    reader = log.subscribe("t", log.end("t"))
+    assert reader.read(0.02, take) == []
+    log.append("t", [event(1)])
+    reader.close()
+    log.append("t", [event(2)])
+    assert offered == []
+
+
+def test_whatever_is_taken_and_given_in_turns_is_each_event_once(make: MakeLog) -> None:
+    log, choose, last = make(), random.Random(1), 3000
+    seen, given = list[int](), 0
+
+    def take(records: list[Record]) -> Taken:
+        taken = choose.choice(list(Taken))
+        if taken is not Taken.NO:
+            seen.extend(numbers(records))
+        return taken
+
+    def write() -> None:
+        for n in range(0, last, 2):
+            if n % 3 == 0:
+                time.sleep(choose.random() * 0.0005)
+            log.append("t", [event(n), event(n + 1)])
+
+    reader = log.subscribe("t", log.end("t"))
+    writer = threading.Thread(target=write)
+    writer.start()
+    while len(seen) < last:
+        records = reader.read(choose.random() * 0.002, take)
+        given += len(records)
+        seen += numbers(records)
+    writer.join()
+    reader.close()
+    assert seen == list(range(last))
+    assert 0 < given < last
 
 
 # The lock

@@ -11,7 +11,8 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import NamedTuple, Protocol
+from enum import Enum
+from typing import NamedTuple, Protocol, TypeAlias
 
 from ..events import Event, Json
 
@@ -56,13 +57,26 @@ class Away(Exception):
     """The log cannot be reached. Whether what was to be written is in it is not known."""
 
 
+class Taken(Enum):
+    """What became of records: nothing, all that is to be done, or their reader has to do the rest."""
+
+    NO, WHOLE, PART = range(3)
+
+
+Take: TypeAlias = Callable[[list[Record]], Taken]
+"""Takes records, or not. It must not wait."""
+
+
 class Subscription(Protocol):
     """A reader's cursor in one thread's log. Replay and live are one sequence, so no event is
     missed or repeated between them."""
 
-    def read(self, timeout: float) -> list[Record]:
+    def read(self, timeout: float, take: Take | None = None) -> list[Record]:
         """Gives the records after the last ones given, waiting up to ``timeout`` seconds for one;
-        none after that. Raises :class:`Lost` when records were trimmed before they were read."""
+        none after that. Raises :class:`Lost` when records were trimmed before they were read.
+
+        While it waits, ``take`` may be called with the next records, by who brings them: what it takes is not given.
+        """
         ...
 
     def close(self) -> None:

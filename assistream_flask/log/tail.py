@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -13,7 +14,9 @@ from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 from gevent import monkey
 
-from . import Lost, Place, Record
+from . import Lost, Place, Record, Take, Taken
+
+_log = logging.getLogger(__name__)
 
 READ_BYTES: Final = 65_536
 """One read gives records up to about so many bytes: what a slow viewer holds besides its socket's buffer."""
@@ -47,29 +50,29 @@ class Tail:
         self.lock = threading.RLock()
         self.held = 0
         self.guard = plain_lock()
-        self._bells: list[Bell] = []
+        self._readers: list[Cursor] = []
 
     @property
     def place(self) -> Place:
         """The place after the newest record."""
         return Place(self.epoch, self.offset)
 
-    def wait(self, bell: Bell) -> None:
-        """Has ``bell`` rung at the next change. The caller holds ``guard``."""
-        self._bells.append(bell)
+    def wait(self, reader: Cursor) -> None:
+        """Has ``reader`` woken at the next change. The caller holds ``guard``."""
+        self._readers.append(reader)
 
     def wake(self) -> None:
         """Wakes all who wait."""
         with self.guard:
-            bells, self._bells = self._bells, []
-        for bell in bells:
-            bell.put(True)
+            readers, self._readers = self._readers, []
+        for reader in readers:
+            reader.wake()
 
-    def forget(self, bell: Bell) -> None:
-        """``bell`` need not be rung any more."""
+    def forget(self, reader: Cursor) -> None:
+        """``reader`` need not be woken any more."""
         with self.guard:
-            if bell in self._bells:
-                self._bells.remove(bell)
+            if reader in self._readers:
+                self._readers.remove(reader)
 
     def restart(self, epoch: str, offset: int) -> None:
         """Forgets all records: the log begins anew, or goes on behind a gap."""
@@ -222,26 +225,65 @@ class Cursor:
     ) -> None:
         self._registry, self._tail, self._place, self._older = registry, tail, place, older
         self._bell: Bell = queue.SimpleQueue()
+        # Only while the reader waits.
+        self._take: Take | None = None
         self._open = True
 
-    def read(self, timeout: float) -> list[Record]:
+    def read(self, timeout: float, take: Take | None = None) -> list[Record]:
         records = self._ready(waits=True)
         if records is not None or self._registry.closed:
             return records or []
-        if not self._registry.sleep(self._bell, timeout):
-            self._tail.forget(self._bell)
+        self._take = take
+        try:
+            rang = self._registry.sleep(self._bell, timeout)
+        finally:
+            with self._tail.guard:
+                self._take = None
+        if not rang:
+            self._tail.forget(self)
             with suppress(queue.Empty):
                 self._bell.get(block=False)
         return self._ready(waits=False) or []
 
-    def _ready(self, *, waits: bool) -> list[Record] | None:
-        """Gives what there is to read; where that is nothing, and ``waits``, the bell rings when there is."""
+    def wake(self) -> None:
+        """Has what is new taken, or the reader go on."""
+        try:
+            if self._taken():
+                return
+        except Exception:
+            _log.exception("records could not be taken")
+        self._bell.put(True)
+
+    def _taken(self) -> bool:
         tail = self._tail
         with tail.guard:
-            # A reader can be ahead of what was heard, where it caught up from elsewhere.
-            if tail.epoch == self._place.epoch and tail.offset <= self._place.offset:
+            while self._take is not None and not self._registry.closed:
+                if self._is_at_end:
+                    tail.wait(self)
+                    return True
+                # What is lost, or elsewhere, is the reader's to find out.
+                if not tail.has(self._place):
+                    return False
+                records = tail.since(self._place, READ_BYTES)
+                taken = self._take(records)
+                if taken is not Taken.NO:
+                    self._place = records[-1].place
+                if taken is not Taken.WHOLE:
+                    return False
+        return False
+
+    @property
+    def _is_at_end(self) -> bool:
+        # A reader can be ahead of what was heard, where it caught up from elsewhere.
+        return self._tail.epoch == self._place.epoch and self._tail.offset <= self._place.offset
+
+    def _ready(self, *, waits: bool) -> list[Record] | None:
+        """Gives what there is to read; where that is nothing, and ``waits``, it is woken when there is."""
+        tail = self._tail
+        with tail.guard:
+            if self._is_at_end:
                 if waits:
-                    tail.wait(self._bell)
+                    tail.wait(self)
                 return None
             older = tail.epoch == self._place.epoch and not tail.has(self._place)
             if self._older is None or not older:

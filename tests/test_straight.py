@@ -1,0 +1,144 @@
+"""Events are sent from where they come, past the server's own loop: what arrives is as if it had sent them."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import wait_until
+from tests.live import Gunicorn, running
+
+APP = """
+import collections, json, os, time
+from flask import Flask, jsonify, request
+from assistream_flask import Assistant, create_blueprint, server
+from assistream_flask.testing import OfflineServer
+
+app = Flask(__name__)
+app.config.update(json.loads(os.environ["APP_CONFIG"]))
+servers, taken, seen = [], collections.Counter(), []
+send = server.Peer.send
+
+def counted(peer, data):
+    found = send(peer, data)
+    taken[found.name] += 1
+    return found
+
+server.Peer.send = counted
+
+def client():
+    servers.append(OfflineServer(" ".join(f"word{n}" for n in range(3000)), delay=0).start())
+    return servers[0].client()
+
+assistants = [Assistant(id, model="m") for id in ("one", "two", "three")]
+app.register_blueprint(create_blueprint(assistants, client=client, owner=lambda: "me"), url_prefix="/assistream")
+
+@app.after_request
+def watched(response):
+    if "watch" in request.args:
+        body = response.response
+        response.response = (seen.append(len(piece)) or piece for piece in body)
+        response.call_on_close(body.close)
+    return response
+
+@app.get("/counts")
+def counts():
+    return jsonify(taken=taken, seen=sum(seen))
+
+@app.get("/page")
+def page():
+    return "up"
+"""
+WORDS = " ".join(f"word{n}" for n in range(3000))
+
+
+def ask(live: Gunicorn, path: str, *, version: str = "1.1", buffer: int | None = None) -> socket.socket:
+    """Gives a connection on which three answers were asked for as a stream."""
+    viewer = socket.socket()
+    if buffer is not None:
+        viewer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+    viewer.settimeout(40)
+    viewer.connect(("127.0.0.1", live.port))
+    body = json.dumps({"assistant_ids": ["one", "two", "three"], "content": "Hello"}).encode()
+    head = f"POST {path} HTTP/{version}\r\nHost: localhost\r\nConnection: close\r\nAccept: text/event-stream\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    viewer.sendall(head.encode() + body)
+    return viewer
+
+
+def read(viewer: socket.socket) -> bytes:
+    """Reads to the end; gives the body, each of whose chunks must be whole."""
+    data = b""
+    with viewer:
+        while piece := viewer.recv(65_536):
+            data += piece
+    head, _, body = data.partition(b"\r\n\r\n")
+    if b"transfer-encoding: chunked" not in head.lower():
+        return body
+    found, at = b"", 0
+    while True:
+        size = re.compile(rb"([0-9A-F]+)\r\n").match(body, at)
+        assert size is not None, body[at : at + 50]
+        start, length = size.end(), int(size[1], 16)
+        found += body[start : start + length]
+        at = start + length + 2
+        assert body[at - 2 : at] == b"\r\n"
+        if length == 0:
+            assert at == len(body)
+            return found
+
+
+def texts(body: bytes) -> list[str]:
+    """Gives what the messages' pieces add up to; the events' ids must be in order, and ``done`` the last."""
+    found, last = dict[str, str](), 0
+    assert body.endswith(b"event: done\ndata: [DONE]\n\n")
+    for frame in body.split(b"\n\n"):
+        fields = dict(line.split(": ", 1) for line in frame.decode().split("\n") if line)
+        if "id" in fields:
+            offset = int(fields["id"].rpartition("-")[2])
+            assert offset > last
+            last = offset
+        if fields.get("event") == "thread.message.delta":
+            data = json.loads(fields["data"])
+            found[data["id"]] = found.get(data["id"], "") + data["delta"]["content"][0]["text"]["value"]
+    return list(found.values())
+
+
+def taken(live: Gunicorn) -> Counter[str]:
+    return Counter(live.get("/counts")["taken"])
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize("worker", ["gevent", "gthread"])
+def test_what_is_sent_straight_is_framed_and_counted_as_gunicorn_does(
+    tmp_path: Path, worker: str, version: str
+) -> None:
+    options = ["--access-logfile", "-", "--access-logformat", "sent %(B)s", "--threads", "20"]
+    with running(tmp_path, app=APP, worker_class=worker, options=options) as live:
+        body = read(ask(live, live.thread() + "/runs", version=version))
+        assert texts(body) == [WORDS] * 3
+        wait_until(lambda: f"sent {len(body)}\n" in live.log())
+        assert (taken(live)["WHOLE"] > 0) == (worker == "gevent")
+
+
+def test_a_viewer_whose_buffers_are_full_gets_the_rest_of_what_was_sent_in_part(tmp_path: Path) -> None:
+    with running(tmp_path, app=APP) as live:
+        viewer = ask(live, live.thread() + "/runs", buffer=4096)
+        wait_until(lambda: taken(live)["PART"] > 0)
+        time.sleep(0.2)
+        body = read(viewer)
+        assert texts(body) == [WORDS] * 3
+
+
+def test_an_app_that_puts_a_body_of_its_own_around_a_stream_sees_all_of_it(tmp_path: Path) -> None:
+    with running(tmp_path, app=APP) as live:
+        body = read(ask(live, live.thread() + "/runs?watch"))
+        assert texts(body) == [WORDS] * 3
+        assert live.get("/counts")["seen"] == len(body)
+        assert taken(live)["WHOLE"] == taken(live)["PART"] == 0
