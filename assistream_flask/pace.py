@@ -11,7 +11,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from itertools import takewhile
 from select import POLLIN
 from typing import Any, Final, Generic, Protocol, TypeVar
 
@@ -21,7 +20,7 @@ from .upstream.gate import Gate
 
 _log = logging.getLogger(__name__)
 
-_TICKS: Final = 5
+_TICKS: Final = 10
 _PATIENCE: Final = 0.3
 """Who has nothing to read for so long waits in its own way, which costs nothing while it lasts."""
 
@@ -118,8 +117,11 @@ class Pacer(Generic[T]):
     def _tick(self) -> None:
         now = time.monotonic()
         ready: list[T] = []
-        first = takewhile(lambda one: one.seat.since <= now, list(self._waiting))
-        turn = [(one.seat.number(), one) for one in first]
+        turn: list[tuple[int | None, T]] = []
+        for one in list(self._waiting):
+            if one.seat.since > now:
+                break
+            turn.append((one.seat.number(), one))
         readable = _readable([number for number, _ in turn if number is not None and number >= 0])
         for number, one in turn:
             if number in readable or (number != -1 and one.seat.pending()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import platform
 import threading
 import time
 from collections.abc import Callable
@@ -46,6 +47,8 @@ class Runtime:
 
     def start(self) -> None:
         """Starts the housekeeper."""
+        # For the SDK: each request asks until one has the answer, and each time a process is forked.
+        platform.platform()
         self._housekeeper.start()
         # A worker that exits by itself still lets its runs end, see Settings.drain_seconds.
         atexit.register(self.stop)

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import OVER, wait_until
-from tests.live import ROOT, Event, Gunicorn, running, stream
+from tests.live import APP, ROOT, Event, Gunicorn, running, stream
 
 
 @pytest.fixture(scope="module")
@@ -279,3 +279,30 @@ def test_a_worker_class_that_cannot_work_is_told_what_to_do(tmp_path: Path) -> N
             assert refused.value.code == 500
             assert "--worker-class gevent" in refused.value.read().decode()
         assert "--worker-class gevent" in gunicorn.log()
+
+
+def test_the_first_runs_of_a_worker_fork_no_processes_for_the_sdk(tmp_path: Path) -> None:
+    app = APP.replace(
+        "servers = []",
+        """
+import subprocess
+servers, forked, fork = [], [], subprocess.check_output
+
+def counted(*given, **named):
+    forked.append(given)
+    return fork(*given, **named)
+
+subprocess.check_output = counted
+
+@app.get("/forked")
+def told():
+    return jsonify(len(forked))
+""",
+    )
+    with running(tmp_path, app=app) as live:
+        thread = live.thread()
+        # One, for the name of the processor.
+        assert live.get("/forked") == 1
+        live.run(thread, "responses", "chat", "assistants")
+        live.settled(thread)
+        assert live.get("/forked") == 1
