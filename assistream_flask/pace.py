@@ -67,23 +67,19 @@ class Pacer(Generic[T]):
         if self._closed or one.seat.number() == -1:
             return None
         self.again(one)
+        if not self._wanted.is_set():
+            self._wanted.set()
+            if self._thread is None:
+                self._start()
         try:
             return one.seat.left.get()
         finally:
             self._waiting.pop(one, None)
 
     def again(self, one: T) -> None:
-        """Lets it have its next turn; its reader waits."""
+        """Lets it have its next turn; its reader waits. Call it in a tick."""
         one.seat.since = time.monotonic() + self._seconds
         self._waiting[one] = None
-        self.want()
-
-    def want(self) -> None:
-        """Has the next tick come."""
-        if not self._wanted.is_set():
-            self._wanted.set()
-            if self._thread is None:
-                self._start()
 
     def close(self) -> None:
         """Ticks no more; who waits then reads at once."""

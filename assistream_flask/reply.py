@@ -45,7 +45,8 @@ class Reply:
             if isinstance(part, Reasoning):
                 found += self._think(part.value)
             elif not isinstance(part, End | Begun):
-                found += self._stop_thinking()
+                if self._step is not None:
+                    found += self._stop_thinking()
                 found.append(self._say(part))
         return found
 

@@ -26,7 +26,7 @@ def encode(event: str, data: str, id: str | None = None) -> bytes:
 
     Raises ``ValueError`` when ``event`` or ``id`` has a line end, or ``id`` a NUL: neither can be written.
     """
-    if _UNFIT.search(event) or (id and _UNFIT.search(id)):
+    if _UNFIT.search(f"{event}{id}"):
         raise ValueError(f"an event name or id holds one line without NUL, got {event!r} and {id!r}")
     head = f"id: {id}\nevent: {event}\n" if id is not None else f"event: {event}\n"
     # Only CR, LF and CRLF end a line here: str.splitlines() would also cut at U+2028 and drop "".

@@ -16,7 +16,6 @@ from .runtime import Runtime
 
 _SNAPSHOT_BYTES: Final = 524_288
 _ENDS: Final = frozenset(f"thread.run.{status}" for status in TERMINAL)
-_LAST: Final = _ENDS | {"thread.deleted"}
 
 Frames = Generator[bytes, None, None]
 """Of these ``b""`` is for what ``send`` did in part."""
@@ -109,7 +108,8 @@ def view(runtime: Runtime, thread_id: str, place: Place | None, send: Send) -> F
     """
 
     def plain(records: list[Record]) -> bytes | None:
-        return None if any(record.name == "thread.deleted" for record in records) else _joined(records)
+        found, gone = _until_deleted(records)
+        return None if gone else _joined(found)
 
     reader = _Reader(runtime, thread_id, place, send, plain)
     first = sse.RETRY
@@ -149,12 +149,14 @@ def follow(
     At a shutdown, or when the log is away, it ends without ``done``: the runs go on.
     """
 
-    def ours(records: list[Record]) -> list[Record]:
-        return [one for one in records if one.key in runs or _tells_of(one, message_id)]
-
     def plain(records: list[Record]) -> bytes | None:
-        found = ours(records)
-        return None if first or any(one.name in _LAST for one in found) else _joined(found)
+        found = []
+        for one in records:
+            if one.key is None or one.name in _ENDS:
+                return None
+            if one.key in runs:
+                found.append(one.frame)
+        return None if first else b"".join(found)
 
     reader = _Reader(runtime, thread_id, place, send, plain)
     waiting = set(runs)
@@ -176,7 +178,7 @@ def follow(
                 if frame is None:
                     waiting.clear()
             else:
-                found = ours(records)
+                found = [one for one in records if one.key in runs or _tells_of(one, message_id)]
                 if data := reader.beat(_joined(found)):
                     data, first = first + data, b""
                 yield data

@@ -27,7 +27,7 @@ class Teller:
 
     def tell_all(self, told: Sequence[tuple[str, Sequence[Event]]]) -> Sequence[Place | None]:
         """Does as :meth:`tell` for several threads at once."""
-        if not any(thread_id in self._untold for thread_id, _ in told):
+        if not self._untold or not any(thread_id in self._untold for thread_id, _ in told):
             try:
                 return self._log.append_all(told)
             except Away:

@@ -33,15 +33,14 @@ class MemoryLog:
         self._threads = Registry(lambda: Tail(_epoch()), clock)
 
     def append(self, thread_id: str, events: Sequence[Event]) -> Place:
-        encoded = [(event, dumps(event.data)) for event in events]
         tail = self._threads.enter(thread_id)
         try:
             with tail.guard:
                 epoch, offset = tail.epoch, tail.offset
                 told = []
-                for event, data in encoded:
+                for name, data, key in events:
                     offset += 1
-                    told.append((event.name, event.key, sse.encode(event.name, data, f"{epoch}-{offset}")))
+                    told.append((name, key, sse.encode(name, dumps(data), f"{epoch}-{offset}")))
                 tail.add(self._threads.clock(), told)
                 tail.trim(self._max_events, self._max_bytes, 0)
                 place = tail.place

@@ -41,6 +41,8 @@ class Tail:
 
     def __init__(self, epoch: str, offset: int = 0) -> None:
         self.epoch, self.offset = epoch, offset
+        # The place after the newest record.
+        self.place = Place(epoch, offset)
         # Time, name, key, frame. Exact tuples of such are nothing that the garbage collector would look at again:
         # half a million records as objects hold a worker up for 150 ms, these for 10.
         self.records: deque[tuple[float, str, str | None, bytes]] = deque()
@@ -51,11 +53,6 @@ class Tail:
         self.held = 0
         self.guard = plain_lock()
         self._readers: list[Cursor] = []
-
-    @property
-    def place(self) -> Place:
-        """The place after the newest record."""
-        return Place(self.epoch, self.offset)
 
     def wait(self, reader: Cursor) -> None:
         """Has ``reader`` woken at the next change. The caller holds ``guard``."""
@@ -79,6 +76,7 @@ class Tail:
         self.records.clear()
         self.size = 0
         self.epoch, self.offset = epoch, offset
+        self.place = Place(epoch, offset)
 
     def add(self, at: float, told: Sequence[tuple[str, str | None, bytes]]) -> None:
         """Adds name, key and frame of the next records; ``at`` is their time."""
@@ -86,6 +84,7 @@ class Tail:
             self.records.append((at, name, key, frame))
             self.size += len(frame)
         self.offset += len(told)
+        self.place = Place(self.epoch, self.offset)
 
     def trim(self, max_events: int, max_bytes: int, oldest: float) -> None:
         """Keeps the newest records: so many, of so many bytes, none older."""
@@ -103,7 +102,7 @@ class Tail:
             raise Lost
         if place.offset == self.offset - 1:
             _, name, key, frame = self.records[-1]
-            return [Record(Place(self.epoch, self.offset), name, key, frame)]
+            return [Record(self.place, name, key, frame)]
         # From the right: the newest few are what nearly every reader wants.
         newest = list(islice(reversed(self.records), self.offset - place.offset))[::-1]
         found: list[Record] = []
@@ -258,30 +257,28 @@ class Cursor:
         tail = self._tail
         with tail.guard:
             while self._take is not None and not self._registry.closed:
-                if self._is_at_end:
+                try:
+                    records = tail.since(self._place, READ_BYTES)
+                except Lost:
+                    # Or elsewhere: the reader's to find out.
+                    return False
+                if records:
+                    taken = self._take(records)
+                    if taken is not Taken.NO:
+                        self._place = records[-1].place
+                    if taken is not Taken.WHOLE:
+                        return False
+                if self._place == tail.place:
                     tail.wait(self)
                     return True
-                # What is lost, or elsewhere, is the reader's to find out.
-                if not tail.has(self._place):
-                    return False
-                records = tail.since(self._place, READ_BYTES)
-                taken = self._take(records)
-                if taken is not Taken.NO:
-                    self._place = records[-1].place
-                if taken is not Taken.WHOLE:
-                    return False
         return False
-
-    @property
-    def _is_at_end(self) -> bool:
-        # A reader can be ahead of what was heard, where it caught up from elsewhere.
-        return self._tail.epoch == self._place.epoch and self._tail.offset <= self._place.offset
 
     def _ready(self, *, waits: bool) -> list[Record] | None:
         """Gives what there is to read; where that is nothing, and ``waits``, it is woken when there is."""
         tail = self._tail
         with tail.guard:
-            if self._is_at_end:
+            # A reader can be ahead of what was heard, where it caught up from elsewhere.
+            if tail.epoch == self._place.epoch and tail.offset <= self._place.offset:
                 if waits:
                     tail.wait(self)
                 return None
