@@ -121,12 +121,11 @@ def _plain(data: bytes) -> list[tuple[bytes, bytes]]:
     if b"\r" in data:
         return []
     frames: list[tuple[bytes, bytes]] = _FRAME.findall(data)
-    covered = sum([len(name) + len(line) for name, line in frames]) + len(frames) * _AROUND
-    return frames if covered == len(data) else []
+    # Each has three line ends and begins a line: with no other line end, nothing stands before, between or behind them.
+    return frames if data.count(b"\n") == 3 * len(frames) and data.endswith(b"\n") else []
 
 
 # Without CR in its sets this is five times as fast.
-_FRAME: Final = re.compile(rb"event: ([^\n]*)\ndata: ([^\n]*)\n\n")
-_AROUND: Final = len(b"event: \ndata: \n\n")
+_FRAME: Final = re.compile(rb"^event: ([^\n]*)\ndata: ([^\n]*)\n\n", re.MULTILINE)
 _UNFIT: Final = re.compile("[\r\n\0]")
 _LINE_END: Final = re.compile(rb"\r\n|\n|\r")

@@ -93,7 +93,10 @@ def _parsed(frame: tuple[bytes, bytes]) -> tuple[str, Json]:
             data = json.loads(text.decode("utf-8", "replace"), parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:
             raise RunError("upstream_malformed") from error
-    return _kind(name.decode("utf-8", "replace"), data)
+    kind = name.decode("utf-8", "replace")
+    if isinstance(data, dict) and data.get("type") == kind != "":
+        return kind, data
+    return _kind(kind, data)
 
 
 def _no_constant(name: str) -> None:
@@ -105,8 +108,6 @@ def _kind(name: str, data: Any) -> tuple[str, Json]:
     if not isinstance(data, dict):
         return name, {}
     kind = data.get("type")
-    if kind == name != "":
-        return name, data
     if name.startswith("thread.") or name in ("done", "error") or not isinstance(kind, str):
         kind = name
     if kind == "" and data.get("error"):
