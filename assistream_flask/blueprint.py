@@ -576,7 +576,6 @@ def _streamed(call: _Call, start: Callable[[streams.Send], streams.Frames], begi
         stream = start(peer.send)
         first = next(stream) if begin else b""
     except BaseException:
-        peer.release()
         runtime.leave_stream(call.owner)
         raise
     body = server.Body(first, stream, peer, lambda: runtime.leave_stream(call.owner))
@@ -585,7 +584,7 @@ def _streamed(call: _Call, start: Callable[[streams.Send], streams.Frames], begi
 
 class _Streamed(Response):
     def __call__(self, environ: Any, start_response: Any) -> Any:
-        return super().__call__(environ, server.begun(self.response, start_response))
+        return server.given(super().__call__(environ, start_response), self.response)
 
 
 def event_response(stream: Any, *, heartbeat_seconds: float = 15) -> Response:

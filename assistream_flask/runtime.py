@@ -9,6 +9,7 @@ import platform
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from . import server
@@ -47,11 +48,12 @@ class Runtime:
 
     def start(self) -> None:
         """Starts the housekeeper."""
-        # For the SDK: each request asks until one has the answer, and each time a process is forked.
-        platform.platform()
         self._housekeeper.start()
         # A worker that exits by itself still lets its runs end, see Settings.drain_seconds.
         atexit.register(self.stop)
+        # For the SDK: each request asks until one has the answer, and each time a process is forked.
+        with suppress(Exception):
+            platform.platform()
 
     def discard(self) -> None:
         """Lets go of what was made, where it was never started."""

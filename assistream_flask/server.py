@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import signal
 import socket
+import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, TypeVar
 
 from gevent.socket import socket as GeventSocket
 
@@ -14,8 +15,7 @@ from . import sse
 from .errors import ConfigurationError
 from .log import Taken
 
-if TYPE_CHECKING:
-    from _typeshed.wsgi import StartResponse
+T = TypeVar("T")
 
 _PIECE: Final = 65_536
 _BUFFER: Final = 262_144
@@ -59,6 +59,22 @@ def unfit(environ: Mapping[str, Any], shared: bool) -> tuple[str, str] | None:
     return None
 
 
+def _answer(given: object) -> Any:
+    """Gives the response that gunicorn iterates ``given`` for, in a call of ours, with no other hand in between and no
+    rule of its own for the body; ``None`` where there is none."""
+    frame = sys._getframe()
+    while not frame.f_globals.get("__name__", "").startswith("gunicorn.workers."):
+        if frame.f_back is None:
+            return None
+        frame = frame.f_back
+    answer: Any = frame.f_locals.get("resp")
+    kind = type(answer)
+    is_known = kind.__module__ == "gunicorn.http.wsgi" and kind.__name__ == "Response"
+    if not is_known or given is None or frame.f_locals.get("respiter") is not given:
+        return None
+    return answer if answer.response_length is None and not answer._omits_body else None
+
+
 class Peer:
     """The connection of an event stream's viewer, from the WSGI ``environ``; where the server shows none, nothing is
     done.
@@ -69,25 +85,24 @@ class Peer:
 
     def __init__(self, environ: Mapping[str, Any], slow_seconds: float, dead_seconds: float) -> None:
         self._socket: Any = environ.get("gunicorn.socket")
+        self._slow_seconds, self._dead_seconds = slow_seconds, dead_seconds
+        self.given: object = None
+        """What the app gave the server to iterate, where the body is in it as it was made."""
         # Gunicorn's response, where it is known how its body is written.
         self._answer: Any = None
         self._rest = b""
+
+    def _begin(self) -> None:
         if self._socket is None:
             return
-        self._socket.settimeout(slow_seconds)
+        self._socket.settimeout(self._slow_seconds)
         if self._socket.family in (socket.AF_INET, socket.AF_INET6):
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
             if hasattr(socket, "TCP_USER_TIMEOUT"):
-                milliseconds = int(dead_seconds * 1000)
+                milliseconds = int(self._dead_seconds * 1000)
                 self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
-
-    def begin(self, write: object) -> None:
-        """The answer begins; ``write`` is what the server's ``start_response`` gave."""
-        answer: Any = getattr(write, "__self__", None)
-        kind = type(answer)
-        is_known = kind.__module__ == "gunicorn.http.wsgi" and kind.__name__ == "Response"
-        if is_known and type(self._socket) is GeventSocket:
-            self._answer = answer
+        if type(self._socket) is GeventSocket:
+            self._answer = _answer(self.given)
 
     def send(self, data: bytes) -> Taken:
         """Sends a piece of the body from outside of it, as gunicorn does but without waiting; while its own greenlet
@@ -108,7 +123,9 @@ class Peer:
 
     def pieces(self, frames: Iterator[bytes]) -> Iterator[bytes]:
         """Gives the bytes of ``frames``, until the viewer is gone."""
-        for chunk in frames:
+        self._begin()
+        # The last is for what was left.
+        for chunk in chain(frames, [b""]):
             if self._rest:
                 rest, self._rest = self._rest, b""
                 self._socket.sendall(rest)
@@ -135,6 +152,7 @@ class Peer:
 
     def release(self) -> None:
         """The connection may serve other requests now."""
+        self._answer = self.given = None
         if self._socket is not None:
             try:
                 self._socket.settimeout(None)
@@ -163,14 +181,8 @@ class Body:
             self.peer.release()
 
 
-def begun(body: object, start_response: StartResponse) -> StartResponse:
-    """Gives ``start_response``, whose call a :class:`Body` learns of; another body, as of who wraps it, does not."""
-    if not isinstance(body, Body):
-        return start_response
-
-    def start(*args: Any) -> Any:
-        write = start_response(*args)
-        body.peer.begin(write)
-        return write
-
-    return start
+def given(iterable: T, body: object) -> T:
+    """Gives ``iterable``, which the app gives the server for ``body``. A :class:`Body` learns of it."""
+    if isinstance(body, Body):
+        body.peer.given = iterable
+    return iterable

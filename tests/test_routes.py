@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
 import threading
 import time
@@ -694,3 +695,14 @@ def test_a_posts_own_stream_sends_no_ping_for_the_events_of_other_runs(
         headers={"Accept": "text/event-stream"},
     )
     assert b"event: ping" not in answer.get_data()
+
+
+def test_a_system_that_does_not_say_what_it_is_serves_nevertheless(
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> str:
+        raise ValueError("there is no name for it")
+
+    monkeypatch.setattr(platform, "platform", fail)
+    app = make_app()
+    assert [app.test_client().post("/assistream/threads").status_code for _ in range(2)] == [201, 201]

@@ -47,9 +47,24 @@ def watched(response):
         response.call_on_close(body.close)
     return response
 
+class Louder:
+    # Changes what goes through, as one that compresses does.
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __call__(self, environ, start_response):
+        body = self.inner(environ, start_response)
+        how = environ["QUERY_STRING"]
+        if how == "generator":
+            return (piece.upper() for piece in body)
+        return map(bytes.upper, body) if how == "map" else body
+
+app.wsgi_app = Louder(app.wsgi_app)
+
 @app.get("/counts")
 def counts():
-    return jsonify(taken=taken, seen=sum(seen))
+    open_streams = app.extensions["assistream"].runtime().open_streams
+    return jsonify(taken=taken, seen=sum(seen), open=open_streams)
 
 @app.get("/page")
 def page():
@@ -58,13 +73,18 @@ def page():
 WORDS = " ".join(f"word{n}" for n in range(3000))
 
 
-def ask(live: Gunicorn, path: str, *, version: str = "1.1", buffer: int | None = None) -> socket.socket:
-    """Gives a connection on which three answers were asked for as a stream."""
+def connect(live: Gunicorn, buffer: int | None = None) -> socket.socket:
     viewer = socket.socket()
     if buffer is not None:
         viewer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
     viewer.settimeout(40)
     viewer.connect(("127.0.0.1", live.port))
+    return viewer
+
+
+def ask(live: Gunicorn, path: str, *, version: str = "1.1", buffer: int | None = None) -> socket.socket:
+    """Gives a connection on which three answers were asked for as a stream."""
+    viewer = connect(live, buffer)
     body = json.dumps({"assistant_ids": ["one", "two", "three"], "content": "Hello"}).encode()
     head = f"POST {path} HTTP/{version}\r\nHost: localhost\r\nConnection: close\r\nAccept: text/event-stream\r\n"
     head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -136,9 +156,40 @@ def test_a_viewer_whose_buffers_are_full_gets_the_rest_of_what_was_sent_in_part(
         assert texts(body) == [WORDS] * 3
 
 
+@pytest.mark.parametrize("how", ["generator", "map"])
+def test_a_middleware_that_changes_a_stream_sees_all_of_it(tmp_path: Path, how: str) -> None:
+    with running(tmp_path, app=APP) as live:
+        body = read(ask(live, f"{live.thread()}/runs?{how}"))
+        assert b"WORD2999" in body
+        assert body == body.upper()
+        assert taken(live)["WHOLE"] == taken(live)["PART"] == 0
+
+
 def test_an_app_that_puts_a_body_of_its_own_around_a_stream_sees_all_of_it(tmp_path: Path) -> None:
     with running(tmp_path, app=APP) as live:
         body = read(ask(live, live.thread() + "/runs?watch"))
         assert texts(body) == [WORDS] * 3
         assert live.get("/counts")["seen"] == len(body)
         assert taken(live)["WHOLE"] == taken(live)["PART"] == 0
+
+
+def test_a_stream_that_is_cut_off_in_the_midst_of_a_chunk_ends_it_first(tmp_path: Path) -> None:
+    app = APP.replace("    taken[found.name] += 1\n", "    taken[found.name] += 1\n    stop_after(found)\n")
+    app = app.replace(
+        "server.Peer.send = counted\n",
+        """
+def stop_after(found):
+    if found.name == "PART":
+        app.extensions["assistream"].runtime()._begin_stop()
+
+server.Peer.send = counted
+""",
+    )
+    with running(tmp_path, app=app) as live:
+        thread, viewer = live.thread(), connect(live, 4096)
+        viewer.sendall(f"GET {thread}/events HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        wait_until(lambda: live.get("/counts")["open"] == 1)
+        while not taken(live)["PART"]:
+            live.request("POST", f"{thread}/messages", {"content": "x" * 50_000})
+        # read() says that each chunk is whole.
+        assert read(viewer).endswith(b"\n\n")
