@@ -570,9 +570,9 @@ def _streamed(call: _Call, start: Callable[[streams.Send], streams.Frames], begi
     if not runtime.enter_stream(call.owner):
         fix = f"You may have {settings.max_streams} event streams open. Close one, such as a tab."
         raise RequestError(429, "too_many_streams", fix, retry_after=5)
-    # Given up just before the second heartbeat after the first one that was not acknowledged.
-    peer = server.Peer(request.environ, settings.slow_seconds, 0.9 * settings.heartbeat_seconds)
     try:
+        # Given up just before the second heartbeat after the first one that was not acknowledged.
+        peer = server.Peer(request.environ, settings.slow_seconds, 0.9 * settings.heartbeat_seconds)
         stream = start(peer.send)
         first = next(stream) if begin else b""
     except BaseException:
