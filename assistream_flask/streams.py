@@ -193,7 +193,7 @@ def follow(
 
 
 def _joined(records: list[Record]) -> bytes:
-    return records[0].frame if len(records) == 1 else b"".join([record.frame for record in records])
+    return b"".join([record.frame for record in records])
 
 
 def _until_deleted(records: list[Record]) -> tuple[list[Record], bool]:
