@@ -80,12 +80,6 @@ class Publisher:
             live.in_a_row = live.in_a_row + 1 if time.monotonic() - live.told < _FLOOD_SECONDS else 0
             self._tell([(live, live.grow())])
 
-    def flush(self, live: Live) -> None:
-        """Tells what arrived by now."""
-        with live.lock:
-            if live.pending and not live.reply.over and not live.left:
-                self._tell([(live, live.grow())])
-
     def forget(self, live: Live) -> None:
         """The run is over, or another worker's."""
         self._speaking.discard(live.id)

@@ -286,7 +286,6 @@ class Runner:
             try:
                 return self._read(live, turns)
             except RunError as error:
-                self._publisher.flush(live)
                 tries = tries + 1 if live.state == before else 0
                 if live.state is None or live.reply.over or error.code not in _BROKEN or tries > _TRIES:
                     raise
@@ -389,10 +388,6 @@ class Runner:
 
     def _end(self, live: Live, finish: Callable[[Reply], list[Event]]) -> None:
         """Ends the run once: the store has its final state before viewers hear of it."""
-        try:
-            self._publisher.flush(live)
-        except Exception:
-            _log.exception("the last words of run %s are lost", live.id)
         with live.lock:
             if live.reply.over:
                 return

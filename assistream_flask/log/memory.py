@@ -36,7 +36,7 @@ class MemoryLog:
         tail = self._threads.enter(thread_id)
         try:
             with tail.guard:
-                epoch, offset = tail.epoch, tail.offset
+                epoch, offset = tail.place
                 told = []
                 for name, data, key in events:
                     offset += 1
@@ -85,7 +85,7 @@ class MemoryLog:
     def restart(self, thread_id: str) -> None:
         with self._threads.using(thread_id) as tail:
             with tail.guard:
-                tail.restart(_epoch(), 0)
+                tail.restart(Place(_epoch(), 0))
             tail.wake()
 
     def signal(self, thread_id: str) -> None:

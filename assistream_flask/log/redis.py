@@ -170,14 +170,15 @@ class _Viewed(Tail):
         if not self.ready:
             self.early.append((epoch, first, bodies))
             return False
-        if int(epoch) < int(self.epoch) or (first > self.offset + 1 and not gap and epoch == self.epoch):
+        mine, last = self.place
+        if int(epoch) < int(mine) or (first > last + 1 and not gap and epoch == mine):
             return False
-        if epoch != self.epoch or first > self.offset + 1:
-            self.restart(epoch, first - 1)
-        elif first + len(bodies) <= self.offset + 1:
+        if epoch != mine or first > last + 1:
+            self.restart(Place(epoch, first - 1))
+        elif first + len(bodies) <= last + 1:
             # An echo: its readers must not wake for nothing.
             return False
-        known = max(0, self.offset + 1 - first)
+        known = max(0, self.place.offset + 1 - first)
         records = [_record(epoch, first + n, body) for n, body in enumerate(bodies[known:], known)]
         self.add(at, [(record.name, record.key, record.frame) for record in records])
         self.trim(self.most, 1 << 20, 0)
@@ -334,7 +335,7 @@ class RedisLog:
                 raise Away
             place = self.end(thread_id)
             with tail.guard:
-                tail.restart(*place)
+                tail.restart(place)
                 tail.ready = True
                 for early in tail.early:
                     tail.take(self._threads.clock(), *early)
@@ -447,18 +448,18 @@ class RedisLog:
 
     def _check(self, viewed: Sequence[tuple[str, _Viewed]], *, patient: bool = True) -> None:
         """Compares with the streams. What a ``patient`` one finds missing may be on its way until the next time."""
-        before = [tail.epoch for _, tail in viewed]
+        before = [tail.place.epoch for _, tail in viewed]
         ends = self._do(lambda: self._ends([self._prefix + thread_id for thread_id, _ in viewed], [self._ttl]))
         for (_, tail), epoch, found in zip(viewed, before, ends, strict=True):
             place = self._place(found)
             with tail.guard:
-                if tail.epoch != epoch:
+                if tail.place.epoch != epoch:
                     continue
                 missing = place.offset if not patient else tail.known
-                behind = place.epoch != epoch or tail.offset < missing
+                behind = place.epoch != epoch or tail.place.offset < missing
                 if behind:
-                    tail.restart(*place)
-                tail.known = place.offset if place.epoch == tail.epoch else 0
+                    tail.restart(place)
+                tail.known = place.offset if place.epoch == tail.place.epoch else 0
             if behind:
                 tail.wake()
 

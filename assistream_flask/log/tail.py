@@ -36,13 +36,11 @@ def plain_lock() -> threading.RLock:
 
 
 class Tail:
-    """Records without a gap up to ``offset``. ``lock``, ``held`` so often, is for changes that span store and log,
+    """Records without a gap up to ``place``. ``lock``, ``held`` so often, is for changes that span store and log,
     ``guard`` for the records. ``users`` and ``touched`` are the registry's."""
 
-    def __init__(self, epoch: str, offset: int = 0) -> None:
-        self.epoch, self.offset = epoch, offset
-        # The place after the newest record.
-        self.place = Place(epoch, offset)
+    def __init__(self, epoch: str) -> None:
+        self.place = Place(epoch, 0)
         # Time, name, key, frame. Exact tuples of such are nothing that the garbage collector would look at again:
         # half a million records as objects hold a worker up for 150 ms, these for 10.
         self.records: deque[tuple[float, str, str | None, bytes]] = deque()
@@ -71,20 +69,19 @@ class Tail:
             if reader in self._readers:
                 self._readers.remove(reader)
 
-    def restart(self, epoch: str, offset: int) -> None:
+    def restart(self, place: Place) -> None:
         """Forgets all records: the log begins anew, or goes on behind a gap."""
         self.records.clear()
         self.size = 0
-        self.epoch, self.offset = epoch, offset
-        self.place = Place(epoch, offset)
+        self.place = place
 
     def add(self, at: float, told: Sequence[tuple[str, str | None, bytes]]) -> None:
         """Adds name, key and frame of the next records; ``at`` is their time."""
         for name, key, frame in told:
             self.records.append((at, name, key, frame))
             self.size += len(frame)
-        self.offset += len(told)
-        self.place = Place(self.epoch, self.offset)
+        epoch, offset = self.place
+        self.place = Place(epoch, offset + len(told))
 
     def trim(self, max_events: int, max_bytes: int, oldest: float) -> None:
         """Keeps the newest records: so many, of so many bytes, none older."""
@@ -94,20 +91,21 @@ class Tail:
 
     def has(self, place: Place) -> bool:
         """Whether all records after ``place`` are here."""
-        return place.epoch == self.epoch and 0 <= self.offset - place.offset <= len(self.records)
+        return place.epoch == self.place.epoch and 0 <= self.place.offset - place.offset <= len(self.records)
 
     def since(self, place: Place, size: float = float("inf")) -> list[Record]:
         """Gives the records after ``place``, up to about ``size`` bytes. Raises :class:`Lost`."""
         if not self.has(place):
             raise Lost
-        if place.offset == self.offset - 1:
+        epoch, offset = self.place
+        if place.offset == offset - 1:
             _, name, key, frame = self.records[-1]
             return [Record(self.place, name, key, frame)]
         # From the right: the newest few are what nearly every reader wants.
-        newest = list(islice(reversed(self.records), self.offset - place.offset))[::-1]
+        newest = list(islice(reversed(self.records), offset - place.offset))[::-1]
         found: list[Record] = []
-        for offset, (_, name, key, frame) in enumerate(newest, place.offset + 1):
-            found.append(Record(Place(self.epoch, offset), name, key, frame))
+        for at, (_, name, key, frame) in enumerate(newest, place.offset + 1):
+            found.append(Record(Place(epoch, at), name, key, frame))
             size -= len(frame)
             if size <= 0:
                 break
@@ -278,11 +276,12 @@ class Cursor:
         tail = self._tail
         with tail.guard:
             # A reader can be ahead of what was heard, where it caught up from elsewhere.
-            if tail.epoch == self._place.epoch and tail.offset <= self._place.offset:
+            same = tail.place.epoch == self._place.epoch
+            if same and tail.place.offset <= self._place.offset:
                 if waits:
                     tail.wait(self)
                 return None
-            older = tail.epoch == self._place.epoch and not tail.has(self._place)
+            older = same and not tail.has(self._place)
             if self._older is None or not older:
                 records = tail.since(self._place, READ_BYTES)
         if self._older is not None and older:
