@@ -364,15 +364,12 @@ class Runner:
         assert live.asked is not None
         names = live.asked.names
         turns: list[Turn] = []
-        for message in self._store.history(live.reply.message["id"]):
-            text = "".join(
-                part["refusal"] if part["type"] == "refusal" else part["text"]["value"] for part in message["content"]
-            )
-            speaker = message["assistant_id"]
+        for _, role, speaker, content in self._store.history(live.reply.message["id"]):
+            text = "".join(part["refusal"] if part["type"] == "refusal" else part["text"]["value"] for part in content)
             if not text:
                 continue
             if speaker is None or speaker == live.reply.run["assistant_id"]:
-                turns.append(Turn(message["role"], text))
+                turns.append(Turn(role, text))
             else:
                 # A model takes every assistant's turn for its own words, and some servers continue the last one.
                 turns.append(Turn("user", f"[{names.get(speaker, speaker)}]\n{text}"))

@@ -61,7 +61,8 @@ _ASKED = (
 )
 _BESIDE = sa.select(runs.c.message_id).where(runs.c.group_id == _ASKED.c.group_id, _ASKED.c.mode == "parallel")
 _HISTORY = (
-    sa.select(*_MESSAGE)
+    # A thread may have thousands: what nobody needs of them costs more than all else of a request.
+    sa.select(messages.c.id, messages.c.role, messages.c.assistant_id, messages.c.content)
     .where(
         messages.c.thread_id == _ASKED.c.thread_id,
         messages.c.position < _ASKED.c.position,
@@ -106,6 +107,15 @@ class Stored(NamedTuple):
 
     entry: Json
     place: str | None
+
+
+class Said(NamedTuple):
+    """What a model is to know of a message."""
+
+    id: str
+    role: str
+    assistant_id: str | None
+    content: list[Json]
 
 
 class Held(NamedTuple):
@@ -308,11 +318,11 @@ class ThreadStore:
                 return None
         return [_stored(row) for row in rows[:limit]][::-1], len(rows) > limit
 
-    def history(self, message_id: str) -> list[Json]:
+    def history(self, message_id: str) -> list[Said]:
         """Gives what the run of the message ``message_id`` may see, in order: the messages before it, without
         the replies of its own group where that runs in parallel."""
         with self._read() as connection:
-            return [_message(row._mapping) for row in connection.execute(_HISTORY, {"this": message_id})]
+            return [Said(*row) for row in connection.execute(_HISTORY, {"this": message_id})]
 
     def run(self, thread_id: str, run_id: str) -> Json | None:
         """Gives a run of the thread."""

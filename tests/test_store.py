@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from assistream_flask import database, events, schema
 from assistream_flask.errors import ConfigurationError
 from assistream_flask.events import Json
-from assistream_flask.threads import Answer, AnsweredBefore, Owner, State, ThreadStore, TooManyRuns, thread_object
+from assistream_flask.threads import Answer, AnsweredBefore, Owner, Said, State, ThreadStore, TooManyRuns, thread_object
 
 from .postgres_server import PostgresServer
 
@@ -294,18 +294,22 @@ def test_a_page_tells_the_place_of_what_grows_and_of_nothing_else(store: ThreadS
     assert found[0][1].place == "0a-7"
 
 
+def said(message: Json) -> Said:
+    return Said(message["id"], message["role"], message["assistant_id"], message["content"])
+
+
 def test_history_is_what_stands_before_a_message_in_its_thread(store: ThreadStore) -> None:
     thread_id, other = new_thread(store)["id"], new_thread(store)["id"]
     store.add(ME, other, user(other))
     message, (first, second) = user(thread_id), (pair(thread_id, "a"), pair(thread_id, "b"))
     store.add(ME, thread_id, message, [first, second], mode="sequential", group_id="one")
     store.add(ME, thread_id, user(thread_id))
-    assert store.history(first[1]["id"]) == [message]
-    assert store.history(second[1]["id"]) == [message, first[1]]
+    assert store.history(first[1]["id"]) == [said(message)]
+    assert store.history(second[1]["id"]) == [said(message), said(first[1])]
     third, fourth = pair(thread_id, "a"), pair(thread_id, "b")
     store.add(ME, thread_id, None, [third, fourth], mode="parallel", group_id="two")
-    assert third[1] not in store.history(fourth[1]["id"])
-    assert second[1] in store.history(fourth[1]["id"])
+    assert said(third[1]) not in store.history(fourth[1]["id"])
+    assert said(second[1]) in store.history(fourth[1]["id"])
     assert store.history("msg_unknown") == []
 
 
