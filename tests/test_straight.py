@@ -7,6 +7,7 @@ import re
 import socket
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -134,43 +135,60 @@ def taken(live: Gunicorn) -> Counter[str]:
     return Counter(live.get("/counts")["taken"])
 
 
-@pytest.mark.parametrize("version", ["1.0", "1.1"])
-@pytest.mark.parametrize("worker", ["gevent", "gthread"])
-def test_what_is_sent_straight_is_framed_and_counted_as_gunicorn_does(
-    tmp_path: Path, worker: str, version: str
-) -> None:
+def straight(live: Gunicorn) -> int:
+    """Gives how often something was sent straight."""
+    found = taken(live)
+    return found["WHOLE"] + found["PART"]
+
+
+@pytest.fixture(scope="module", params=["gevent", "gthread"])
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gunicorn]:
     options = ["--access-logfile", "-", "--access-logformat", "sent %(B)s", "--threads", "20"]
-    with running(tmp_path, app=APP, worker_class=worker, options=options) as live:
-        body = read(ask(live, live.thread() + "/runs", version=version))
-        assert texts(body) == [WORDS] * 3
-        wait_until(lambda: f"sent {len(body)}\n" in live.log())
-        assert (taken(live)["WHOLE"] > 0) == (worker == "gevent")
+    with running(tmp_path_factory.mktemp("served"), app=APP, worker_class=request.param, options=options) as live:
+        yield live
 
 
-def test_a_viewer_whose_buffers_are_full_gets_the_rest_of_what_was_sent_in_part(tmp_path: Path) -> None:
-    with running(tmp_path, app=APP) as live:
-        viewer = ask(live, live.thread() + "/runs", buffer=4096)
-        wait_until(lambda: taken(live)["PART"] > 0)
-        time.sleep(0.2)
-        body = read(viewer)
-        assert texts(body) == [WORDS] * 3
+only_gevent = pytest.mark.parametrize("served", ["gevent"], indirect=True)
 
 
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_what_is_sent_straight_is_framed_and_counted_as_gunicorn_does(
+    served: Gunicorn, version: str, request: pytest.FixtureRequest
+) -> None:
+    before = straight(served)
+    body = read(ask(served, served.thread() + "/runs", version=version))
+    assert texts(body) == [WORDS] * 3
+    wait_until(lambda: f"sent {len(body)}\n" in served.log())
+    assert (straight(served) > before) == (request.node.callspec.params["served"] == "gevent")
+
+
+@only_gevent
+def test_a_viewer_whose_buffers_are_full_gets_the_rest_of_what_was_sent_in_part(served: Gunicorn) -> None:
+    before = taken(served)
+    viewer = ask(served, served.thread() + "/runs", buffer=4096)
+    wait_until(lambda: taken(served)["PART"] > before["PART"])
+    time.sleep(0.2)
+    body = read(viewer)
+    assert texts(body) == [WORDS] * 3
+
+
+@only_gevent
 @pytest.mark.parametrize("how", ["generator", "map"])
-def test_a_middleware_that_changes_a_stream_sees_all_of_it(tmp_path: Path, how: str) -> None:
-    with running(tmp_path, app=APP) as live:
-        body = read(ask(live, f"{live.thread()}/runs?{how}"))
-        assert b"WORD2999" in body
-        assert body == body.upper()
-        assert taken(live)["WHOLE"] == taken(live)["PART"] == 0
+def test_a_middleware_that_changes_a_stream_sees_all_of_it(served: Gunicorn, how: str) -> None:
+    before = straight(served)
+    body = read(ask(served, f"{served.thread()}/runs?{how}"))
+    assert b"WORD2999" in body
+    assert body == body.upper()
+    assert straight(served) == before
 
 
-def test_an_app_that_puts_a_body_of_its_own_around_a_stream_sees_all_of_it(tmp_path: Path) -> None:
-    with running(tmp_path, app=APP) as live:
-        body = read(ask(live, live.thread() + "/runs?watch"))
-        assert texts(body) == [WORDS] * 3
-        assert live.get("/counts")["seen"] == len(body)
-        assert taken(live)["WHOLE"] == taken(live)["PART"] == 0
+@only_gevent
+def test_an_app_that_puts_a_body_of_its_own_around_a_stream_sees_all_of_it(served: Gunicorn) -> None:
+    before = straight(served)
+    body = read(ask(served, served.thread() + "/runs?watch"))
+    assert texts(body) == [WORDS] * 3
+    assert served.get("/counts")["seen"] == len(body)
+    assert straight(served) == before
 
 
 def test_a_stream_that_is_cut_off_in_the_midst_of_a_chunk_ends_it_first(tmp_path: Path) -> None:
