@@ -286,7 +286,9 @@ class Runner:
             try:
                 return self._read(live, turns)
             except RunError as error:
-                tries = tries + 1 if live.state == before else 0
+                # A tick that met it tells first what came before.
+                with live.lock:
+                    tries = tries + 1 if live.state == before else 0
                 if live.state is None or live.reply.over or error.code not in _BROKEN or tries > _TRIES:
                     raise
                 _log.warning("run %s goes on in the background (%s): it is asked for again", live.id, error.code)

@@ -13,6 +13,7 @@ import openai
 import pytest
 
 from assistream_flask import Assistant, events, lean, pace, publisher, reply, upstream
+from assistream_flask.errors import RunError
 from assistream_flask.events import Json
 from assistream_flask.interrupt import Interrupted, Interruptible
 from assistream_flask.live import Live, _feed
@@ -174,6 +175,36 @@ def test_a_response_that_is_asked_for_again_and_again_is_waited_for_by_its_reade
     assert (entry["run"]["status"], text(entry)) == ("completed", WORDS)
     assert asked
     assert not any(asked)
+
+
+def test_a_response_that_breaks_in_a_tick_goes_on_behind_what_that_tick_tells(
+    make_app: MakeApp, server: OfflineServer, quick: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher, "_FEW", 0)
+    iterate, grow = upstream.Upstream.__iter__, Live.grow
+    broken: list[bool] = []
+
+    def cut(self: upstream.Upstream) -> Iterator[list[Part]]:
+        for parts in iterate(self):
+            yield parts
+            if parts and isinstance(parts[-1], Text):
+                broken.append(any(frame.name == "_tick" for frame in traceback.extract_stack()))
+                if broken[-1] and sum(broken) == 1:
+                    raise RunError("upstream_cut")
+
+    def slow(self: Live) -> Any:
+        # Longer than it takes to ask for the rest.
+        time.sleep(0.4 if any(broken) else 0)
+        return grow(self)
+
+    monkeypatch.setattr(upstream.Upstream, "__iter__", cut)
+    monkeypatch.setattr(Live, "grow", slow)
+    server.replies = Reply(WORDS, delay=0.02)
+    caller = Caller(make_app([Assistant("tutor", model="m", background=True)], client=quick))
+    caller.run("tutor")
+    entry = caller.wait(30)[1]
+    assert (entry["run"]["status"], text(entry)) == ("completed", WORDS)
+    assert any(broken)
 
 
 # The publisher, by itself
