@@ -84,7 +84,7 @@ class _Peer:
     def delta(self) -> None:
         self.sent += 1
         self.left -= 1
-        self.write(b"%b%7d%b%019d%b" % (_BEFORE, self.sent, _BETWEEN, time.time_ns(), _AFTER))
+        self.write(b"%b%d%b%019d%b" % (_BEFORE, 1_000_000 + self.sent, _BETWEEN, time.time_ns(), _AFTER))
         if not self.left:
             self.write(_COMPLETED)
 
