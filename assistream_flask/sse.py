@@ -55,8 +55,8 @@ class Decoder:
         self._data: list[bytes] = []
         self._first = True
         self._skip_lf = False
-        # Whether nothing of a frame has come.
-        self._between = False
+        self.between = False
+        """Whether nothing of a frame has come."""
 
     def feed(self, chunk: bytes) -> list[Frame]:
         """Takes the next bytes, gives the events that they complete. What is no UTF-8 becomes U+FFFD."""
@@ -67,10 +67,10 @@ class Decoder:
     def split(self, chunk: bytes) -> list[tuple[bytes, bytes]]:
         """Does the same, and gives name and data as they came."""
         # Nearly all that is read is whole frames of the one form.
-        frames = _plain(chunk) if self._between else []
+        frames = _plain(chunk) if self.between else []
         if not frames:
             frames = self._split(chunk)
-            self._between = not (self._first or self._rest or self._more or self._event or self._data or self._skip_lf)
+            self.between = not (self._first or self._rest or self._more or self._event or self._data or self._skip_lf)
         return frames
 
     def _split(self, chunk: bytes) -> list[tuple[bytes, bytes]]:

@@ -19,7 +19,18 @@ MODULES = sorted(HOUSE.rglob("*.py"))
 # does not know of its neighbours.
 FLOORS: list[set[str]] = [
     {"errors", "version", "interrupt", "upstream.gate"},
-    {"sse", "events", "assistants", "settings", "schema", "migrations", "pace", "database", "upstream.lean"},
+    {
+        "sse",
+        "events",
+        "assistants",
+        "settings",
+        "schema",
+        "migrations",
+        "pace",
+        "database",
+        "upstream.lean",
+        "upstream.stencil",
+    },
     {"checks", "log", "threads", "upstream.parts", "upstream.wire"},
     {"server", "log.tail", "upstream.assistants", "upstream.chat", "upstream.responses"},
     {"log.memory", "log.redis", "upstream.background"},

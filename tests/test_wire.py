@@ -166,11 +166,11 @@ def kind_of(name: str, data: Any) -> tuple[str, Json]:
     return ("error" if data.get("error") else "") if nameless else name, data
 
 
-def given(stream: Any, body: Body) -> Told:
+def given(stream: Any, body: Body, *, joined: bool = False) -> Told:
     events: list[tuple[int, str, Json]] = []
     last = 0
     try:
-        for batch in wire.read(stream):
+        for batch in wire.read(stream, joined=joined):
             assert batch, "an empty list"
             assert last < body.reads, "two lists of one read"
             last = body.reads
@@ -184,8 +184,27 @@ def given(stream: Any, body: Body) -> Told:
 
 def check(served: Served, chunks: Sequence[bytes]) -> Told:
     """Holds the events of ``chunks`` to the SDK's; gives them."""
-    body = Body(chunks)
-    return agree(given(served.stream(body), body), chunks)
+    body, again = Body(chunks), Body(chunks)
+    want = agree(given(served.stream(body), body), chunks)
+    got = given(served.stream(again), again, joined=True)
+    assert got.broken == want.broken
+    assert repr(joined(got)) == repr(joined(want))
+    return want
+
+
+def joined(told: Told) -> list[tuple[int, str, Json]]:
+    """Gives the events; of those of one read that differ in their texts and numbers only, one with all texts."""
+    found: list[tuple[int, str, Json]] = []
+    for read, kind, data in told.events:
+        if kind.startswith("response.") and isinstance(data.get("delta"), str):
+            data = {key: value for key, value in data.items() if key != "sequence_number"}
+            alike = found and repr((read, kind, {**data, "delta": ""})) == repr(
+                (*found[-1][:2], {**found[-1][2], "delta": ""})
+            )
+            if alike:
+                data["delta"] = found.pop()[2]["delta"] + data["delta"]
+        found.append((read, kind, data))
+    return found
 
 
 def agree(got: Told, chunks: Sequence[bytes]) -> Told:
@@ -811,3 +830,129 @@ def test_what_came_before_the_connection_broke_is_given(served: Served) -> None:
 def test_what_came_before_a_malformed_event_is_given_also_in_the_same_read(served: Served) -> None:
     body = Body([b'data: {"type":"a"}\n\ndata: {\n\n'])
     assert given(served.stream(body), body) == Told([(1, "a", {"type": "a"})], 1)
+
+
+# Joined texts
+
+PARTS = (
+    *(
+        "Hello",
+        " world",
+        " and",
+        ",",
+        " naïve",
+        "日本語",
+        " 😀",
+        "",
+        " 5",
+        ": x",
+        "}",
+        "]",
+        " data: ",
+        "\x7f",
+        "\u2028",
+    ),
+    *('"', "\n", "\\", "\0", "\ud83d", "\ude00", "\ufeff"),
+)
+DAMAGES = (*(b'"', b"\\", b"\n", b"\r", b"\x01", b"\xff", b"\xc3", b"0", b"1", b",", b" ", b"}", b"{", b":"), b"")
+
+
+def text_events(choose: random.Random) -> list[bytes]:
+    """The frames of an answer: most are alike, in any form."""
+    frames, number, style = [], choose.choice([0, 7, 96, 1 << 53]), choose.choice([(",", ":"), (", ", ": ")])
+    step = choose.choice([1, 1, 1, 1, 1, 0, 2, None])
+    special, odd = choose.choice([0, 0, 0.05, 0.3]), choose.choice([0, 0, 0.02, 0.2])
+    names, ascii = choose.random() < 0.8, choose.random() < 0.3
+    keys = ["type", "item_id", "output_index", "content_index", "delta", "sequence_number", "logprobs", "of"]
+    choose.shuffle(keys)
+    at, more = 0, choose.choice([[], [], [], [], None, [{"delta": "no"}], [{"sequence_number": 5}]])
+    for _ in range(choose.randrange(5, 60)):
+        is_odd = choose.random() < odd
+        kind = choose.choice(["refusal", "reasoning_text", "function_call_arguments"]) if is_odd else "output_text"
+        at += choose.random() < odd
+        number += step or 0
+        part = choose.choice(PARTS if choose.random() < special else PARTS[:15])
+        fields = {"type": f"response.{kind}.delta", "item_id": "msg_1", "output_index": 0, "content_index": at}
+        fields |= {"delta": part, "sequence_number": number, "logprobs": more, "of": '","delta":"'}
+        if step is None:
+            del fields["sequence_number"]
+        if choose.random() < odd:
+            fields = {**fields, "type": "response.output_text.done"}
+        text = json.dumps({key: fields[key] for key in keys if key in fields}, separators=style, ensure_ascii=ascii)
+        name = f"event: {fields['type']}\n" if names else ""
+        frames.append(f"{name}data: {text}\n\n".encode("utf-8", "surrogatepass"))
+    return frames
+
+
+def reads(choose: random.Random, frames: Sequence[bytes]) -> list[bytes]:
+    """The same, many frames a read."""
+    found, at = [], 0
+    while at < len(frames):
+        some = choose.randrange(1, 12)
+        found.append(b"".join(frames[at : at + some]))
+        at += some
+    return found
+
+
+def test_texts_that_are_joined_are_those_of_the_events(served: Served) -> None:
+    events = lists = 0
+    for number in range(4 * TRIALS):
+        with trial(f"joined/{number}") as choose:
+            frames = text_events(choose)
+            chunks = reads(choose, frames)
+            events += len(check(served, chunks).events)
+            body = Body(chunks)
+            lists += len(given(served.stream(body), body, joined=True).events)
+            stream = b"".join(frames)
+            check(served, cut(choose, stream))
+            for _ in range(3):
+                at = choose.randrange(len(stream))
+                stream = stream[:at] + choose.choice(DAMAGES) + stream[at + choose.randrange(2) :]
+            check(served, cut(choose, stream))
+            damaged = [chunk for chunk in stream.split(b"\n\n") if chunk]
+            check(served, reads(choose, [frame + b"\n\n" for frame in damaged]))
+    # The trials are worth something.
+    assert lists < events * 0.9
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        (b"\xc3", b"\xa9"),
+        (b"a\xc3", b"\xa9b"),
+        (b"\xed\xa0\xbd", b"\xed\xb8\x80"),
+        (b"a\x01", b"b"),
+        (b'a","delta":"b', b"c"),
+        (b'a"', b"b"),
+        (b"a\\", b'","delta":"b'),
+        (b"\\u00e9", b"\\n"),
+        (b"\xef\xbb\xbf", b"\x7f"),
+        (b"", b""),
+    ],
+)
+@pytest.mark.parametrize(
+    "form", [b'"sequence_number":%d,"delta":"%b"', b'"delta":"%b","sequence_number":%d', b'"delta":"%b"']
+)
+def test_strange_texts_are_joined_as_they_are_read(served: Served, texts: tuple[bytes, bytes], form: bytes) -> None:
+    def frame(number: int, text: bytes) -> bytes:
+        values = {b"%d": b"%d" % number, b"%b": text}
+        fields = form
+        for hole, value in values.items():
+            fields = fields.replace(hole, value)
+        kind = b"response.output_text.delta"
+        return b'event: %b\ndata: {"type":"%b",%b}\n\n' % (kind, kind, fields)
+
+    plain = [frame(1, b"one"), frame(2, b"two"), frame(3, b"three")]
+    check(served, [*plain, frame(4, texts[0]) + frame(5, texts[1]), frame(6, b"six") + frame(7, b"seven")])
+
+
+@pytest.mark.parametrize("numbers", [(3, 5), (3, 3), (3, 2), (2, 3), (10, 11)])
+def test_events_that_are_not_numbered_one_by_one_are_read_one_by_one(served: Served, numbers: tuple[int, int]) -> None:
+    kind = "response.output_text.delta"
+    frames = [
+        f'event: {kind}\ndata: {{"type":"{kind}","sequence_number":{number:02},"delta":"{text}"}}\n\n'.encode()
+        for number, text in zip((11, 12, *(10 + number for number in numbers)), "abcd", strict=True)
+    ]
+    check(served, [*frames[:2], b"".join(frames[2:])])
+    zero = [frame.replace(b'er":1', b'er":01') for frame in frames]
+    check(served, [*frames[:2], b"".join(zero[2:])])

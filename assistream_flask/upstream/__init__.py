@@ -73,7 +73,9 @@ class Upstream:
         translator, place = self._translator, self._place
         ended = False
         try:
-            for batch in wire.read(self._stream, self.gate) if self._stream is not None else ():
+            # What is counted must come event by event.
+            joined = place is None
+            for batch in wire.read(self._stream, self.gate, joined=joined) if self._stream is not None else ():
                 if ended:
                     continue
                 if not batch:

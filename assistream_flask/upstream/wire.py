@@ -17,6 +17,7 @@ from ..events import Json
 from ..sse import Decoder
 from .gate import Gate
 from .lean import Connection
+from .stencil import Stencil
 
 DONE: Final = "[DONE]"
 """The kind of the in-band end mark that OpenAI's streams close with."""
@@ -31,8 +32,9 @@ def unpadded(client: openai.OpenAI) -> Json:
     return {"include_obfuscation": False} if f".{host}".endswith((".openai.com", ".openai.azure.com")) else {}
 
 
-def read(stream: Any, gate: Gate | None = None) -> Iterator[list[tuple[str, Json]]]:
-    """Gives lists of ``(kind, data)``, one list a network read; ``kind`` is the event's type or name.
+def read(stream: Any, gate: Gate | None = None, *, joined: bool = False) -> Iterator[list[tuple[str, Json]]]:
+    """Gives lists of ``(kind, data)``, one list a network read; ``kind`` is the event's type or name. Where they may
+    be ``joined``, one event may have the texts of all of a read.
 
     Gives an empty list at the ``gate``. Raises :class:`RunError` for an event that is not JSON, and whatever the
     transport raises.
@@ -42,19 +44,25 @@ def read(stream: Any, gate: Gate | None = None) -> Iterator[list[tuple[str, Json
     split: Callable[[Any], Iterable[Any]]
     parse: Callable[[Any], tuple[str, Json]]
     some: Any
+    decoder, stencil = Decoder(), Stencil()
     if hasattr(response, "iter_bytes") and not response.is_stream_consumed:
         # Typed events cost twenty times what their bytes do, and an unknown one is built as the wrong class.
-        reads, split, parse = _bytes(response, gate), Decoder().split, _parsed
+        reads, split, parse = _bytes(response, gate), decoder.split, _parsed
     else:
-        reads, split, parse = _lists(iter(stream), gate), iter, _plain
+        reads, split, parse, joined = _lists(iter(stream), gate), iter, _plain, False
     for some in reads:
         if not some:
             yield []
+            continue
+        if joined and decoder.between and (event := stencil.read(some)):
+            yield [event]
             continue
         batch: list[tuple[str, Json]] = []
         try:
             for item in split(some):
                 batch.append(parse(item))
+            if joined and batch:
+                stencil.learn(item, batch[-1])
         except Exception:
             # What came before it in the same read was said.
             if batch:

@@ -1,0 +1,97 @@
+"""Reads many events of a text at once: they differ in a word and a number."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final
+
+from pydantic_core import from_json
+
+_HOLE: Final = re.compile(rb'"delta": ?"(?P<text>[^"\\]*)"|"sequence_number": ?(?P<number>[0-9]+)')
+_NO_TEXT: Final = bytes(set(range(0x20)) - {0x0A}) + b'"\\'
+_TRIES: Final = 5
+
+
+class Stencil:
+    """An event of one stream, with a hole for its text and one for its number.
+
+    That another text in the hole is nothing but another text is proven when it is learned; what has no quote, escape
+    or control character can then be no more.
+    """
+
+    def __init__(self) -> None:
+        self._tries = _TRIES
+        # What stands before and behind the text, parted where the number is.
+        self._head: list[bytes] = []
+        self._tail: list[bytes] = []
+        # The line of a frame that has both, of how many, and what is before it.
+        self._line, self._lines, self._skip = 0, 2, 0
+        self._event: tuple[str, dict[str, Any]] = "", {}
+        # That of the event before.
+        self._number = 0
+
+    def learn(self, frame: tuple[bytes, bytes], event: tuple[str, dict[str, Any]]) -> None:
+        """Takes note of the last event: its name and text as they came, and what they say."""
+        (name, text), (kind, data) = frame, event
+        number, before_it = data.get("sequence_number"), self._number
+        self._number = number if type(number) is int and 0 <= number < 1 << 53 else 0
+        # Some servers give all the same.
+        counts = self._number != before_it
+        if not self._tries or not kind.startswith("response.") or not isinstance(data.get("delta"), str):
+            return
+        before = b"event: %b\n" % name if name else b""
+        digits, line = b"%d" % self._number, before + b"data: " + text + b"\n\n"
+        is_known = self._head and line.startswith(digits.join(self._head)) and line.endswith(digits.join(self._tail))
+        if is_known and (counts or len(self._head) + len(self._tail) == 2):
+            return
+        self._tries -= 1
+        holes = [hole for hole in _HOLE.finditer(text) if counts or hole.lastgroup == "text"]
+        kinds = [hole.lastgroup or "" for hole in holes]
+        if kinds.count("text") != 1 or kinds.count("number") > 1:
+            return
+        ends = [0, *(at for hole, kind in zip(holes, kinds, strict=True) for at in hole.span(kind)), len(text)]
+        fixed = [text[start:end] for start, end in zip(ends[::2], ends[1::2], strict=True)]
+        at = kinds.index("text") + 1
+        head, tail = fixed[:at], fixed[at:]
+        probed = {**data, "delta": "x" + data["delta"]}
+        if len(fixed) > 2:
+            probed["sequence_number"] = self._number + 1
+        digits = b"%d" % (self._number + 1)
+        probe = digits.join(head) + b"x" + data["delta"].encode("utf-8", "replace") + digits.join(tail)
+        try:
+            if from_json(probe) != probed:
+                return
+        except ValueError:
+            return
+        head[0], tail[-1] = before + b"data: " + head[0], tail[-1] + b"\n\n"
+        self._head, self._tail, self._event = head, tail, event
+        self._line, self._lines, self._skip = (1, 3, len(before)) if name else (0, 2, 0)
+
+    def read(self, data: bytes) -> tuple[str, dict[str, Any]] | None:
+        """Gives one event for all that ``data`` is, with their texts joined and the rest as in the one that was
+        learned; ``None`` where it is anything else than whole events of its kind, numbered one by one."""
+        if not self._head:
+            return None
+        number, skip = self._number, self._skip
+        texts: list[bytes] = []
+        frames: list[bytes] = []
+        for line in data.split(b"\n")[self._line : -1 : self._lines]:
+            number += 1
+            digits = b"%d" % number
+            head, tail = digits.join(self._head), digits.join(self._tail)
+            text = line[len(head) - skip : 2 - len(tail)]
+            texts.append(text)
+            frames.append(head + text + tail)
+        if b"".join(frames) != data:
+            return None
+        # A line end between them: what is no UTF-8 by itself is none with its neighbour either.
+        joined = b"\n".join(texts)
+        if len(joined.translate(None, _NO_TEXT)) != len(joined):
+            return None
+        try:
+            whole = joined.decode().replace("\n", "")
+        except UnicodeDecodeError:
+            return None
+        self._number, self._tries = number, _TRIES
+        kind, learned = self._event
+        return kind, {**learned, "delta": whole}
