@@ -57,7 +57,7 @@ def main() -> None:
     run(PYTHON, "-m", "ruff", "check", ".")
     run(PYTHON, "-m", "ruff", "format", "--check", ".")
     run(PYTHON, "-m", "mypy")
-    run(PYTHON, "-m", "pytest", "--numprocesses=4", "--dist=loadfile", "--no-loadscope-reorder", *sys.argv[1:])
+    run(PYTHON, "-m", "pytest", "--numprocesses=3", "--dist=loadfile", "--no-loadscope-reorder", *sys.argv[1:])
 
 
 if __name__ == "__main__":

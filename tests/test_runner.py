@@ -359,7 +359,7 @@ def test_deleting_a_thread_stops_its_upstream(make_app: MakeApp, server: Offline
 
 def test_a_silent_model_server_ends_the_run_and_keeps_the_text(make_app: MakeApp, server: OfflineServer) -> None:
     server.replies = STALLED
-    caller = Caller(make_app(stall_seconds=0.3))
+    caller = Caller(make_app(stall_seconds=1))
     [run] = caller.run("tutor")
     assert ended(caller, run) == ("failed", "upstream_stalled")
     assert text(caller.entry(run)) == "one two"

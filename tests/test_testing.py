@@ -822,7 +822,8 @@ def test_close_leaves_no_thread_and_no_socket() -> None:
             server.close()
             assert request.wait(0)
             assert not request.disconnected
-    assert left() == before
+    # A test before this one may have left some that ended meanwhile.
+    assert all(now <= then for now, then in zip(left(), before, strict=True))
     assert time.monotonic() - started < 60
 
 
