@@ -26,6 +26,7 @@ import json
 import os
 import random
 import re
+import tracemalloc
 from collections.abc import Iterator, Sequence
 from itertools import combinations, pairwise, product
 from typing import Any, NamedTuple
@@ -38,6 +39,7 @@ from openai._streaming import ServerSentEvent, SSEDecoder
 from assistream_flask.errors import RunError
 from assistream_flask.events import Json
 from assistream_flask.upstream import wire
+from assistream_flask.upstream.stencil import Stencil
 
 from .conftest import KEY
 
@@ -896,7 +898,7 @@ def reads(choose: random.Random, frames: Sequence[bytes]) -> list[bytes]:
 
 def test_texts_that_are_joined_are_those_of_the_events(served: Served) -> None:
     events = lists = 0
-    for number in range(4 * TRIALS):
+    for number in range(2 * TRIALS):
         with trial(f"joined/{number}") as choose:
             frames = text_events(choose)
             chunks = reads(choose, frames)
@@ -956,3 +958,31 @@ def test_events_that_are_not_numbered_one_by_one_are_read_one_by_one(served: Ser
     check(served, [*frames[:2], b"".join(frames[2:])])
     zero = [frame.replace(b'er":1', b'er":01') for frame in frames]
     check(served, [*frames[:2], b"".join(zero[2:])])
+
+
+@pytest.mark.parametrize("end", ["", "\ndata: "])
+def test_a_joined_event_may_have_had_its_data_in_several_lines(served: Served, end: str) -> None:
+    kind = "response.output_text.delta"
+    frame = f'event: {kind}\ndata: {{"type":"{kind}",{end}"delta":"%s"{end}}}\n\n'
+    check(served, [(frame % text).encode() for text in ("one", "two", "three")])
+    check(served, [(frame % "one").encode(), f'event: {kind}\ndata: {{"type":"{kind}","delta":""}}\n\n'.encode()])
+
+
+@pytest.mark.parametrize("kind", ["output_text.annotation.added", "output_text.done", "output_item.done", "x.delta"])
+def test_events_that_have_more_than_a_text_are_not_joined(served: Served, kind: str) -> None:
+    frame = f'event: response.{kind}\ndata: {{"type":"response.{kind}","delta":"a","annotation":{{}}}}\n\n'.encode()
+    body = Body([frame, frame * 2, frame * 3])
+    assert len(given(served.stream(body), body, joined=True).events) == 6
+
+
+def test_a_read_of_line_ends_takes_no_more_memory_than_it_has() -> None:
+    learned = Stencil()
+    text = b'{"type":"response.output_text.delta","delta":"a","item_id":"%b"}' % (b"x" * 50_000)
+    learned.learn((b"", text), ("response.output_text.delta", json.loads(text)))
+    tracemalloc.start()
+    try:
+        assert learned.read(b"\n" * 65_536) is None
+        assert learned.read(b"data: " + text + b"\n\n") is not None
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()

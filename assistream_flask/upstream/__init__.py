@@ -73,8 +73,8 @@ class Upstream:
         translator, place = self._translator, self._place
         ended = False
         try:
-            # What is counted must come event by event.
-            joined = place is None
+            # A place is counted in events.
+            joined = place is None and isinstance(translator, responses.ResponsesTranslator)
             for batch in wire.read(self._stream, self.gate, joined=joined) if self._stream is not None else ():
                 if ended:
                     continue

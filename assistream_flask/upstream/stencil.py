@@ -8,8 +8,14 @@ from typing import Any, Final
 from pydantic_core import from_json
 
 _HOLE: Final = re.compile(rb'"delta": ?"(?P<text>[^"\\]*)"|"sequence_number": ?(?P<number>[0-9]+)')
+# LF too, which parts the texts when this is looked for.
 _NO_TEXT: Final = bytes(set(range(0x20)) - {0x0A}) + b'"\\'
+# So many are learned in vain.
 _TRIES: Final = 5
+# Those whose ``delta`` is a piece of a text.
+_KINDS: Final = frozenset(
+    f"response.{what}.delta" for what in ("output_text", "refusal", "reasoning_summary_text", "reasoning_text")
+)
 
 
 class Stencil:
@@ -24,34 +30,37 @@ class Stencil:
         # What stands before and behind the text, parted where the number is.
         self._head: list[bytes] = []
         self._tail: list[bytes] = []
-        # The line of a frame that has both, of how many, and what is before it.
+        # A frame has two lines, and three with a name; which one is the data, and how long is what stands before it.
         self._line, self._lines, self._skip = 0, 2, 0
+        # The length of an event without text and number.
+        self._least = 0
         self._event: tuple[str, dict[str, Any]] = "", {}
-        # That of the event before.
+        # That of the last event.
         self._number = 0
 
     def learn(self, frame: tuple[bytes, bytes], event: tuple[str, dict[str, Any]]) -> None:
         """Takes note of the last event: its name and text as they came, and what they say."""
         (name, text), (kind, data) = frame, event
-        number, before_it = data.get("sequence_number"), self._number
+        number, last = data.get("sequence_number"), self._number
         self._number = number if type(number) is int and 0 <= number < 1 << 53 else 0
-        # Some servers give all the same.
-        counts = self._number != before_it
-        if not self._tries or not kind.startswith("response.") or not isinstance(data.get("delta"), str):
+        # A server may give all events the same number.
+        counts = self._number != last
+        # Data may have come in several lines.
+        if not self._tries or kind not in _KINDS or not isinstance(data.get("delta"), str) or b"\n" in text:
             return
         before = b"event: %b\n" % name if name else b""
         digits, line = b"%d" % self._number, before + b"data: " + text + b"\n\n"
         is_known = self._head and line.startswith(digits.join(self._head)) and line.endswith(digits.join(self._tail))
         if is_known and (counts or len(self._head) + len(self._tail) == 2):
             return
-        self._tries -= 1
         holes = [hole for hole in _HOLE.finditer(text) if counts or hole.lastgroup == "text"]
-        kinds = [hole.lastgroup or "" for hole in holes]
-        if kinds.count("text") != 1 or kinds.count("number") > 1:
+        names = [hole.lastgroup or "" for hole in holes]
+        if names.count("text") != 1 or names.count("number") > 1:
             return
-        ends = [0, *(at for hole, kind in zip(holes, kinds, strict=True) for at in hole.span(kind)), len(text)]
+        self._tries -= 1
+        ends = [0, *(at for hole in holes for at in hole.span(hole.lastgroup or "")), len(text)]
         fixed = [text[start:end] for start, end in zip(ends[::2], ends[1::2], strict=True)]
-        at = kinds.index("text") + 1
+        at = names.index("text") + 1
         head, tail = fixed[:at], fixed[at:]
         probed = {**data, "delta": "x" + data["delta"]}
         if len(fixed) > 2:
@@ -66,6 +75,7 @@ class Stencil:
         head[0], tail[-1] = before + b"data: " + head[0], tail[-1] + b"\n\n"
         self._head, self._tail, self._event = head, tail, event
         self._line, self._lines, self._skip = (1, 3, len(before)) if name else (0, 2, 0)
+        self._least = sum(map(len, head + tail))
 
     def read(self, data: bytes) -> tuple[str, dict[str, Any]] | None:
         """Gives one event for all that ``data`` is, with their texts joined and the rest as in the one that was
@@ -75,7 +85,10 @@ class Stencil:
         number, skip = self._number, self._skip
         texts: list[bytes] = []
         frames: list[bytes] = []
-        for line in data.split(b"\n")[self._line : -1 : self._lines]:
+        lines = data.split(b"\n")[self._line : -1 : self._lines]
+        if len(lines) * self._least > len(data):
+            return None
+        for line in lines:
             number += 1
             digits = b"%d" % number
             head, tail = digits.join(self._head), digits.join(self._tail)

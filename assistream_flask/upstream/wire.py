@@ -41,7 +41,7 @@ def read(stream: Any, gate: Gate | None = None, *, joined: bool = False) -> Iter
     """
     response: Any = getattr(stream, "response", None)
     reads: Iterable[Any]
-    split: Callable[[Any], Iterable[Any]]
+    split: Callable[[Any], Any]
     parse: Callable[[Any], tuple[str, Json]]
     some: Any
     decoder, stencil = Decoder(), Stencil()
@@ -59,10 +59,11 @@ def read(stream: Any, gate: Gate | None = None, *, joined: bool = False) -> Iter
             continue
         batch: list[tuple[str, Json]] = []
         try:
-            for item in split(some):
+            items = split(some)
+            for item in items:
                 batch.append(parse(item))
             if joined and batch:
-                stencil.learn(item, batch[-1])
+                stencil.learn(items[-1], batch[-1])
         except Exception:
             # What came before it in the same read was said.
             if batch:
