@@ -44,17 +44,17 @@ def read(stream: Any, gate: Gate | None = None, *, joined: bool = False) -> Iter
     split: Callable[[Any], Any]
     parse: Callable[[Any], tuple[str, Json]]
     some: Any
-    decoder, stencil = Decoder(), Stencil()
+    decoder, stencil = Decoder(), Stencil() if joined else None
     if hasattr(response, "iter_bytes") and not response.is_stream_consumed:
         # Typed events cost twenty times what their bytes do, and an unknown one is built as the wrong class.
         reads, split, parse = _bytes(response, gate), decoder.split, _parsed
     else:
-        reads, split, parse, joined = _lists(iter(stream), gate), iter, _plain, False
+        reads, split, parse, stencil = _lists(iter(stream), gate), iter, _plain, None
     for some in reads:
         if not some:
             yield []
             continue
-        if joined and decoder.between and (event := stencil.read(some)):
+        if stencil is not None and decoder.between and (event := stencil.read(some)):
             yield [event]
             continue
         batch: list[tuple[str, Json]] = []
@@ -62,7 +62,7 @@ def read(stream: Any, gate: Gate | None = None, *, joined: bool = False) -> Iter
             items = split(some)
             for item in items:
                 batch.append(parse(item))
-            if joined and batch:
+            if stencil is not None and batch:
                 stencil.learn(items[-1], batch[-1])
         except Exception:
             # What came before it in the same read was said.
