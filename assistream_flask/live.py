@@ -11,41 +11,79 @@ import openai
 
 from . import upstream
 from .assistants import Assistant
-from .events import Event, Json
+from .events import Event, Json, Said
 from .interrupt import Interrupted, Interruptible
-from .log import Place
+from .log import Claim, Place
 from .pace import Seat
 from .reply import Ahead, Reply
-from .threads import State
+from .threads import Owner, State
 from .upstream.gate import Turn
+from .upstream.history import Limit, Names, Shorten
 from .upstream.parts import Part, merged
 
 
 class Asked(NamedTuple):
-    """An assistant to run, the client to ask it with, and the names that the history's speakers have."""
+    """An assistant to run, the client to ask it with, the names that the history's speakers have, and the app's own way
+    to shorten a history."""
 
     assistant: Assistant
     client: Callable[[], openai.OpenAI]
-    names: dict[str, str]
+    names: Names
+    shorten: Shorten | None = None
+
+
+class History:
+    """What runs that start together see of their thread, read once for all of them.
+
+    ``limits`` are theirs: as much is read as the one takes that takes most. It is kept until the last has it.
+    """
+
+    def __init__(self, limits: Sequence[Limit]) -> None:
+        self._limit = Limit(max(one.characters for one in limits), max(one.messages for one in limits))
+        self._left = len(limits)
+        self._guard = threading.Lock()
+        self._read: tuple[list[Said], bool] | None = None
+
+    def get(self, read: Callable[[int, int], tuple[list[Said], bool]]) -> tuple[list[Said], bool]:
+        """Gives the messages, and whether there are older ones; ``read`` is called where nobody did."""
+        with self._guard:
+            found = self._read if self._read is not None else read(*self._limit)
+            self._left -= 1
+            self._read = found if self._left > 0 else None
+        return found
 
 
 class Live:
     """One such run. ``group_id`` is that of runs that may run beside it."""
 
     def __init__(
-        self, reply: Reply, asked: Asked | None, position: int, place: Place | None, group_id: str | None
+        self,
+        reply: Reply,
+        asked: Asked | None,
+        position: int,
+        place: Place | None,
+        group_id: str | None,
+        number: int = 0,
     ) -> None:
         self.reply, self.asked, self.position, self.group_id = reply, asked, position, group_id
+        # Set where it will be asked: what it is to see, and how much of it.
+        self.history: History
+        self.limit: Limit
+        # What the model server said as it failed, for the log; and whether it is waited for.
+        self.said, self.is_loading = "", False
         self.id: str = reply.run["id"]
         self.thread_id: str = reply.run["thread_id"]
+        self.claim = Claim(self.id, number)
         # ``saving`` comes first and keeps an older state from being stored over a newer one.
         self.saving, self.lock = threading.Lock(), threading.Lock()
         # After its last event; what is stored is exact there. ``kept`` is the epoch of what was stored last.
         self.place = place
         self.kept = place.epoch if place else ""
         self.dirty = False
-        # Nothing more is done for it here; and when that was last made sure of.
-        self.left, self.checked = False, 0.0
+        # Set where it is made: whose thread it is of.
+        self.owner: Owner
+        # Nothing more is done for it here.
+        self.left = False
         self.ended = threading.Event()
         self.deadline = float("inf")
         self.upstream: upstream.Upstream | None = None
@@ -72,6 +110,11 @@ class Live:
             self.upstream.close()
         if self.feeding is not None:
             self.feeding.interrupt()
+
+    def leave(self) -> None:
+        """Has nothing more done for it: another worker has it, or may have. ``lock`` is held."""
+        self.left, self.stop = True, None
+        self.waits.interrupt()
 
     def read(self, ours: upstream.Upstream) -> None:
         """Has its batches come from there."""
@@ -104,7 +147,7 @@ class Live:
 
     def now(self) -> State:
         """What there is to store."""
-        return *self.reply.snapshot(), str(self.place) if self.place else None, self.state
+        return *self.reply.snapshot(), str(self.place) if self.place else None, self.state, self.claim.number
 
 
 def _feed(waits: Interruptible, seat: Seat) -> None:

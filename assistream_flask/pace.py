@@ -16,6 +16,7 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 
 from gevent import monkey
 
+from .complaints import Complaints
 from .upstream.gate import Gate
 
 _log = logging.getLogger(__name__)
@@ -53,8 +54,11 @@ class Pacer(Generic[T]):
     or go on.
     """
 
-    def __init__(self, seconds: float, tick: Callable[[Sequence[T]], None]) -> None:
+    def __init__(
+        self, seconds: float, tick: Callable[[Sequence[T]], None], complaints: Complaints | None = None
+    ) -> None:
         self._seconds, self._call = seconds, tick
+        self._complaints = complaints or Complaints()
         # In the order of their turns.
         self._waiting: dict[T, None] = {}
         self._wanted = threading.Event()
@@ -103,8 +107,8 @@ class Pacer(Generic[T]):
             self._wanted.clear()
             try:
                 self._tick()
-            except Exception:
-                _log.exception("a tick failed")
+            except Exception as error:
+                self._complaints.error(_log, error, "a tick failed")
             if self._waiting:
                 self._wanted.set()
         for one in list(self._waiting):

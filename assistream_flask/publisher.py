@@ -7,10 +7,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final, cast
 
-from .errors import RunError
+from .complaints import Complaints
+from .errors import RunError, masked
 from .events import Event
 from .interrupt import Interrupted
 from .live import Live
+from .log import REFUSED, Told
 from .pace import Pacer
 from .teller import Teller
 from .upstream.parts import Part
@@ -38,11 +40,13 @@ class Publisher:
         seconds: float,
         viewers: Callable[[], int],
         plain: Callable[[Live, Sequence[Part]], bool],
+        complaints: Complaints | None = None,
     ) -> None:
         self._teller, self._viewers, self._plain = teller, viewers, plain
+        self._complaints = complaints or Complaints()
         # Those that have begun to speak and are not over.
         self._speaking: set[str] = set()
-        self._pacer: Pacer[Live] | None = Pacer(seconds, self._tick) if seconds else None
+        self._pacer: Pacer[Live] | None = Pacer(seconds, self._tick, self._complaints) if seconds else None
 
     def next(self, live: Live) -> Sequence[Part] | None:
         """Gives the run's next parts, without those that a tick told or is to tell; ``None`` at the end. Raises what
@@ -74,8 +78,10 @@ class Publisher:
         with live.lock:
             live.take(parts)
             if live.reply.over or live.left:
-                # A response that goes on in the background is cancelled by what is known of it.
-                live.state = live.pending_state or live.state
+                if live.reply.over:
+                    # A response that goes on in the background is cancelled by what is known of it. Who takes over
+                    # one that is left goes on behind its state, which must not be ahead of the text.
+                    live.state = live.pending_state or live.state
                 raise Interrupted
             live.in_a_row = live.in_a_row + 1 if time.monotonic() - live.told < _FLOOD_SECONDS else 0
             self._tell([(live, live.grow())])
@@ -106,8 +112,9 @@ class Publisher:
                 if live.pending and not live.reply.over and not live.left:
                     try:
                         grown.append((live, live.grow()))
-                    except Exception:
-                        _log.exception("run %s failed", live.id)
+                    except Exception as error:
+                        self._complaints.error(_log, error, "run %s failed", live.id)
+                        live.said = masked(repr(error))
                         live.stop = lambda reply: reply.fail(RunError("server_error"))
                         live.waits.interrupt()
             self._tell(grown)
@@ -138,9 +145,12 @@ class Publisher:
         """Their locks are held."""
         told = [(live, events) for live, events in grown if events]
         if told:
-            places = self._teller.tell_all([(live.thread_id, events) for live, events in told])
+            places = self._teller.tell_all([Told(live.thread_id, events, live.claim) for live, events in told])
             now = time.monotonic()
             for (live, _), place in zip(told, places, strict=True):
+                if place is REFUSED:
+                    live.leave()
+                    continue
                 live.place = place or live.place
                 live.dirty, live.told = True, now
                 if not live.begun:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import _thread
 import logging
 import queue
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from . import events, sse
@@ -36,6 +38,7 @@ class relay:
         self._heartbeat = heartbeat_seconds
         self._queue: queue.Queue[list[Part] | RunError] = queue.Queue(_AHEAD)
         self._left = threading.Event()
+        self._unread = True
 
     def _read(self) -> None:
         last: list[Part] | RunError
@@ -48,6 +51,7 @@ class relay:
         except Interrupted:
             return
         except RunError as error:
+            _log.warning("the stream failed: %s: %s", error.code, error.said or "-")
             last = error
         except Exception:
             _log.exception("the stream failed")
@@ -66,6 +70,7 @@ class relay:
         return False
 
     def __iter__(self) -> Iterator[bytes]:
+        self._unread = False
         # A stream of one's own belongs to no thread: the ids are of this response only.
         run = events.run("", "", None)
         message = events.message("", "assistant", [], run_id=run["id"])
@@ -98,9 +103,16 @@ class relay:
 
     def close(self) -> None:
         """Ends the reading and closes the upstream's connection. Idempotent."""
+        self._unread = False
         self._left.set()
         self._waits.interrupt()
         self._upstream.close()
+
+    def __del__(self) -> None:
+        # The app answered with something else in the end. Not here: closing takes locks.
+        if getattr(self, "_unread", False):
+            with suppress(RuntimeError):
+                _thread.start_new_thread(self._upstream.close, ())
 
 
 def _frames(told: list[Event]) -> bytes:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from . import events
-from .errors import RunError
+from .errors import STILL_LOADING, RunError
 from .events import Event, Json
-from .upstream.parts import Annotation, Begun, End, Part, Reasoning, Refusal, Text
+from .upstream.parts import Annotation, Begun, End, Failed, Part, Reasoning, Refusal, Text
 
 
 class Reply:
@@ -34,8 +34,13 @@ class Reply:
         return dict(self.run), dict(self.message), list(self._steps)
 
     def begin(self) -> list[Event]:
-        """The model was asked."""
-        self.run.update(status="in_progress", started_at=events.now())
+        """The model was asked, or waited for it and does so no more."""
+        self.run.update(status="in_progress", last_error=None, started_at=self.run["started_at"] or events.now())
+        return [events.run_status(dict(self.run))]
+
+    def wait(self) -> list[Event]:
+        """The model is still loading."""
+        self.run.update(last_error=dict(STILL_LOADING))
         return [events.run_status(dict(self.run))]
 
     def add(self, parts: Sequence[Part]) -> list[Event]:
@@ -44,13 +49,16 @@ class Reply:
         for part in parts:
             if isinstance(part, Reasoning):
                 found += self._think(part.value)
-            elif not isinstance(part, End | Begun):
+            elif not isinstance(part, End | Begun | Failed):
                 if self._step is not None:
                     found += self._stop_thinking()
                 found.append(self._say(part))
         return found
 
     def _say(self, part: Text | Refusal | Annotation) -> Event:
+        while part.at > len(self._content):
+            # A part of which nothing was left but a mark.
+            self._content.append((events.text_part(""), []))
         if part.at == len(self._content):
             refused = isinstance(part, Refusal)
             new: Json = {"type": "refusal", "refusal": ""} if refused else events.text_part("")
@@ -108,12 +116,19 @@ class Reply:
     def finish(self, end: End) -> list[Event]:
         """The model's answer is over."""
         self.run["usage"] = end.usage
+        if end.reason is None and not self._says_something():
+            return self.fail(RunError("empty_answer"))
         if end.reason is None:
             self.run.update(status="completed", completed_at=events.now())
             return self._close(None)
         words = "max_completion_tokens" if end.reason == "max_tokens" else end.reason
         self.run.update(status="incomplete", incomplete_details={"reason": words}, completed_at=events.now())
         return self._close(end.reason)
+
+    def _says_something(self) -> bool:
+        """Whether there is more in the message than blanks."""
+        self._settle()
+        return any(part["type"] != "text" or part["text"]["value"].strip() for part in self.message["content"])
 
     def fail(self, error: RunError) -> list[Event]:
         """The run failed; the text so far stays."""
@@ -122,13 +137,14 @@ class Reply:
 
     def cancel(self) -> list[Event]:
         """The caller had enough; the text so far stays."""
-        self.run.update(status="cancelled", cancelled_at=events.now())
+        self.run.update(status="cancelled", last_error=None, cancelled_at=events.now())
         return self._close("run_cancelled")
 
     def cut_off(self) -> list[Event]:
         """The server shuts down; the text so far stays."""
         reason = "server_shutdown"
-        self.run.update(status="incomplete", incomplete_details={"reason": reason}, completed_at=events.now())
+        details = {"reason": reason}
+        self.run.update(status="incomplete", last_error=None, incomplete_details=details, completed_at=events.now())
         return self._close(reason)
 
     def _close(self, reason: str | None) -> list[Event]:
@@ -153,6 +169,10 @@ class Ahead:
             notes = part["text"]["annotations"] if part["type"] == "text" else ()
             self._left[at], self._left["notes", at] = len(told), len(notes)
         self._left[None] = sum(len(step["step_details"]["reasoning"]["text"]) for step in steps)
+        mark = state.get("mark")
+        if mark is not None and mark["at"] is not None:
+            # Counted as told, and told to nobody.
+            self._left[mark["at"]] = self._left.get(mark["at"], 0) + mark["cut"] + len(mark["held"])
         for kind, _, at, told, notes, _ in state["slots"]:
             if kind == "reasoning" or at is not None:
                 slot = None if kind == "reasoning" else at
@@ -164,7 +184,7 @@ class Ahead:
         return [new for part in parts if (new := self._new(part)) is not None]
 
     def _new(self, part: Part) -> Part | None:
-        if isinstance(part, End | Begun):
+        if isinstance(part, End | Begun | Failed):
             return part
         if isinstance(part, Annotation):
             skipped = self._skip(("notes", part.at), 1)

@@ -7,37 +7,42 @@ import threading
 import time
 from bisect import insort
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Final, NamedTuple, TypeVar
 
 import openai
 from sqlalchemy.exc import SQLAlchemyError
 
 from . import events, pages, upstream
-from .errors import RequestError, RunError
+from .complaints import Complaints
+from .errors import MESSAGE_TOO_LONG, RequestError, RunError, masked
 from .events import TERMINAL, Event, Json
 from .interrupt import Interrupted
 from .keeper import Keeper
-from .live import Asked, Live
+from .leases import LEASE_SECONDS
+from .live import Asked, History, Live
 from .live import spawn as _spawn
-from .log import Away, Log, Lost, Place
+from .log import REFUSED, Away, Claim, Log, Lost, Place
+from .others import Others
 from .publisher import Publisher
 from .reply import Ahead, Reply
 from .schema import runs
 from .settings import Settings
 from .teller import Teller
-from .threads import Answer, Held, Owner, ThreadStore
-from .upstream.parts import Begun, End, Part, Turn
+from .threads import LAPSED, RELEASED, Answer, Held, Owner, ThreadStore
+from .upstream import history
+from .upstream.history import Limit, Turn
+from .upstream.parts import Begun, End, Part
 
 _log = logging.getLogger(__name__)
 
-LEASE_SECONDS = 10.0
-"""A run whose worker has not renewed its lease for so long is another worker's to end, or to go on with."""
 _BROKEN: Final = ("upstream_cut", "upstream_ended_early", "upstream_stalled", "upstream_unreachable", "upstream_error")
 """How the connection to a response can fail that goes on in the background."""
 _TRIES: Final = 6
+_HANDED_SECONDS: Final = 1.0
+_CUT_SECONDS: Final = 0.5
+_LOOK_SECONDS: Final = 0.25
 _UNWANTED: Final = ("cancelled", "failed", "incomplete")
-_LATE_SECONDS: Final = 5.0
 _ENDS: Final = frozenset(f"thread.run.{status}" for status in TERMINAL)
 
 T = TypeVar("T")
@@ -54,8 +59,9 @@ class Started(NamedTuple):
 class Runner:
     """Runs the runs of one worker. ``worker`` names it in the store.
 
-    ``adopt`` gives the assistant for a queued run that another worker left behind, or ``None``; ``viewers`` how many
-    event streams the worker has open.
+    ``adopt`` gives the assistant for a run that another worker left behind, by the thread's owner and its id, or
+    ``None``; ``viewers`` how many event streams the worker has open; ``steady`` whether all workers could renew their
+    leases for as long as those are.
     """
 
     def __init__(
@@ -64,22 +70,26 @@ class Runner:
         log: Log,
         settings: Settings,
         worker: str,
-        adopt: Callable[[str, str], Asked | None],
+        adopt: Callable[[Owner, str], Asked | None],
         viewers: Callable[[], int] = lambda: 0,
+        steady: Callable[[], bool] = lambda: True,
+        complaints: Complaints | None = None,
     ) -> None:
         self._store, self._log, self._settings = store, log, settings
-        self._worker, self._adopt = worker, adopt
+        self._worker, self._adopt, self._steady = worker, adopt, steady
+        self._complaints = complaints or Complaints()
         self._guard = threading.Lock()
         self._live: dict[str, Live] = {}
         self._queues: dict[str, list[list[Live]]] = {}
         self._teller = Teller(log)
-        self._keeper = Keeper(store, log, self._teller, worker, self._leave)
-        self._publisher = Publisher(self._teller, settings.pace_seconds, viewers, self._plain)
+        self._keeper = Keeper(store, log, self._teller, worker, self._leave, self._complaints)
+        self._publisher = Publisher(self._teller, settings.pace_seconds, viewers, self._plain, self._complaints)
         # Threads with runs of the worker that this one replaces, where workers do not share a log.
         self._foreign: set[str] = set()
-        self._renewed = self._swept = time.monotonic()
+        self._others = Others(store, log, self._teller, worker, settings.drain_seconds)
         self._attending: set[str] = set()
-        self._stopping = threading.Event()
+        # Begins nothing any more; and is about to end.
+        self._resting, self._stopping = threading.Event(), threading.Event()
 
     # Commands
 
@@ -103,11 +113,14 @@ class Runner:
             reply = events.message(thread_id, "assistant", [], assistant_id=one.assistant.id, run_id=run["id"])
             run["message_id"] = reply["id"]
             pairs.append((run, reply))
+        # The app may be asked for that: not under the lock.
+        is_left = self._resting.is_set() and all(self._adopt(owner, one.assistant.id) for one in asked)
         with self._log.lock(thread_id):
             started = Started(
                 events.entry(message) if message else None, [run for run, _ in pairs], self._log.end(thread_id)
             )
             group_id = events.new_id("group")
+            leaves = self._stopping.is_set() or is_left
             with self._teller.telling(thread_id):
                 position = self._store.add(
                     owner,
@@ -117,8 +130,8 @@ class Runner:
                     mode=mode,
                     group_id=group_id,
                     worker=self._worker,
-                    # While this worker leaves, its successor takes the run.
-                    lease=0 if self._stopping.is_set() else time.time() + LEASE_SECONDS,
+                    # While this worker leaves, another takes the run.
+                    lease=0 if leaves else LEASE_SECONDS,
                     place=str(started.place),
                     max_runs=self._settings.max_runs,
                     answer=answer(started),
@@ -134,7 +147,13 @@ class Runner:
                 Live(Reply(dict(run), dict(reply), []), one, position + at, place or started.place, beside)
                 for at, ((run, reply), one) in enumerate(zip(pairs, asked, strict=True), 1 if message else 0)
             ]
-            self._enqueue(thread_id, lives, mode)
+            for live in lives:
+                live.owner = owner
+            if not leaves and lives and self._stopping.is_set():
+                self._release([live.id for live in lives])
+            elif not leaves:
+                self._share_history(lives, mode)
+                self._enqueue(thread_id, lives, mode)
         return started
 
     def cancel(self, thread_id: str, run_id: str) -> Json | None:
@@ -153,18 +172,25 @@ class Runner:
         with self._log.lock(thread_id):
             with self._teller.telling(thread_id):
                 self._store.delete_thread(thread_id)
-            self._teller.tell(thread_id, [events.thread_deleted(thread_id)])
+            self._teller.tell_last(thread_id, events.thread_deleted(thread_id))
             lives = [live for live in list(self._live.values()) if live.thread_id == thread_id]
         for live in lives:
             self._interrupt(live, Reply.cancel, wait=0)
         self._log.signal(thread_id)
 
-    def page(self, thread_id: str, limit: int, before: str | None = None) -> pages.Page | None:
+    def page(
+        self,
+        thread_id: str,
+        limit: int,
+        before: str | None = None,
+        room: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> pages.Page | None:
         """Gives a page of entries, whether there are older ones, and the place in the log as of which
-        the page is exact; ``None`` when ``before`` is no message of the thread."""
+        the page is exact; ``None`` when ``before`` is no message of the thread. It is read in ``room``."""
         for tries in range(40):
             try:
-                found = pages.read(self._store, self._log, thread_id, limit, before, self._live)
+                with room():
+                    found = pages.read(self._store, self._log, thread_id, limit, before, self._live)
                 if not self._log.shared and any(map(self._is_foreign, found[0] if found else ())):
                     self._foreign.add(thread_id)
                 return found
@@ -241,8 +267,8 @@ class Runner:
                         break
         except (Lost, Away):
             self._stopping.wait(0.25)
-        except SQLAlchemyError:
-            _log.exception("the store failed")
+        except SQLAlchemyError as error:
+            self._complaints.error(_log, error, "the store failed")
             self._stopping.wait(1)
         return True
 
@@ -257,9 +283,12 @@ class Runner:
             else:
                 self._end(live, live.stop)
         except RunError as error:
+            live.said = error.said
             self._end(live, lambda reply, error=error: reply.fail(error))  # type: ignore[misc]
-        except Exception:
-            _log.exception("run %s failed", live.id)
+        except Exception as error:
+            self._complaints.error(_log, error, "run %s failed", live.id)
+            # The next one of the kind has no traceback.
+            live.said = masked(repr(error))
             self._end(live, lambda reply: reply.fail(RunError("server_error")))
         finally:
             live.close()
@@ -272,51 +301,66 @@ class Runner:
         assert live.state is not None
         try:
             upstream.cancel(live.asked.client(), live.state)
-        except Exception:
-            _log.exception("the background response of run %s may go on", live.id)
+        except Exception as error:
+            self._complaints.error(_log, error, "the background response of run %s may go on", live.id)
 
     def _pump(self, live: Live) -> None:
         if live.ended.is_set() or not (live.state or self._patiently(live, lambda: self._begin(live))):
             return None
         live.deadline = time.monotonic() + self._settings.run_seconds
         turns = [] if live.state else self._patiently(live, lambda: self._turns(live))
-        tries = 0
+        tries = asked = 0
         while True:
             before = live.state
             try:
-                return self._read(live, turns)
+                # Another each time: a server that remembers a refusal would give it again.
+                return self._read(live, turns, f"{live.id}-{asked}")
             except RunError as error:
                 # A tick that met it tells first what came before.
                 with live.lock:
                     tries = tries + 1 if live.state == before else 0
-                if live.state is None or live.reply.over or error.code not in _BROKEN or tries > _TRIES:
+                if not self._goes_on(live, turns, error, tries):
                     raise
-                _log.warning("run %s goes on in the background (%s): it is asked for again", live.id, error.code)
-                pause = min(0.25 * 2**tries, 4)
+                asked += 1
+                pause = 1.0 if live.is_loading else min(0.25 * 2**tries, 4)
                 live.waits.wait(lambda pause=pause: time.sleep(pause))  # type: ignore[misc]
 
-    def _read(self, live: Live, turns: list[Turn]) -> None:
+    def _goes_on(self, live: Live, turns: Sequence[Turn], error: RunError, tries: int) -> bool:
+        """Whether the run is to ask again after ``error``. Raises another that says more."""
+        if error.code == "context_length_exceeded" and len(turns) == 1:
+            raise RunError(error.code, said=error.said, message=MESSAGE_TOO_LONG) from error
+        if live.reply.over:
+            return False
+        if error.code == "model_loading" and not live.begun:
+            # Until the run's time is over.
+            live.said = error.said
+            self._say_loading(live, True)
+            return True
+        if live.state is None or error.code not in _BROKEN or tries > _TRIES:
+            return False
+        _log.warning("run %s goes on in the background (%s): it is asked for again", live.id, error.code)
+        return True
+
+    def _read(self, live: Live, turns: list[Turn], key: str) -> None:
         assert live.asked is not None
-        assistant, client, _ = live.asked
+        assistant, client, names, _ = live.asked
+        own = list(dict.fromkeys((names.get(assistant.id, assistant.id), assistant.id)))
         stall = self._settings.stall_seconds
 
         def ask() -> upstream.Upstream:
             try:
                 ours = client()
             except openai.OpenAIError as error:
-                _log.error("no client could be made: %s", error)
-                raise RunError("upstream_unauthorized") from error
+                raise RunError("upstream_unauthorized", said=f"no client could be made: {error}") from error
             if live.state is not None:
-                return upstream.resume(ours, assistant, live.state, stall)
-            return upstream.open(ours, assistant, turns, stall)
+                return upstream.resume(ours, assistant, live.state, stall, names=own)
+            return upstream.open(ours, assistant, turns, stall, own, key)
 
         live.close()
         live.read(live.waits.wait(ask))
+        self._say_loading(live, False)
         # After the end this reads on, so that the connection can serve the next run.
         while (parts := live.waits.wait(lambda: self._publisher.next(live))) is not None:
-            if self._is_late(live):
-                live.checked = time.monotonic()
-                self._keeper.keep(live)
             self._publisher.add(live, parts)
             if live.elsewhere or isinstance(parts[0], Begun):
                 # A crash would lose the response that it is of.
@@ -327,11 +371,7 @@ class Runner:
 
     def _plain(self, live: Live, parts: Sequence[Part]) -> bool:
         special = isinstance(parts[0], Begun) or isinstance(parts[-1], End)
-        return not (special or self._is_late(live) or live.elsewhere)
-
-    def _is_late(self, live: Live) -> bool:
-        """Whether this worker was held up; another may have taken the run for lost."""
-        return time.monotonic() - max(self._renewed, live.checked) > _LATE_SECONDS
+        return not (special or live.elsewhere)
 
     def _patiently(self, live: Live, call: Callable[[], T]) -> T:
         """Gives what ``call`` gives, as soon as store and log can be reached. Raises :class:`Interrupted`."""
@@ -339,7 +379,7 @@ class Runner:
             try:
                 return call()
             except (Away, SQLAlchemyError) as error:
-                _log.warning("run %s waits for the store or the log: %r", live.id, error)
+                self._complaints.warn(_log, "run %s waits for the store or the log: %r", live.id, error)
                 if live.ended.wait(1):
                     raise Interrupted from error
                 if self._stopping.is_set():
@@ -347,43 +387,65 @@ class Runner:
                     raise Interrupted from error
 
     def _begin(self, live: Live) -> bool:
+        if self._stopping.is_set() and not live.reply.over:
+            # Left to the next worker, as it is queued.
+            self._forget(live)
+            return False
+        return self._change(live, Reply.begin)
+
+    def _change(self, live: Live, change: Callable[[Reply], list[Event]]) -> bool:
+        """Changes what a run is, in the store and then for its viewers; gives ``False`` where it is another's."""
         with self._log.lock(live.thread_id), live.saving, live.lock:
             if live.reply.over:
                 return False
-            if self._stopping.is_set():
-                # Left to the next worker, as it is queued.
+            told = change(live.reply)
+            if not self._store.save(self._worker, *live.now()):
                 self._forget(live)
                 return False
-            told = live.reply.begin()
-            mine = self._store.save(self._worker, *live.now())
-            if not mine:
+            place = self._teller.tell(live.thread_id, told, live.claim)
+            if place is REFUSED:
+                # Taken between the two. Its next holder tells of what is stored with a snapshot.
+                self._teller.untell(live.thread_id)
                 self._forget(live)
                 return False
-            live.place = self._teller.tell(live.thread_id, told) or live.place
+            live.place = place or live.place
             return True
+
+    def _say_loading(self, live: Live, is_loading: bool) -> None:
+        """Tells viewers that the model is loading, or no more.
+
+        Raises :class:`Interrupted` where the run is another's.
+        """
+        if is_loading == live.is_loading:
+            return
+        if not self._patiently(live, lambda: self._change(live, Reply.wait if is_loading else Reply.begin)):
+            self._leave(live)
+            raise Interrupted
+        live.is_loading = is_loading
+
+    def _share_history(self, lives: Sequence[Live], mode: str) -> None:
+        """Has the runs of a group that start together read their thread once."""
+        whole = Limit(self._settings.max_history_chars, self._settings.max_history_messages)
+        limits = [whole.within(live.asked.assistant.max_history) if live.asked else whole for live in lives]
+        together = History(limits) if mode == "parallel" and lives else None
+        for live, limit in zip(lives, limits, strict=True):
+            live.history, live.limit = together or History([limit]), limit
 
     def _turns(self, live: Live) -> list[Turn]:
         assert live.asked is not None
-        names = live.asked.names
-        turns: list[Turn] = []
-        for _, role, speaker, content in self._store.history(live.reply.message["id"]):
-            text = "".join(part["refusal"] if part["type"] == "refusal" else part["text"]["value"] for part in content)
-            if not text:
-                continue
-            if speaker is None or speaker == live.reply.run["assistant_id"]:
-                turns.append(Turn(role, text))
-            else:
-                # A model takes every assistant's turn for its own words, and some servers continue the last one.
-                turns.append(Turn("user", f"[{names.get(speaker, speaker)}]\n{text}"))
-        # An assistant may speak first, but servers refuse an empty history.
-        return turns or [Turn("user", "Begin.")]
+        assistant, _, names, shorten = live.asked
+        message_id = live.reply.message["id"]
+        said, is_cut = live.history.get(lambda characters, count: self._store.history(message_id, characters, count))
+        newest = live.limit.of(said)
+        is_cut = is_cut or len(newest) < len(said)
+        if shorten is not None:
+            newest = history.shortened(newest, shorten)
+        return history.turns_of(newest, assistant.id, names, is_cut=is_cut)
 
     def _leave(self, live: Live) -> None:
         """Does no more for a run that another worker has, or may have."""
         with live.lock:
-            live.left = True
-        live.stop = None
-        live.waits.interrupt()
+            live.leave()
 
     def _end(self, live: Live, finish: Callable[[Reply], list[Event]]) -> None:
         """Ends the run once: the store has its final state before viewers hear of it."""
@@ -393,6 +455,11 @@ class Runner:
             if not live.left:
                 told = finish(live.reply)
                 final = live.now()
+                if live.reply.run["status"] == "failed":
+                    code = live.reply.run["last_error"]["code"]
+                    _log.warning(
+                        "run %s of %r failed: %s: %s", live.id, final[0]["assistant_id"], code, live.said or "-"
+                    )
         if live.left:
             self._forget(live)
             return
@@ -401,25 +468,27 @@ class Runner:
                 with self._teller.locked(live.thread_id):
                     mine = self._store.save(self._worker, *final)
                     if mine:
-                        self._teller.tell(live.thread_id, told)
+                        self._teller.tell(live.thread_id, told, live.claim)
                     else:
                         # Another worker has it, if it is still there.
                         live.left = self._store.run(live.thread_id, live.id) is not None
-                        self._teller.untell(live.thread_id)
+                        self._teller.untell(live.thread_id, keep=live.left)
                 break
-            except SQLAlchemyError:
-                _log.exception("the end of run %s cannot be stored yet", live.id)
+            except SQLAlchemyError as error:
+                self._complaints.error(_log, error, "the end of run %s cannot be stored yet", live.id)
                 if self._stopping.wait(1):
                     break
-            except Exception:
+            except Exception as error:
                 # Whatever it is, the thread's queue must go on.
-                _log.exception("the end of run %s cannot be told", live.id)
+                self._complaints.error(_log, error, "the end of run %s cannot be told", live.id)
                 break
         self._forget(live)
 
     def _forget(self, live: Live) -> None:
         with self._guard:
-            self._live.pop(live.id, None)
+            # What came back late may be of a run that this worker has anew.
+            if self._live.get(live.id) is live:
+                del self._live[live.id]
         self._publisher.forget(live)
         live.ended.set()
 
@@ -445,22 +514,27 @@ class Runner:
             if live.thread_id == thread_id:
                 self._keeper.keep(live, anew=True)
 
-    def renew(self) -> None:
-        """Keeps this worker's runs its own, ends those that took too long, and cancels those that
-        another worker was asked to cancel."""
+    def held(self) -> list[str]:
+        """Gives the ids of the runs whose leases are to be renewed. Can be called from any thread."""
         leaving = self._stopping.is_set()
-        lives = {id: one for id, one in self._live.items() if not (leaving and one.reply.run["status"] == "queued")}
-        if lives:
-            for run_id in self._store.renew(self._worker, list(lives), time.time() + LEASE_SECONDS):
-                self._interrupt(lives[run_id], Reply.cancel, wait=0)
-        late = time.monotonic() - self._renewed > _LATE_SECONDS
-        self._renewed = time.monotonic()
+        lives = list(self._live.values())
+        return [live.id for live in lives if not (leaving and live.reply.run["status"] == "queued")]
+
+    def heed(self) -> None:
+        """Cancels the runs that another worker was asked to cancel, and ends those that took too long."""
+        lives = dict(self._live)
+        if not lives:
+            return
+        for run_id in self._store.to_cancel(self._worker, list(lives)):
+            self._interrupt(lives[run_id], Reply.cancel, wait=0)
         for live in lives.values():
-            if late:
-                # Another worker may have taken it; what is stored shows that.
-                self._keeper.keep(live)
             if time.monotonic() > live.deadline:
-                self._interrupt(live, lambda reply: reply.fail(RunError("run_time_limit")), wait=0)
+                code = "model_loading" if live.is_loading else "run_time_limit"
+                self._interrupt(live, lambda reply, code=code: reply.fail(RunError(code)), wait=0)  # type: ignore[misc]
+
+    def is_told(self) -> bool:
+        """Whether all that is stored was told."""
+        return self._teller.is_done()
 
     def attend(self, thread_id: str) -> None:
         """Another worker asks to look at the thread's runs: see :meth:`Log.signal`. Does not wait."""
@@ -472,21 +546,16 @@ class Runner:
     def _attend(self, thread_id: str) -> None:
         self._attending.discard(thread_id)
         try:
-            self.renew()
+            self.heed()
             self.flush(thread_id)
         except (Away, SQLAlchemyError) as error:
-            _log.warning("the runs of a thread are looked at later: %r", error)
+            self._complaints.warn(_log, "the runs of a thread are looked at later: %r", error)
 
     def sweep(self) -> None:
-        """Takes over what a lost or leaving worker left."""
-        left = [held for held in self._store.held(runs.c.lease < time.time()) if held.run["id"] not in self._live]
-        late = time.monotonic() - self._swept > _LATE_SECONDS
-        self._swept = time.monotonic()
-        if late:
-            # The database was away; those who hold runs come to renew them first.
-            return
-        for group in _groups(left):
-            self._take_over(group)
+        """Takes over what a leaving worker let go of; and what a lost one left, where the others could have renewed
+        their leases."""
+        if not self._resting.is_set():
+            self._inherit()
         if not self._log.shared:
             # Its viewers here get what the other worker stores, as long as that has runs.
             others = self._store.held(runs.c.worker != self._worker)
@@ -494,35 +563,68 @@ class Runner:
             for thread_id in foreign | self._foreign:
                 self._teller.untell(thread_id)
             self._foreign = foreign
+            self._others.follow()
+
+    def _inherit(self) -> None:
+        left = self._store.held(LAPSED if self._steady() else RELEASED)
+        for group in _groups([held for held in left if held.run["id"] not in self._live]):
+            self._take_over(group)
+        if self._steady():
+            # What a worker could not tell before it was gone, nobody else knows.
+            since = time.time() - self._settings.run_seconds - self._settings.log_seconds
+            for thread_id in self._store.bury(2 * LEASE_SECONDS, since):
+                self._teller.untell(thread_id)
 
     def _take_over(self, group: Sequence[Held]) -> None:
-        lives: list[Live] = []
         thread_id = group[0].run["thread_id"]
-        for held in group:
-            if not self._store.claim(held.run["id"], self._worker, time.time() + LEASE_SECONDS):
-                continue
-            asked = self._adopt(held.scope, held.run["assistant_id"])
-            place = self._recovered(held)
-            beside = held.group_id if held.mode == "parallel" else None
-            live = Live(Reply(held.run, held.message, held.steps), asked, held.position, place, beside)
-            queued = held.run["status"] == "queued"
-            if asked is None or not (queued or asked.assistant.background):
+        taken = [live for seen in group if (live := self._claimed(seen)) is not None]
+        if taken and any(seen.lease for seen in group):
+            # Some of what its last holder stored may be told nowhere. Only now, and only by who took it: what is
+            # stored nowhere is read.
+            self._teller.untell(thread_id)
+        lives: list[Live] = []
+        for live in taken:
+            if not _can_go_on(live):
                 self._end(live, lambda reply: reply.fail(RunError("worker_lost")))
-                continue
-            if held.upstream is not None:
-                live.state, live.ahead = held.upstream, Ahead(held.upstream, held.message, held.steps)
-            lives.append(live)
+            else:
+                lives.append(live)
+        self._share_history(lives, group[0].mode)
         self._enqueue(thread_id, lives, group[0].mode)
+
+    def _claimed(self, seen: Held) -> Live | None:
+        """Gives a run that is this worker's from now on, with what the log has of it; ``None`` where it is not."""
+        if seen.lease and not self._steady():
+            # All were held up since it was read.
+            return None
+        held = self._store.claim(seen, self._worker, LEASE_SECONDS)
+        if held is None:
+            return None
+        if seen.lease:
+            holder = seen.name or seen.worker
+            _log.warning(
+                "run %s of worker %s is taken over %.1f s after its lease", held.run["id"], holder, seen.overdue
+            )
+        asked = self._adopt(held.owner, held.run["assistant_id"])
+        place = self._recovered(held)
+        beside = held.group_id if held.mode == "parallel" else None
+        live = Live(Reply(held.run, held.message, held.steps), asked, held.position, place, beside, held.claim)
+        live.owner = held.owner
+        if held.upstream is not None and asked is not None:
+            live.state, live.ahead = held.upstream, Ahead(held.upstream, held.message, held.steps)
+        return live
 
     def _recovered(self, held: Held) -> Place | None:
         """Adds to the message and the steps what the log has beyond the store: viewers saw it. Gives the place as of
         which they are exact then."""
         place = Place.parse(held.place)
         entry = events.entry(held.message, held.run, held.steps)
+        # Before the log is read: what its last holder tells later is not in it.
+        if not self._teller.fence(held.run["thread_id"], Claim(held.run["id"], held.claim)):
+            return place
         try:
-            for record in self._log.since(held.run["thread_id"], place) if place else ():
-                place = record.place
-                if record.key == held.run["id"] and pages.grows(record):
+            if place is not None:
+                records, place = self._log.recover(held.run["thread_id"], place, held.run["id"])
+                for record in filter(pages.grows, records):
                     events.apply(entry, record.name, record.data())
         except (Lost, Away):
             # What is stored is all there is; viewers may have seen more.
@@ -530,39 +632,89 @@ class Runner:
         held.steps[:] = entry["steps"]
         return place
 
+    # The end of a worker: see :class:`.recycle.Crew`
+
+    def is_busy(self) -> bool:
+        return any(
+            live.state is None or self._adopt(live.owner, live.reply.run["assistant_id"]) is None
+            for live in list(self._live.values())
+        )
+
+    def rest(self) -> None:
+        self._resting.set()
+
+    def resume(self) -> None:
+        self._resting.clear()
+
+    def is_ignored(self, seconds: float) -> bool:
+        return bool(self._store.held(RELEASED, runs.c.created_at < time.time() - seconds))
+
     def leave(self) -> None:
         """Starts nothing any more, and leaves queued runs to the next worker."""
         self._stopping.set()
-        try:
-            self._store.release(self._worker)
-        except SQLAlchemyError:
-            _log.exception("queued runs wait until their lease ends")
+        self._release()
 
     def stop(self, drain: float) -> None:
         """Gives the runs under way ``drain`` seconds, then cuts them off. Call :meth:`leave` before."""
         until = time.monotonic() + drain
-        for live in list(self._live.values()):
-            if live.state is not None:
-                self._hand_over(live)
-        under_way = [live for live in list(self._live.values()) if live.reply.run["status"] != "queued"]
-        if under_way and drain:
-            _log.warning("shutting down: waiting up to %g s for the runs under way (%d)", drain, len(under_way))
-        for live in under_way:
-            live.ended.wait(max(0.0, until - time.monotonic()))
-        for live in under_way:
-            if not live.ended.is_set():
-                self._interrupt(live, Reply.cut_off)
+        is_first = True
+        while True:
+            # Also those whose response is known of only now.
+            self._hand_over([live for live in list(self._live.values()) if live.state is not None])
+            late = [live for live in list(self._live.values()) if live.reply.run["status"] != "queued"]
+            left = until - time.monotonic()
+            if not late or left <= 0:
+                break
+            if is_first:
+                _log.warning("shutting down: waiting up to %g s for the runs under way (%d)", drain, len(late))
+            is_first = False
+            _wait_for(late, min(left, _LOOK_SECONDS))
+        # Asked for under a key, so that the next worker, which asks again, may get the same response.
+        self._hand_over([live for live in late if _can_go_on(live)])
+        late = [live for live in late if not live.ended.is_set()]
+        for live in late:
+            live.stop = Reply.cut_off
+            live.waits.interrupt()
+        _wait_for(late, _CUT_SECONDS)
+        for live in late:
+            self._end(live, Reply.cut_off)
         self._publisher.close()
 
-    def _hand_over(self, live: Live) -> None:
-        """Leaves a background response to the next worker, which goes on behind what is stored here."""
-        self._leave(live)
-        live.ended.wait(1)
-        self._keeper.keep(live)
+    def _hand_over(self, lives: Sequence[Live]) -> None:
+        """Leaves background responses to the next worker, which goes on behind what is stored here."""
+        for live in lives:
+            self._leave(live)
+        _wait_for(lives, _HANDED_SECONDS)
+        for live in lives:
+            # Or the lease of one that nothing can stop would be renewed.
+            self._forget(live)
+        self._keeper.keep_all(lives)
+        if lives:
+            self._release([live.id for live in lives])
+
+    def _release(self, run_ids: Sequence[str] = ()) -> None:
         try:
-            self._store.release(self._worker, live.id)
-        except SQLAlchemyError:
-            _log.exception("run %s waits until its lease ends", live.id)
+            self._store.release(self._worker, *run_ids)
+        except SQLAlchemyError as error:
+            self._complaints.error(_log, error, "runs that are left wait until their lease ends")
+
+
+def _wait_for(lives: Sequence[Live], seconds: float) -> None:
+    """Waits until they have ended, at most so long for all of them."""
+    until = time.monotonic() + seconds
+    for live in lives:
+        live.ended.wait(max(0.0, until - time.monotonic()))
+
+
+def _can_go_on(live: Live) -> bool:
+    """Whether a run that one worker leaves is one for another to go on with."""
+    with live.lock:
+        run, message, steps, *_ = live.now()
+    if live.asked is None or run["status"] == "queued":
+        return live.asked is not None
+    # What was said of a response whose id nobody knows would be said, and paid, again.
+    is_known = live.state is not None or not (message["content"] or steps)
+    return live.asked.assistant.background and is_known
 
 
 def _groups(held: Sequence[Held]) -> Iterator[list[Held]]:

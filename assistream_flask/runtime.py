@@ -8,75 +8,138 @@ import os
 import platform
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Final
 
 from . import server
+from .complaints import Complaints
 from .events import new_id
+from .leases import Leases
 from .live import Asked
 from .log import Log
 from .log.memory import MemoryLog
+from .recycle import Recycle
 from .runner import Runner
 from .settings import Settings
-from .threads import ThreadStore
+from .snapshots import Room, Snapshots
+from .threads import Owner, ThreadStore
 
 _log = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 24 * 3600
 """How long an Idempotency-Key is remembered."""
+_LOOK_SECONDS: Final = 0.25
+_PAUSES_SECONDS: Final = 600.0
 
 
 class Runtime:
-    """Made at the first request, in the worker: a fork or gevent's patching after it would break it."""
+    """Made in the worker: a fork or gevent's patching after it would break it."""
 
-    def __init__(self, settings: Settings, adopt: Callable[[str, str], Asked | None]) -> None:
+    def __init__(
+        self, settings: Settings, adopt: Callable[[Owner, str], Asked | None], complaints: Complaints | None = None
+    ) -> None:
         self.settings = settings
+        self._complaints = complaints or Complaints()
         self.pid = os.getpid()
-        self.store = ThreadStore(settings.database_url, settings.database_pool)
+        # One connection is for the leases.
+        self.store = ThreadStore(settings.database_url, max(1, settings.database_pool - 1))
         self.worker = new_id("worker")
-        self.log = _log_of(settings)
-        self.runner = Runner(self.store, self.log, settings, self.worker, adopt, lambda: self.open_streams)
+        try:
+            self.log = _log_of(settings, self._complaints)
+        except BaseException:
+            self.store.close()
+            raise
+        self.runner = Runner(
+            self.store,
+            self.log,
+            settings,
+            self.worker,
+            adopt,
+            lambda: self.open_streams,
+            lambda: self.leases.is_steady(),
+            self._complaints,
+        )
+        self.leases = Leases(
+            settings.database_url,
+            self.worker,
+            self.runner.held,
+            is_shared=self.log.shared,
+            complaints=self._complaints,
+        )
+        self.snapshots = Snapshots(lambda thread_id, limit, room: self.runner.page(thread_id, limit, room=room))
         self.log.listen(self.runner.attend)
+        self.arrivals = Room()
         self.streams: dict[object, int] = {}
         self.open_streams = 0
+        self._left: deque[object] = deque()
         self.stopping = threading.Event()
-        self._stopped = threading.Event()
+        self._stopped, self._closed = threading.Event(), False
         self._guard = threading.Lock()
         self._stop_guard = threading.Lock()
-        self._housekeeper = threading.Thread(target=self._keep_house, daemon=True, name="assistream-housekeeper")
+        # How late each look at the server was: that is how long nothing else could go on.
+        self._pauses: deque[float] = deque(maxlen=int(_PAUSES_SECONDS / _LOOK_SECONDS))
+        self._upkeep = [threading.Thread(target=self._keep_house, daemon=True, name="assistream-housekeeper")]
+        # Each in a thread of its own: a store that is waited for holds up none of the others.
+        for name, seconds, job, end in (
+            ("flush", settings.flush_seconds, self.runner.flush, self._stopped),
+            ("heed", 1.0, self.runner.heed, self._stopped),
+            ("retell", 0.5, self.runner.retell, self._stopped),
+            ("sweep", 1.0, self.runner.sweep, self.stopping),
+            ("tend", 5.0, self._tend, self.stopping),
+            ("forget", 600.0, self._forget, self.stopping),
+        ):
+            work = threading.Thread(
+                target=self._repeat, args=(seconds, job, end), daemon=True, name=f"assistream-{name}"
+            )
+            self._upkeep.append(work)
+        self._recycle: Recycle | None = None
 
     def start(self) -> None:
-        """Starts the housekeeper."""
-        self._housekeeper.start()
+        """Starts what keeps the worker's house."""
+        self._recycle = server.kept(Recycle)
+        if self._recycle is not None:
+            has_others = self.log.shared and (server.setting("workers") or 1) > 1
+            self._recycle.join(self.runner, self.settings.run_seconds, has_others)
+        self.leases.start()
+        for work in self._upkeep:
+            work.start()
         # A worker that exits by itself still lets its runs end, see Settings.drain_seconds.
         atexit.register(self.stop)
         # For the SDK: each request asks until one has the answer, and each time a process is forked.
         with suppress(Exception):
             platform.platform()
 
-    def discard(self) -> None:
-        """Lets go of what was made, where it was never started."""
-        self.log.close()
-        self.store.close()
-
     def stop(self) -> None:
-        """Ends streams at once and runs as the settings say; returns when all have. Idempotent."""
+        """Ends streams at once and runs as the settings say; returns when all have, and nothing is served any more.
+        Idempotent."""
         if os.getpid() != self.pid:
             return
+        self._end_work()
+        with self._stop_guard:
+            if not self._closed:
+                self._closed = True
+                self.runner.leave()
+                self.runner.retell()
+                self.leases.stop(is_clean=self.runner.is_told())
+                self.log.close()
+                self.store.close()
+        atexit.unregister(self.stop)
+
+    def _end_work(self) -> None:
+        """Does so, and leaves log and store open: gunicorn serves for a while longer."""
         self._begin_stop()
         with self._stop_guard:
             if not self._stopped.is_set():
                 self.runner.stop(self.settings.drain_seconds)
-                # Only now: while runs drain, the housekeeper keeps them this worker's.
+                # Only now: while runs drain, they are this worker's, and their text is stored.
                 self._stopped.set()
-                if self._housekeeper.is_alive():
-                    self._housekeeper.join(5)
-                self.runner.leave()
-                self.runner.retell()
-                self.log.close()
-                self.store.close()
-        atexit.unregister(self.stop)
+                until = time.monotonic() + 5
+                for work in self._upkeep:
+                    if work.is_alive():
+                        work.join(max(0.0, until - time.monotonic()))
 
     def _begin_stop(self) -> None:
         self.stopping.set()
@@ -84,45 +147,48 @@ class Runtime:
         self.runner.leave()
 
     def _keep_house(self) -> None:
-        jobs: list[tuple[float, Callable[[], object]]] = [
-            (self.settings.flush_seconds, self.runner.flush),
-            (1.0, self.runner.renew),
-            (1.0, self.runner.sweep),
-            (0.5, self.runner.retell),
-            (5.0, self.log.tend),
-            (600.0, lambda: self.store.forget_answers(int(time.time()) - ANSWER_SECONDS)),
-        ]
-        due = [time.monotonic()] * len(jobs)
-        while not self.stopping.wait(min(0.25, self.settings.flush_seconds)):
+        while True:
+            before = time.monotonic()
+            if self.stopping.wait(_LOOK_SECONDS):
+                return
+            self._pauses.append(time.monotonic() - before - _LOOK_SECONDS)
+            if self._recycle is not None:
+                self._recycle.look()
             if not server.serving():
                 # At once: gunicorn lets the process end only when the last request has, however long that takes.
-                threading.Thread(target=self.stop, daemon=True, name="assistream-stop").start()
-                break
-            for at, (every, job) in enumerate(jobs):
-                if time.monotonic() >= due[at]:
-                    due[at] = time.monotonic() + every
-                    try:
-                        job()
-                    except Exception:
-                        _log.exception("housekeeping failed; it is tried again")
-        # While runs drain, their leases and their text still need looking after.
-        while not self._stopped.wait(1):
+                threading.Thread(target=self._end_work, daemon=True, name="assistream-stop").start()
+                return
+
+    def longest_pause(self) -> float:
+        """Gives for how many seconds, at most, nothing went on in this worker within the last ten minutes."""
+        return max(self._pauses, default=0.0)
+
+    def _repeat(self, seconds: float, job: Callable[[], object], end: threading.Event) -> None:
+        while True:
             try:
-                self.runner.renew()
-                self.runner.flush()
-                self.runner.retell()
-            except Exception:
-                _log.exception("housekeeping failed; it is tried again")
+                job()
+            except Exception as error:
+                self._complaints.error(_log, error, "housekeeping failed; it is tried again")
+            if end.wait(seconds):
+                return
+
+    def _tend(self) -> None:
+        self.log.tend()
+        self._complaints.tend()
+
+    def _forget(self) -> None:
+        self.store.forget_answers(int(time.time()) - ANSWER_SECONDS)
 
     def enter_stream(self, caller: object) -> bool:
         """Counts a stream in; ``False`` when ``caller`` has as many as allowed."""
         with self._guard:
             count = self.streams.get(caller, 0)
-            if count >= self.settings.max_streams:
-                return False
-            self.streams[caller] = count + 1
-            self.open_streams += 1
-            return True
+            allowed = count < self.settings.max_streams
+            if allowed:
+                self.streams[caller] = count + 1
+                self.open_streams += 1
+        self._count_out()
+        return allowed
 
     def full(self) -> bool:
         """Whether the worker has as many streams as it can, so that commands still find a connection."""
@@ -131,16 +197,31 @@ class Runtime:
 
     def leave_stream(self, caller: object) -> None:
         """Counts a stream out."""
-        with self._guard:
-            self.open_streams -= 1
-            self.streams[caller] -= 1
-            if not self.streams[caller]:
-                del self.streams[caller]
+        self._left.append(caller)
+        self._count_out()
+
+    def _count_out(self) -> None:
+        # The garbage collector may be who leaves, in the midst of a count: whoever has the lock counts for it then.
+        while self._left and self._guard.acquire(blocking=False):
+            try:
+                while self._left:
+                    caller = self._left.popleft()
+                    self.open_streams -= 1
+                    self.streams[caller] -= 1
+                    if not self.streams[caller]:
+                        del self.streams[caller]
+            finally:
+                self._guard.release()
 
 
-def _log_of(settings: Settings) -> Log:
+def _log_of(settings: Settings, complaints: Complaints) -> Log:
     if not settings.redis_url:
-        return MemoryLog(max_events=settings.log_events, max_bytes=settings.log_bytes, max_age=settings.log_seconds)
+        return MemoryLog(
+            max_events=settings.log_events,
+            max_bytes=settings.log_bytes,
+            max_age=settings.log_seconds,
+            complaints=complaints,
+        )
     # Redis's client is an extra.
     from .log.redis import RedisLog
 
@@ -149,6 +230,7 @@ def _log_of(settings: Settings) -> Log:
         max_events=settings.log_events,
         max_bytes=settings.log_bytes,
         max_age=settings.log_seconds,
+        complaints=complaints,
     )
 
 

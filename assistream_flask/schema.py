@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import sqlalchemy as sa
 
-VERSION: Final = 2
+VERSION: Final = 3
 
 metadata: Final = sa.MetaData()
 
@@ -73,15 +73,28 @@ runs: Final = sa.Table(
     sa.Column("cancelled_at", sa.BigInteger),
     sa.Column("metadata", _JSON, nullable=False),
     # Ours, not the object's: the steps, the group of runs of one POST, the state of a background response,
-    # and who works on it till when.
+    # who works on it till when (seconds of the database's clock), and how often it went from one worker to another.
     sa.Column("steps", _JSON, nullable=False),
     _id("group_id", nullable=False),
     sa.Column("mode", sa.String(16), nullable=False),
     sa.Column("place", sa.String(64)),
     sa.Column("upstream", _JSON),
-    _id("worker", nullable=False),
+    _id("worker", nullable=False, index=True),
     sa.Column("lease", sa.Float, nullable=False),
     sa.Column("cancel_requested", sa.Boolean, nullable=False),
+    # Workers of an older release know nothing of it.
+    sa.Column("claim", sa.Integer, nullable=False, server_default="0"),
+)
+
+workers: Final = sa.Table(
+    "assistream_workers",
+    metadata,
+    _id("id", primary_key=True),
+    # Host and process, for people; whether others read its event log; and when it was last heard of, by the database's
+    # clock.
+    sa.Column("name", sa.String(255), nullable=False),
+    sa.Column("is_shared", sa.Boolean, nullable=False),
+    sa.Column("seen", sa.Float, nullable=False),
 )
 
 answers: Final = sa.Table(

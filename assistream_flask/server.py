@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import signal
 import socket
 import sys
+import threading
+import time
+import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import suppress
 from itertools import chain
 from typing import Any, Final, TypeVar
 
@@ -15,10 +21,14 @@ from . import sse
 from .errors import ConfigurationError
 from .log import Taken
 
+_log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 _PIECE: Final = 65_536
 _BUFFER: Final = 262_144
+# For gunicorn to see that a worker is gone, and the next one to load its app.
+_START_SECONDS: Final = 5.0
 
 
 def _gunicorn() -> Any:
@@ -37,6 +47,85 @@ def serving() -> bool:
 def setting(name: str) -> Any:
     """Gives a setting of gunicorn's, ``None`` under another server."""
     return getattr(getattr(_gunicorn(), "cfg", None), name, None)
+
+
+class Tenure:
+    """How many requests gunicorn's ``worker`` may serve (``--max-requests``, with its jitter). Gunicorn would end it
+    at once, in the midst of answers, and start another only then: the number is taken from it."""
+
+    def __init__(self, worker: Any) -> None:
+        self._worker, self._most = worker, worker.max_requests
+        worker.max_requests = sys.maxsize
+        self._turn: socket.socket | None = None
+        self._since = 0.0
+
+    def is_over(self) -> bool:
+        """Whether the worker serves still, and has served as many."""
+        return bool(self._worker.alive and self._worker.nr >= self._most)
+
+    def has_turn(self) -> bool:
+        """Whether no other worker of this gunicorn ends now, or did just before: of several one is away at a time.
+
+        Whoever has the turn has it until its process ends.
+        """
+        if sys.platform != "linux" or (setting("workers") or 1) == 1:
+            return True
+        if self._turn is None:
+            # A name that is nowhere in the file system, and goes with the process however that ends.
+            turn = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            try:
+                turn.bind(f"\0assistream-{os.getppid()}")
+            except OSError:
+                turn.close()
+                return False
+            self._turn, self._since = turn, time.monotonic()
+        return time.monotonic() - self._since > _START_SECONDS
+
+    def end(self) -> None:
+        """Has gunicorn end the worker, as at the limit of its own."""
+        self._worker.log.info("Autorestarting worker between answers: it has served %d requests.", self._worker.nr)
+        self._worker.alive = False
+
+
+def kept(make: Callable[[Tenure], T]) -> T | None:
+    """Gives what ``make`` gives for the tenure of gunicorn's worker: made once a process, and kept with the worker.
+    ``None`` where there is no limit, gunicorn ends the worker already, or does not count as it is known to."""
+    worker = _gunicorn()
+    known = getattr(worker, "__dict__", {})
+    if "assistream" not in known:
+        most, served = known.get("max_requests"), known.get("nr")
+        if not serving() or not isinstance(most, int) or not isinstance(served, int) or most == sys.maxsize:
+            return None
+        known["assistream"] = make(Tenure(worker))
+    found: T = known["assistream"]
+    return found
+
+
+def is_kept() -> bool:
+    """Whether the end of gunicorn's worker is in our hands: see :func:`kept`."""
+    return hasattr(_gunicorn(), "assistream")
+
+
+def when_booted(start: Callable[[], object]) -> None:
+    """Has ``start`` called in a thread of gunicorn's worker once that has booted, and again until it succeeds. Does
+    nothing elsewhere, such as in a shell, nor in a worker that :func:`unfit` refuses."""
+    worker = _gunicorn()
+    if getattr(worker, "booted", None) is False and type(worker).__name__ != "SyncWorker":
+        threading.Thread(target=_begin, args=(worker, start), daemon=True, name="assistream-begin").start()
+
+
+def _begin(worker: Any, start: Callable[[], object]) -> None:
+    told = False
+    while worker.alive:
+        time.sleep(5 if told else 0.05)
+        try:
+            if worker.booted:
+                start()
+                return
+        except Exception as error:
+            if not told:
+                _log.warning("assistream could not begin with its worker, and tries again: %s", error)
+            told = True
 
 
 def check_alone() -> None:
@@ -86,11 +175,16 @@ class Peer:
     def __init__(self, environ: Mapping[str, Any], slow_seconds: float, dead_seconds: float) -> None:
         self._socket: Any = environ.get("gunicorn.socket")
         self._slow_seconds, self._dead_seconds = slow_seconds, dead_seconds
-        self.given: object = None
-        """What the app gave the server to iterate, where the body is in it as it was made."""
+        self._given: Callable[[], object] = lambda: None
         # Gunicorn's response, where it is known how its body is written.
         self._answer: Any = None
         self._rest = b""
+
+    def give(self, iterable: object) -> None:
+        """``iterable`` is what the app gives the server to iterate, with the body in it as it was made."""
+        # What is dropped unread is to be gone at once: it has the body, which has this.
+        with suppress(TypeError):
+            self._given = weakref.ref(iterable)
 
     def _begin(self) -> None:
         if self._socket is None:
@@ -102,7 +196,7 @@ class Peer:
                 milliseconds = int(self._dead_seconds * 1000)
                 self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
         if type(self._socket) is GeventSocket:
-            self._answer = _answer(self.given)
+            self._answer = _answer(self._given())
 
     def send(self, data: bytes) -> Taken:
         """Sends a piece of the body from outside of it, as gunicorn does but without waiting; while its own greenlet
@@ -151,38 +245,49 @@ class Peer:
             return True
 
     def release(self) -> None:
-        """The connection may serve other requests now."""
-        self._answer = self.given = None
-        if self._socket is not None:
-            try:
-                self._socket.settimeout(None)
-            except OSError:
-                pass
+        """The connection may serve other requests now. Idempotent."""
+        ours, self._socket, self._answer = self._socket, None, None
+        if ours is not None:
+            with suppress(OSError):
+                ours.settimeout(None)
 
 
 class Body:
-    """A body whose end is told once, even where it was never begun: a generator's ``finally`` would not run."""
+    """A body whose end is told once: when it is closed, has been read, or nobody has it any more, such as where the app
+    answers with something else in the end."""
 
     def __init__(
         self, first: bytes, frames: Generator[bytes, None, None], peer: Peer, ended: Callable[[], None]
     ) -> None:
-        self._first, self._frames, self.peer, self._ended = first, frames, peer, ended
-        self._open = True
+        self.peer = peer
+        self._frames = _whole(first, frames, ended)
+        # A generator that was never begun runs no ``finally``.
+        next(self._frames)
 
     def __iter__(self) -> Iterator[bytes]:
-        return self.peer.pieces(chain([self._first] if self._first else [], self._frames))
+        return self.peer.pieces(self._frames)
 
     def close(self) -> None:
         """Called by the server, whatever happened. Idempotent."""
-        if self._open:
-            self._open = False
-            self._ended()
-            self._frames.close()
-            self.peer.release()
+        self._frames.close()
+        self.peer.release()
+
+
+def _whole(
+    first: bytes, frames: Generator[bytes, None, None], ended: Callable[[], None]
+) -> Generator[bytes, None, None]:
+    try:
+        yield b""
+        if first:
+            yield first
+        yield from frames
+    finally:
+        ended()
+        frames.close()
 
 
 def given(iterable: T, body: object) -> T:
     """Gives ``iterable``, which the app gives the server for ``body``. A :class:`Body` learns of it."""
     if isinstance(body, Body):
-        body.peer.given = iterable
+        body.peer.give(iterable)
     return iterable

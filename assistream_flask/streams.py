@@ -9,13 +9,18 @@ import time
 from collections.abc import Callable, Generator
 from typing import Final
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from . import events, sse
+from .errors import RequestError
 from .events import TERMINAL
 from .log import Away, Lost, Place, Record, Subscription, Taken
 from .runtime import Runtime
 
-_SNAPSHOT_BYTES: Final = 524_288
 _ENDS: Final = frozenset(f"thread.run.{status}" for status in TERMINAL)
+
+_AWAY: Final = (Away, RequestError, SQLAlchemyError)
+"""What a snapshot can't be read for: nothing that the server's log needs a traceback of."""
 
 Frames = Generator[bytes, None, None]
 """Of these ``b""`` is for what ``send`` did in part."""
@@ -79,19 +84,11 @@ class _Reader:
     def snapshot(self) -> bytes | None:
         """Gives the frame of a snapshot, ``None`` when the thread is gone; reading goes on from there."""
         self.close()
-        limit = 50
-        while True:
-            found = self._runtime.runner.page(self._thread_id, limit)
-            if found is None:
-                return None
-            data, has_more, self._place = found
-            self.seen = {entry["run"]["id"]: entry["run"]["status"] for entry in data if entry["run"]}
-            event = events.snapshot(self._thread_id, data, has_more)
-            frame = sse.encode(event.name, events.dumps(event.data), str(self._place))
-            # A slow viewer holds it for a while; one of long messages has a shorter page.
-            if len(frame) <= _SNAPSHOT_BYTES or limit == 1:
-                return frame
-            limit = max(1, min(limit, len(data)) // 3)
+        found = self._runtime.snapshots.get(self._thread_id)
+        if found is None:
+            return None
+        frame, self._place, self.seen = found
+        return frame
 
     def close(self) -> None:
         """Lets go of the log. Idempotent."""
@@ -103,8 +100,8 @@ class _Reader:
 def view(runtime: Runtime, thread_id: str, place: Place | None, send: Send) -> Frames:
     """Gives the thread's events after ``place``, without an end; a snapshot first where that can't be proven.
 
-    Ends when the thread is deleted, the server shuts down or, once it has begun, the log is away: the viewer
-    comes back then. Raises :class:`Away` before its first frame, so that the answer can say so.
+    Ends when the thread is deleted, the server shuts down or, once it has begun, log or store are away: the viewer
+    comes back then. Raises what says so before its first frame, for the answer.
     """
 
     def plain(records: list[Record]) -> bytes | None:
@@ -134,7 +131,7 @@ def view(runtime: Runtime, thread_id: str, place: Place | None, send: Send) -> F
                 yield reader.beat(_joined(records))
             if gone or stopping:
                 return
-    except Away:
+    except _AWAY:
         if first:
             raise
     finally:
@@ -146,7 +143,7 @@ def follow(
 ) -> Frames:
     """Gives the events of ``runs`` and of the user's message after ``place``, then ``done``.
 
-    At a shutdown, or when the log is away, it ends without ``done``: the runs go on.
+    At a shutdown, or when log or store are away, it ends without ``done``: the runs go on.
     """
 
     def plain(records: list[Record]) -> bytes | None:
@@ -186,7 +183,7 @@ def follow(
                 if gone:
                     break
         yield first + sse.DONE
-    except Away:
+    except _AWAY:
         return
     finally:
         reader.close()

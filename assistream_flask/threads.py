@@ -7,19 +7,18 @@ with the place in the log as of which it is exact, so that text plus later event
 from __future__ import annotations
 
 import hashlib
-import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Row
 
 from . import database, migrations, schema
 from .errors import ConfigurationError
-from .events import TERMINAL, Json, entry
-from .schema import answers, messages, runs, threads
+from .events import TERMINAL, Json, Said, entry, text_of
+from .schema import answers, messages, runs, threads, workers
 
 _MESSAGE = [column for column in messages.c if column.name != "position"]
 _RUN = list(runs.c)[: list(runs.c).index(runs.c.steps)]
@@ -41,7 +40,14 @@ _COUNT = (
     sa.select(sa.func.count()).select_from(runs.join(threads, threads.c.id == runs.c.thread_id)).where(_LIVING, *_OWNED)
 )
 _LAST = sa.select(sa.func.max(messages.c.position)).where(messages.c.thread_id == _THIS)
-_ADD_MESSAGE, _ADD_RUN = messages.insert(), runs.insert()
+_NOW = sa.select(database.Now())
+# When a lease of so many seconds that begins now ends; one of none is over, whatever the clocks say.
+_TERM: sa.BindParameter[float] = sa.bindparam("term", type_=sa.Float)
+_LEASE = sa.case((_TERM > 0, database.Now() + _TERM), else_=0.0)
+LAPSED: Final = runs.c.lease < database.Now()
+RELEASED: Final = runs.c.lease == 0
+"""Runs that anybody may take over: as their lease ran out, and as they were let go of."""
+_ADD_MESSAGE, _ADD_RUN = messages.insert(), runs.insert().values(lease=_LEASE)
 _BUSY = (
     sa.select(runs.c.id)
     .join(messages, messages.c.id == runs.c.message_id)
@@ -53,6 +59,16 @@ _BUSY = (
     )
     .limit(1)
 )
+
+
+def _of_newest(column: sa.Column[int]) -> sa.ScalarSelect[int]:
+    of_thread = sa.select(column).where(messages.c.thread_id == threads.c.id)
+    return of_thread.order_by(messages.c.position.desc()).limit(1).scalar_subquery()
+
+
+_NEWEST = sa.select(threads.c.id, _of_newest(messages.c.position), _of_newest(messages.c.created_at)).where(
+    threads.c.id.in_(sa.bindparam("these", expanding=True))
+)
 _ASKED = (
     sa.select(messages.c.thread_id, messages.c.position, runs.c.group_id, runs.c.mode)
     .join_from(messages, runs, runs.c.id == messages.c.run_id)
@@ -62,17 +78,21 @@ _ASKED = (
 _BESIDE = sa.select(runs.c.message_id).where(runs.c.group_id == _ASKED.c.group_id, _ASKED.c.mode == "parallel")
 _HISTORY = (
     # A thread may have thousands: what nobody needs of them costs more than all else of a request.
-    sa.select(messages.c.id, messages.c.role, messages.c.assistant_id, messages.c.content)
+    sa.select(messages.c.position, messages.c.assistant_id, messages.c.content, messages.c.status)
     .where(
         messages.c.thread_id == _ASKED.c.thread_id,
         messages.c.position < _ASKED.c.position,
+        messages.c.position < sa.bindparam("before"),
         messages.c.id.not_in(_BESIDE),
     )
-    .order_by(messages.c.position)
+    .order_by(messages.c.position.desc())
+    .limit(sa.bindparam("some"))
 )
+# So many at a time: a worker that reads millions of characters in one go does nothing else meanwhile.
+_FEWEST, _FIRST, _MOST = 16, 64, 500
 # What was let go of is nobody's, also while its row still names the last who had it.
 _HELD = (runs.c.worker == sa.bindparam("mine"), _LIVING, runs.c.lease > 0)
-_SAVE_RUN = runs.update().where(runs.c.id == _THIS, *_HELD)
+_SAVE_RUN = runs.update().where(runs.c.id == _THIS, *_HELD, runs.c.claim == sa.bindparam("number"))
 _SAVE_MESSAGE = messages.update().where(messages.c.id == _THIS)
 
 
@@ -81,7 +101,10 @@ def _unlocked(*where: sa.ColumnElement[bool]) -> sa.Select[str]:
     return sa.select(runs.c.id).where(*where).with_for_update(skip_locked=True)
 
 
-_MINE = _unlocked(runs.c.id.in_(sa.bindparam("these", expanding=True)), *_HELD)
+_THESE = runs.c.id.in_(sa.bindparam("these", expanding=True))
+_MINE = _unlocked(_THESE, *_HELD).add_columns(runs.c.claim)
+_TO_CANCEL = sa.select(runs.c.id).where(_THESE, runs.c.worker == sa.bindparam("mine"), _LIVING, runs.c.cancel_requested)
+_RENEW = runs.update().where(runs.c.id.in_(_unlocked(_THESE, *_HELD))).values(lease=_LEASE)
 
 
 class Owner(NamedTuple):
@@ -109,15 +132,6 @@ class Stored(NamedTuple):
     place: str | None
 
 
-class Said(NamedTuple):
-    """What a model is to know of a message."""
-
-    id: str
-    role: str
-    assistant_id: str | None
-    content: list[Json]
-
-
 class Held(NamedTuple):
     """A run that is not over, with what its worker needs: see :mod:`.runner`."""
 
@@ -125,17 +139,22 @@ class Held(NamedTuple):
     message: Json
     steps: list[Json]
     position: int
-    scope: str
+    owner: Owner
     group_id: str
     mode: str
     place: str | None
     upstream: Json | None
     lease: float
+    worker: str
+    claim: int
+    # Whose it is, for people; and for how many seconds its lease is over.
+    name: str | None
+    overdue: float
 
 
-State = tuple[Json, Json, list[Json], str | None, Json | None]
+State = tuple[Json, Json, list[Json], str | None, Json | None, int]
 """What there is to store of a run that goes on: the run, its message, its steps, the place in the log as of which they
-are exact, and the state of its upstream."""
+are exact, the state of its upstream, and which claim of the run its holder has."""
 
 
 class AnsweredBefore(Exception):
@@ -147,17 +166,17 @@ class TooManyRuns(Exception):
 
 
 class ThreadStore:
-    """Threads in the database that ``url`` names (an SQLAlchemy URL), over at most ``pool`` connections.
+    """Threads in the database that ``url`` names (an SQLAlchemy URL), over at most ``pool`` connections, each of which
+    waits at most ``patience`` seconds for anything.
 
     The schema is created at first use, and an older one is upgraded. Raises :class:`ConfigurationError` for a
     URL that cannot work, or a schema newer than this code. SQLite takes no ``pool``: it has one writer.
     """
 
-    def __init__(self, url: str, pool: int = 10) -> None:
-        self._engine = database.open_engine(url, pool)
+    def __init__(self, url: str, pool: int = 10, patience: float = database.PATIENCE) -> None:
+        self._engine = database.open_engine(url, pool, patience)
         sqlite = self._engine.dialect.name == "sqlite"
-        # SQLite has one writer: a greenlet that waits for it inside SQLite would stop the one that holds it.
-        self._writer: AbstractContextManager[object] = threading.RLock() if sqlite else nullcontext()
+        self._writer: AbstractContextManager[object] = database.OneWriter() if sqlite else nullcontext()
         # A database in memory is one connection, which readers share with the writer.
         alone = isinstance(self._engine.pool, sa.StaticPool)
         self._reader: AbstractContextManager[object] = self._writer if alone else nullcontext()
@@ -170,7 +189,7 @@ class ThreadStore:
 
     @contextmanager
     def _write(self) -> Iterator[Connection]:
-        with self._writer, self._writes.begin() as connection:
+        with self._writer, database.writing(self._writes) as connection:
             yield connection
 
     @contextmanager
@@ -243,7 +262,11 @@ class ThreadStore:
         with self._write() as connection:
             # Before all else, as in add(): whoever else works on the thread comes wholly before or after.
             connection.execute(_HOLD, {"this": thread_id})
-            connection.execute(answers.delete().where(answers.c.thread_id == thread_id))
+            ours, thread = answers.c.thread_id == thread_id, answers.c.body["object"].as_string()
+            connection.execute(answers.delete().where(ours, thread.is_distinct_from("thread")))
+            # What is left is that of its creation, which its key shall not do once more.
+            for body in connection.execute(sa.select(answers.c.body).where(ours)).scalars().all():
+                connection.execute(answers.update().where(ours).values(body={**body, "metadata": {}}))
             connection.execute(runs.delete().where(runs.c.thread_id == thread_id))
             connection.execute(messages.delete().where(messages.c.thread_id == thread_id))
             connection.execute(threads.delete().where(threads.c.id == thread_id))
@@ -266,6 +289,8 @@ class ThreadStore:
         answer: Answer | None = None,
     ) -> int | None:
         """Stores the user's message and, for each pair of ``started``, a run and its message, in this order.
+
+        The runs are ``worker``'s for ``lease`` seconds; with 0 they are anybody's.
 
         Gives the position of the first of them, ``None`` when the thread is gone.
         Raises :class:`AnsweredBefore`, :class:`TooManyRuns`.
@@ -291,7 +316,7 @@ class ThreadStore:
                     "mode": mode,
                     "place": place,
                     "worker": worker,
-                    "lease": lease,
+                    "term": lease,
                     "cancel_requested": False,
                 }
                 connection.execute(_ADD_RUN, [{**_columns(run, _RUN), **ours} for run, _ in started])
@@ -318,11 +343,29 @@ class ThreadStore:
                 return None
         return [_stored(row) for row in rows[:limit]][::-1], len(rows) > limit
 
-    def history(self, message_id: str) -> list[Said]:
+    def history(self, message_id: str, characters: int, count: int) -> tuple[list[Said], bool]:
         """Gives what the run of the message ``message_id`` may see, in order: the messages before it, without
-        the replies of its own group where that runs in parallel."""
-        with self._read() as connection:
-            return [Said(*row) for row in connection.execute(_HISTORY, {"this": message_id})]
+        the replies of its own group where that runs in parallel; and whether there are older ones.
+
+        Of many, the newest: at most ``count``, and no more than it takes to have ``characters``. It is read a few
+        messages at a time, and between those the worker's others go on.
+        """
+        found: list[Said] = []
+        left, before, some = characters, 1 << 62, _FIRST
+        while True:
+            some = min(some, count + 1 - len(found))
+            with self._read() as connection:
+                values = {"this": message_id, "before": before, "some": some}
+                rows = connection.execute(_HISTORY, values).all()
+            for position, speaker, content, status in rows:
+                if left < 0 or len(found) == count:
+                    return found[::-1], True
+                found.append(Said(speaker, text_of(content), status == "completed"))
+                left, before = left - len(found[-1].text), position
+            if len(rows) < some:
+                return found[::-1], False
+            some = max(_FEWEST, min(_MOST, max(0, left) * len(found) // (characters - left + 1)))
+            time.sleep(0)
 
     def run(self, thread_id: str, run_id: str) -> Json | None:
         """Gives a run of the thread."""
@@ -339,10 +382,11 @@ class ThreadStore:
         steps: list[Json],
         place: str | None,
         upstream: Json | None = None,
+        claim: int = 0,
     ) -> bool:
         """Stores the run with its message, its steps and the state of its upstream, as of ``place``. Gives ``False``,
-        and stores nothing, when the run is not ``worker``'s any more or is over or gone."""
-        ours = {"steps": steps, "place": place, "upstream": upstream, "this": run["id"], "mine": worker}
+        and stores nothing, when the run is not ``worker``'s by this ``claim`` any more, or is over or gone."""
+        ours = {"steps": steps, "place": place, "upstream": upstream, **_by(run, worker, claim)}
         with self._write() as connection:
             if not connection.execute(_SAVE_RUN, {**_columns(run, _RUN_CHANGES), **ours}).rowcount:
                 return False
@@ -356,37 +400,44 @@ class ThreadStore:
             return set()
         with self._write() as connection:
             ids = [run["id"] for run, *_ in states]
-            mine = set(connection.execute(_MINE, {"mine": worker, "these": ids}).scalars())
-            found = [state for state in states if state[0]["id"] in mine]
+            claims = {row.id: row.claim for row in connection.execute(_MINE, {"mine": worker, "these": ids})}
+            found = [state for state in states if claims.get(state[0]["id"]) == state[5]]
             if found:
                 connection.execute(
                     _SAVE_RUN,
                     [
-                        {"steps": steps, "place": place, "upstream": upstream, "this": run["id"], "mine": worker}
-                        for run, _, steps, place, upstream in found
+                        {"steps": steps, "place": place, "upstream": upstream, **_by(run, worker, claim)}
+                        for run, _, steps, place, upstream, claim in found
                     ],
                 )
                 connection.execute(
                     _SAVE_MESSAGE,
                     [{"content": message["content"], "this": message["id"]} for _, message, *_ in found],
                 )
-        return mine
+        return {run["id"] for run, *_ in found}
 
     # Who works on what
 
     def held(self, *where: sa.ColumnElement[bool]) -> list[Held]:
         """Gives the runs that are not over, oldest first, of those that ``where`` (a condition on
         :data:`.schema.runs`) selects."""
+        with self._read() as connection:
+            return self._held(connection, *where)
+
+    @staticmethod
+    def _held(connection: Connection, *where: sa.ColumnElement[bool]) -> list[Held]:
+        overdue = (database.Now() - runs.c.lease).label("overdue")
         query = (
-            sa.select(messages, *_prefixed(runs), threads.c.scope)
+            sa.select(messages, *_prefixed(runs), threads.c.scope, threads.c.owner, workers.c.name, overdue)
             .select_from(
-                runs.join(messages, messages.c.id == runs.c.message_id).join(threads, threads.c.id == runs.c.thread_id)
+                runs.join(messages, messages.c.id == runs.c.message_id)
+                .join(threads, threads.c.id == runs.c.thread_id)
+                .outerjoin(workers, workers.c.id == runs.c.worker)
             )
             .where(_LIVING, *where)
             .order_by(messages.c.thread_id, messages.c.position)
         )
-        with self._read() as connection:
-            rows = connection.execute(query).all()
+        rows = connection.execute(query).all()
         found = []
         for row in rows:
             whole, ours = _stored(row).entry, row._mapping
@@ -396,12 +447,16 @@ class ThreadStore:
                     whole["message"],
                     whole["steps"],
                     ours["position"],
-                    ours["scope"],
+                    Owner(ours["scope"], ours["owner"]),
                     ours["run.group_id"],
                     ours["run.mode"],
                     ours["run.place"],
                     ours["run.upstream"],
                     ours["run.lease"],
+                    ours["run.worker"],
+                    ours["run.claim"],
+                    ours["name"],
+                    ours["overdue"],
                 )
             )
         return found
@@ -412,23 +467,97 @@ class ThreadStore:
         with self._read() as connection:
             return connection.execute(_BUSY, values).first() is not None
 
-    def renew(self, worker: str, run_ids: Collection[str], lease: float) -> list[str]:
-        """Extends the leases of those runs that are ``worker``'s to the Unix time ``lease``; gives the ids of those
-        to cancel."""
-        renewed = _free(runs.c.worker == worker, _LIVING, runs.c.id.in_(run_ids)).values(lease=lease)
+    def renew(self, worker: str, run_ids: Collection[str], seconds: float) -> None:
+        """Has the leases of those runs that are ``worker``'s end in so many seconds. Writes, or fails to, also where
+        there is none."""
         with self._write() as connection:
-            rows = connection.execute(renewed.returning(runs.c.id, runs.c.cancel_requested)).all()
-        return [run_id for run_id, cancel in rows if cancel]
+            connection.execute(_RENEW, {"mine": worker, "these": list(run_ids), "term": seconds})
 
-    def claim(self, run_id: str, worker: str, lease: float) -> bool:
-        """Makes ``worker`` the holder of a run whose lease ran out; ``False`` when another was first."""
-        where = (runs.c.id == run_id, _LIVING, runs.c.lease < time.time())
+    def to_cancel(self, worker: str, run_ids: Collection[str]) -> list[str]:
+        """Gives those of ``worker``'s runs that somebody asked to cancel."""
+        with self._read() as connection:
+            return list(connection.execute(_TO_CANCEL, {"mine": worker, "these": list(run_ids)}).scalars())
+
+    def claim(self, held: Held, worker: str, seconds: float) -> Held | None:
+        """Makes ``worker`` for so many seconds the holder of a run that anybody may take, if it still is as it was
+        read; gives it as it is now, with its text. ``None`` where somebody else has it, be it the last holder that
+        came back or was heard of since, and where this worker was not heard of itself just now: all were held up then,
+        or the database's clock was set."""
+        lives = _heard_of(runs.c.worker, workers.c.id != worker, workers.c.seen > database.Now() - seconds)
+        late = _heard_of(worker, workers.c.seen < database.Now() - seconds / 2)
+        as_read = (
+            runs.c.id == held.run["id"],
+            runs.c.status == held.run["status"],
+            runs.c.worker == held.worker,
+            runs.c.claim == held.claim,
+            runs.c.lease == held.lease,
+            LAPSED,
+            # What its holder is storing as an app computes is locked, and no lease of it can be renewed.
+            sa.or_(RELEASED, ~lives & ~late),
+        )
         with self._write() as connection:
-            return bool(connection.execute(runs.update().where(*where).values(worker=worker, lease=lease)).rowcount)
+            taken = runs.update().where(*as_read).values(worker=worker, lease=_LEASE, claim=runs.c.claim + 1)
+            if not connection.execute(taken, {"term": seconds}).rowcount:
+                return None
+            return self._held(connection, runs.c.id == held.run["id"])[0]
 
-    def release(self, worker: str, run_id: str | None = None) -> None:
-        """Lets go of ``worker``'s queued runs, or of the one named, for the next worker to pick up at once."""
-        which = runs.c.status == "queued" if run_id is None else runs.c.id == run_id
+    def now(self) -> float:
+        """Gives the time by the database's clock, in seconds since the epoch."""
+        with self._read() as connection:
+            return float(connection.execute(_NOW).scalar_one())
+
+    def beat(self, worker: str, name: str, *, is_shared: bool) -> float:
+        """Has all know that ``worker`` lives, which is ``name`` to people; gives the time by the database's clock.
+
+        ``is_shared`` says whether others read its event log."""
+        lives = workers.update().where(workers.c.id == worker).values(seen=database.Now()).returning(workers.c.seen)
+        with self._write() as connection:
+            seen = connection.execute(lives).scalar()
+            if seen is None:
+                values = {"id": worker, "name": name[:255], "is_shared": is_shared, "seen": database.Now()}
+                seen = connection.execute(workers.insert().values(values).returning(workers.c.seen)).scalar_one()
+        return float(seen)
+
+    def others(self, worker: str, seconds: float) -> list[str]:
+        """Gives the names of the workers but ``worker`` that were heard of within so many seconds."""
+        lives = (workers.c.id != worker, workers.c.seen > database.Now() - seconds)
+        with self._read() as connection:
+            return list(connection.execute(sa.select(workers.c.name).where(*lives).order_by(workers.c.name)).scalars())
+
+    def newest(self, thread_ids: Collection[str]) -> dict[str, tuple[int, int]]:
+        """Gives the position of each thread's newest message, and when that was created: 0 and 0 where there is none.
+        Threads that are gone are left out."""
+        with self._read() as connection:
+            rows = connection.execute(_NEWEST, {"these": list(thread_ids)}).all()
+        return {thread_id: (position or 0, created_at or 0) for thread_id, position, created_at in rows}
+
+    def retire(self, worker: str) -> None:
+        """Forgets ``worker``, which left nothing behind."""
+        with self._write() as connection:
+            connection.execute(workers.delete().where(workers.c.id == worker))
+
+    def bury(self, seconds: float, since: float) -> list[str]:
+        """Forgets the workers that were not heard of for so many seconds, and have no run that is not over; gives the
+        threads that they had others in which went on after the Unix time ``since``. Of several that call at once, one
+        is given them."""
+        silent = workers.c.seen < database.Now() - seconds
+        with self._read() as connection:
+            # Seldom any, and what writes may have to wait.
+            if connection.execute(sa.select(workers.c.id).where(silent).limit(1)).first() is None:
+                return []
+        busy = sa.exists().where(runs.c.worker == workers.c.id, _LIVING)
+        # Rows that another has are left to it: two that wait for many rows can be a deadlock.
+        dead = sa.select(workers.c.id).where(silent, ~busy).with_for_update(skip_locked=True, of=workers)
+        times = (runs.c.started_at, runs.c.completed_at, runs.c.failed_at, runs.c.cancelled_at)
+        late = sa.or_(*(time > since for time in times))
+        with self._write() as connection:
+            gone = connection.execute(workers.delete().where(workers.c.id.in_(dead)).returning(workers.c.id))
+            theirs = runs.c.worker.in_(gone.scalars().all())
+            return list(connection.execute(sa.select(runs.c.thread_id).where(theirs, late).distinct()).scalars())
+
+    def release(self, worker: str, *run_ids: str) -> None:
+        """Lets go of ``worker``'s queued runs, or of those named, for the next worker to pick up at once."""
+        which = runs.c.id.in_(run_ids) if run_ids else runs.c.status == "queued"
         with self._write() as connection:
             connection.execute(_free(runs.c.worker == worker, which).values(lease=0))
 
@@ -477,6 +606,14 @@ def thread_object(row: Any) -> Json:
 
 def _named(owner: Owner) -> Json:
     return {"scope": owner.scope, "owner": owner.name}
+
+
+def _heard_of(worker: sa.Column[str] | str, *where: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
+    return sa.exists().where(workers.c.id == worker, *where)
+
+
+def _by(run: Json, worker: str, claim: int) -> Json:
+    return {"this": run["id"], "mine": worker, "number": claim}
 
 
 def _free(*where: sa.ColumnElement[bool]) -> sa.Update:

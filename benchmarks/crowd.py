@@ -5,9 +5,11 @@
     python benchmarks/crowd.py --redis redis://host/0     the same, with that one
     python benchmarks/crowd.py --floor                    a bare WSGI app that yields and waits: what the server costs
     python benchmarks/crowd.py --threads 1                all in one thread, and an event to all
+    python benchmarks/crowd.py --streams 500 --herd       500 come all at once, as after a deploy
 
 Prints KiB a stream (the worker's RSS, after less before), how long commands take while the crowd is idle and
-heartbeats go out, and how long the worker takes to notice that all viewers are gone. The crowd is a process of its
+heartbeats go out, and how long the worker takes to notice that all viewers are gone; with `--herd`, how long commands
+take while it comes, to a thread of 20 messages each. The crowd is a process of its
 own. 5,000 streams need a `ulimit -Hn` of 12,000 or so. On a busy machine, and as root, begin with `nice -n -15`.
 
 How they leave is `--leave close` (a FIN each), or `--leave vanish`: the crowd's network is taken away, without a
@@ -28,6 +30,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -84,16 +87,16 @@ class Floor:
 # The crowd
 
 
-def view(host: str, port: int, paths: list[str], streams: int) -> None:
-    """Opens so many streams, at most 200 at a time, and reads them until stdin ends; a line tells that all are open,
-    and one answers each that is asked."""
+def view(host: str, port: int, paths: list[str], streams: int, at_once: int) -> None:
+    """Opens so many streams, at most so many ``at_once``, and reads them until stdin ends; a line tells that all are
+    open, and one answers each that is asked."""
     _files()
     waiting, readers, last, cut = selectors.DefaultSelector(), dict[socket.socket, str](), 0.0, 0
     waiting.register(0, selectors.EVENT_READ)
     opening, refused, silent = True, 0, set[socket.socket]()
     due = [paths[at % len(paths)] for at in range(streams)]
     while True:
-        while due and len(silent) < 200:
+        while due and len(silent) < at_once:
             viewer = socket.create_connection((host, port))
             viewer.sendall(f"GET {due[-1]} HTTP/1.1\r\nHost: crowd\r\nX-Caller: me\r\n\r\n".encode())
             waiting.register(viewer, selectors.EVENT_READ)
@@ -132,6 +135,23 @@ def view(host: str, port: int, paths: list[str], streams: int) -> None:
 # The measurements
 
 
+class Line:
+    """A connection that is kept."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._line = http.client.HTTPConnection(host, port, timeout=60)
+
+    def ask(self, method: str, path: str, body: Any = None) -> Any:
+        """Gives the JSON answer."""
+        head = {"Content-Type": "application/json", "X-Caller": "me"}
+        self._line.request(method, path, None if body is None else json.dumps(body), head)
+        answer = self._line.getresponse()
+        text = answer.read()
+        if answer.status >= 400:
+            raise SystemExit(f"{method} {path}: {answer.status} {text!r}")
+        return json.loads(text)
+
+
 class Server:
     """Gunicorn with one gevent worker."""
 
@@ -141,7 +161,7 @@ class Server:
             free.bind((host, 0))
             self.port: int = free.getsockname()[1]
         env = {**os.environ, "APP_CONFIG": json.dumps(config), "HEARTBEAT": str(config["ASSISTREAM_HEARTBEAT_SECONDS"])}
-        env |= {"OPENAI_API_KEY": "none", "PYTHONPATH": str(HERE.parent)}
+        env |= {"OPENAI_API_KEY": "none", "PYTHONPATH": f"{HERE.parent}:{HERE.parent.parent}"}
         command = [sys.executable, "-m", "gunicorn", "-k", "gevent", "-b", f"{host}:{self.port}", "--backlog", "4096"]
         command += ["--worker-connections", "6000", "--keep-alive", "600", "--graceful-timeout", "2"]
         command += ["--no-control-socket", "crowd:Floor()" if floor else "crowd:make_app()"]
@@ -154,17 +174,7 @@ class Server:
             if self._process.poll() is not None:
                 raise SystemExit(Path(f"{folder}/gunicorn.log").read_text())
             time.sleep(0.05)
-        self._line = http.client.HTTPConnection(host, self.port, timeout=60)
-
-    def ask(self, method: str, path: str, body: Any = None) -> Any:
-        """Gives the JSON answer, on a connection that is kept."""
-        head = {"Content-Type": "application/json", "X-Caller": "me"}
-        self._line.request(method, path, None if body is None else json.dumps(body), head)
-        answer = self._line.getresponse()
-        text = answer.read()
-        if answer.status >= 400:
-            raise SystemExit(f"{method} {path}: {answer.status} {text!r}")
-        return json.loads(text)
+        self.ask = Line(host, self.port).ask
 
     def worker(self) -> int:
         """The worker's process id."""
@@ -190,9 +200,9 @@ class Server:
 class Crowd:
     """Many viewers, in a process of their own."""
 
-    def __init__(self, enter: list[str], server: Server, paths: list[str], streams: int) -> None:
+    def __init__(self, enter: list[str], server: Server, paths: list[str], streams: int, at_once: int = 200) -> None:
         code = "import json, sys; sys.path[0] = sys.argv[1]; import crowd; crowd.view(*json.loads(sys.argv[2]))"
-        told = json.dumps([server.host, server.port, paths, streams])
+        told = json.dumps([server.host, server.port, paths, streams, at_once])
         command = [*enter, sys.executable, "-c", code, str(HERE.parent), told]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self._process.stdout
@@ -282,6 +292,40 @@ def commands(server: Server, path: str, seconds: float) -> None:
     )
 
 
+def herd(options: argparse.Namespace, server: Server, other: str, threads: list[str]) -> None:
+    """All come at once; prints how long commands take until all have their thread."""
+    for path in [other, *threads]:
+        for number in range(20):
+            server.ask("POST", f"{path}/messages", {"content": f"{number} " + "Hello all. " * 50})
+    paths = [f"{thread}/events" for thread in threads]
+    print(f"a herd of {options.streams} to {options.threads} threads:")
+    times: dict[str, list[float]] = {"POST": [], "GET": []}
+    ready, came = threading.Event(), threading.Event()
+
+    def ask(method: str, line: Line) -> None:
+        body = {"content": "Hello"} if method == "POST" else None
+        while not came.is_set():
+            at = time.perf_counter()
+            line.ask(method, f"{other}/messages" + ("" if body else "?limit=5"), body)
+            if ready.is_set():
+                times[method].append(time.perf_counter() - at)
+            time.sleep(0.02)
+
+    askers = [threading.Thread(target=ask, args=(method, Line(server.host, server.port))) for method in times]
+    for one in askers:
+        one.start()
+    ready.set()
+    start, cpu = time.monotonic(), server.cpu()
+    crowd = Crowd([], server, paths, options.streams, options.streams)
+    took, used = time.monotonic() - start, server.cpu() - cpu
+    came.set()
+    for one in askers:
+        one.join()
+    print(f"  all have their thread after {took:.2f} s, for {used:.2f} s of CPU")
+    print(f"  POST message: {quantiles(times['POST'])};  GET messages: {quantiles(times['GET'])}")
+    crowd.end()
+
+
 def leave(server: Server, streams: int, gone: Callable[[], None]) -> None:
     """Has the crowd leave; prints how long it takes the worker to notice."""
     start, left, slowest, marks = time.monotonic(), streams, 0.0, [0.5, 0.1]
@@ -302,6 +346,9 @@ def measure(options: argparse.Namespace, server: Server, network: Network | None
     ids = [server.ask("POST", "/assistream/threads", {})["id"] for _ in range(options.threads + 1)]
     other, *threads = (f"/assistream/threads/{id}" for id in ids)
     server.ask("GET", "/open")
+    if options.herd:
+        herd(options, server, other, threads)
+        return
     print("alone:")
     commands(server, other, 5)
     before, start = server.kib(), time.monotonic()
@@ -344,6 +391,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=5000)
     parser.add_argument("--threads", type=int, default=500, help="conversations that the streams are spread over")
+    parser.add_argument("--herd", action="store_true", help="all come at once, and that is all")
+    parser.add_argument("--database", metavar="URL", help="instead of an SQLite file")
     parser.add_argument("--heartbeat", type=float, default=15, help="seconds")
     parser.add_argument("--redis", nargs="?", const="own", metavar="URL")
     parser.add_argument("--floor", action="store_true", help="a bare WSGI app instead of assistream")
@@ -354,7 +403,7 @@ def main() -> None:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         network = stack.enter_context(network_of_its_own()) if options.leave == "vanish" else None
         config = {
-            "ASSISTREAM_DATABASE_URL": f"sqlite:///{folder}/crowd.sqlite3",
+            "ASSISTREAM_DATABASE_URL": options.database or f"sqlite:///{folder}/crowd.sqlite3",
             "ASSISTREAM_MAX_STREAMS": options.streams,
             "ASSISTREAM_HEARTBEAT_SECONDS": options.heartbeat,
         }

@@ -16,7 +16,7 @@ from tests.live import Gunicorn
 from tests.redis_server import RedisServer
 
 APP = """
-import json, os
+import json, os, time
 from flask import Flask, jsonify, request
 from openai import OpenAI
 from assistream_flask import Assistant, create_blueprint
@@ -40,6 +40,13 @@ def page():
 @app.get("/pid")
 def pid():
     return jsonify(os.getpid())
+
+@app.get("/compute/<int:seconds>")
+def compute(seconds):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        sum(range(1000))
+    return jsonify(os.getpid())
 """
 
 
@@ -53,10 +60,11 @@ class Cluster:
         database_url: str,
         *,
         gunicorns: int = 1,
-        workers: int = 4,
+        workers: int = 3,
         delay: float = 0.02,
         options: list[str] | None = None,
         model_url: str | None = None,
+        app: str = APP,
         **settings: Any,
     ) -> None:
         """``model_url`` is of a model server that runs already; else there is one that waits ``delay`` a token."""
@@ -64,7 +72,7 @@ class Cluster:
         self._folder, self._delay, self._model_url = folder, delay, model_url
         settings = {"redis_url": redis.url, "database_url": database_url, "max_runs": 10_000, **settings}
         self.gunicorns = [
-            Gunicorn(self._made(folder / f"g{at}"), app=APP, workers=workers, options=options, **settings)
+            Gunicorn(self._made(folder / f"g{at}"), app=app, workers=workers, options=options, **settings)
             for at in range(gunicorns)
         ]
         self._begun: list[Gunicorn] = []

@@ -16,9 +16,11 @@ from flask.testing import FlaskClient
 from assistream_flask import Assistant, create_blueprint
 from assistream_flask.testing import OfflineServer
 
+from .postgres_server import database_url as database_url
 from .postgres_server import postgres as postgres
 from .redis_server import own_redis as own_redis
 from .redis_server import redis_server as redis_server
+from .watcher import made as watchers
 
 KEY = "sk-secret-of-the-tests"
 ASSISTANTS = (
@@ -27,6 +29,24 @@ ASSISTANTS = (
     Assistant("poet", model="m", instructions="You are a poet.", upstream="chat", name="Poet"),
 )
 OVER = ("completed", "incomplete", "failed", "cancelled")
+
+# Files of long tests that share nothing. Those of any other are run one after another by one of pytest-xdist's workers,
+# as servers and browsers are started once a file.
+APART = ("test_complaints", "test_crashes", "test_leaks", "test_locked_database", "test_recycle", "test_runtime")
+
+
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem not in APART:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+@pytest.fixture(autouse=True)
+def _no_watcher_outlives_its_test() -> Iterator[None]:
+    yield
+    # It would come back for ever to a port that a later test's server may have.
+    while watchers:
+        watchers.pop().stop()
 
 
 def quick_client(server: OfflineServer, **options: Any) -> openai.OpenAI:
@@ -50,6 +70,7 @@ class MakeApp(Protocol):
         *,
         owner: Callable[[], str | None] | None = ...,
         client: openai.OpenAI | Callable[[], openai.OpenAI] | None = ...,
+        adopt: Callable[[str, str], Assistant | None] | None = ...,
         **settings: Any,
     ) -> Flask: ...
 
@@ -65,6 +86,7 @@ def make_app(server: OfflineServer, tmp_path: Path) -> Iterator[MakeApp]:
             *,
             owner: Callable[[], str | None] | None = None,
             client: openai.OpenAI | Callable[[], openai.OpenAI] | None = None,
+            adopt: Callable[[str, str], Assistant | None] | None = None,
             **settings: Any,
         ) -> Flask:
             app = Flask("app", instance_path=str(tmp_path))
@@ -76,7 +98,7 @@ def make_app(server: OfflineServer, tmp_path: Path) -> Iterator[MakeApp]:
             }
             app.config.update((f"ASSISTREAM_{name.upper()}", value) for name, value in {**defaults, **settings}.items())
             app.register_blueprint(
-                create_blueprint(assistants, owner=owner, client=client or ours), url_prefix="/assistream"
+                create_blueprint(assistants, owner=owner, client=client or ours, adopt=adopt), url_prefix="/assistream"
             )
             stack.callback(app.extensions["assistream"].close)
             return app

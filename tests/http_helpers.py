@@ -1,8 +1,9 @@
-"""Reading answers: our errors, and event streams frame by frame."""
+"""Reading answers: our errors, and event streams frame by frame; and the requests that a model server gets."""
 
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -68,3 +69,17 @@ def error_of(mimetype: str | None, body: bytes, code: str | None = None) -> str:
         assert value["error"]["code"] == code, value
     message: str = value["error"]["message"]
     return message
+
+
+def request_of(peer: socket.socket) -> bytes:
+    """Reads one request with its body; gives what came where the client left before."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        if not (more := peer.recv(65_536)):
+            return data
+        data += more
+    head, _, body = data.partition(b"\r\n\r\n")
+    length = next(int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
+    while len(body) < length:
+        body += peer.recv(65_536)
+    return head + b"\r\n\r\n" + body

@@ -123,6 +123,11 @@ class Checked:
 FAULTY = ("cut", "429", "error_nested", "malformed", "ends_early", "stall", "stall_headers", "function_call")
 
 
+# The database's pool keeps a few connections, as many as were ever needed at once. A thread of the system that waited
+# for a lock of gevent once keeps a loop, which is two files: ``loops`` counts those.
+KEPT = ("socket:", "anon_inode:")
+
+
 def fd_is_open(fd: str) -> bool:
     """Whether it is not the one that listed them all."""
     return os.path.lexists(f"/proc/self/fd/{fd}")
@@ -136,14 +141,17 @@ def is_ours(thing: greenlet.greenlet) -> bool:
     return top is greenlet.getcurrent()
 
 
+def open_files() -> list[str]:
+    return [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if fd_is_open(fd)]
+
+
 def left() -> dict[str, Any]:
     gc.collect()
     live = [thing for thing in gc.get_objects() if isinstance(thing, greenlet.greenlet) and not thing.dead]
-    files = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if fd_is_open(fd)]
+    files = open_files()
     return {
         "sockets": sum(name.startswith("socket:") for name in files),
-        # The database's pool keeps a few connections, as many as were ever needed at once.
-        "files": sum(".sqlite3" not in name and not name.startswith("socket:") for name in files),
+        "files": sum(not name.startswith(KEPT) and ".sqlite3" not in name for name in files),
         "threads": sorted(thread.name for thread in threading.enumerate() if "Dummy" not in thread.name),
         "greenlets": sum(map(is_ours, live)),
     }
@@ -191,6 +199,7 @@ def main() -> None:
                 for way in WAYS:
                     checked.one(way)
             results["after"] = settled(results["before"])
+            results["loops"] = open_files().count("anon_inode:[eventpoll]")
             app.extensions["assistream"].close()
         results["closed"] = settled({})
     print(json.dumps({**results, "runs": checked.runs, "slowest": checked.slowest}))

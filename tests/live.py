@@ -58,6 +58,10 @@ def relay():
 @app.get("/page")
 def page():
     return "<!doctype html><title>test</title>"
+
+@app.get("/pid")
+def pid():
+    return jsonify(os.getpid())
 """
 
 
@@ -89,11 +93,14 @@ class Gunicorn:
 
     def start(self) -> None:
         """Starts it and waits until it answers."""
-        command = [sys.executable, "-m", "gunicorn", *self._options, "-b", f"127.0.0.1:{self.port}"]
+        # Its script, not -m: what it starts itself anew (SIGUSR2) would look for modules in its own folder.
+        script = str(Path(sys.executable).with_name("gunicorn"))
+        command = [script, *self._options, "-b", f"127.0.0.1:{self.port}"]
         command += ["--no-control-socket", "live_app:app"]
         with open(self._folder / "gunicorn.log", "ab") as log:
             self._process = subprocess.Popen(command, cwd=self._folder, env=self.env, stdout=log, stderr=log)
-        end = time.monotonic() + 20
+        # Four that import the app at once, on two busy cores.
+        end = time.monotonic() + 60
         while True:
             try:
                 self.get("/page", parse=False)
@@ -107,6 +114,10 @@ class Gunicorn:
     def process(self) -> subprocess.Popen[bytes]:
         assert self._process is not None
         return self._process
+
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
 
     def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
         """Ends it: with SIGKILL the worker too, as a crash would."""
@@ -130,12 +141,12 @@ class Gunicorn:
         data = None if body is None else json.dumps(body).encode()
         head = {"Content-Type": "application/json", **(headers or {})}
         request = urllib.request.Request(self.url + path, data=data, method=method, headers=head)
-        with urllib.request.urlopen(request, timeout=20) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             text = answer.read()
         return json.loads(text) if text else None
 
     def get(self, path: str, *, parse: bool = True) -> Any:
-        with urllib.request.urlopen(self.url + path, timeout=20) as answer:
+        with urllib.request.urlopen(self.url + path, timeout=60) as answer:
             text = answer.read()
         return json.loads(text) if parse else text
 

@@ -18,9 +18,12 @@ import sqlalchemy as sa
 
 
 class PostgresServer:
-    """Runs in ``folder``, on a socket there, as user postgres where we are root: it refuses to run as root."""
+    """Runs in ``folder``, on a socket there, as user postgres where we are root: it refuses to run as root.
 
-    def __init__(self, binaries: Path, folder: Path) -> None:
+    One that is ``lasting`` keeps what it was given when it is stopped at once, until it is started again.
+    """
+
+    def __init__(self, binaries: Path, folder: Path, *, lasting: bool = False) -> None:
         self._folder, self._count = folder, 0
         root = os.geteuid() == 0
         self._user = pwd.getpwnam("postgres").pw_uid if root else os.geteuid()
@@ -28,21 +31,32 @@ class PostgresServer:
             os.chown(folder, self._user, -1)
         data = folder / "data"
         self._run(binaries / "initdb", "--no-sync", "-A", "trust", "-U", "postgres", "-E", "UTF8", "--locale=C", data)
-        # What a crash would lose, nobody misses.
-        fast = ["-c", "fsync=off", "-c", "synchronous_commit=off", "-c", "full_page_writes=off"]
+        # What a crash of the machine would lose, nobody misses.
+        fast = ["-c", "fsync=off", "-c", "full_page_writes=off"]
+        fast += [] if lasting else ["-c", "synchronous_commit=off"]
+        self._command: list[str | Path] = [
+            binaries / "postgres",
+            "-D",
+            data,
+            "-k",
+            folder,
+            "-c",
+            "listen_addresses=",
+            *fast,
+        ]
         self._log = (folder / "log").open("w+")
-        self._process = subprocess.Popen(
-            [binaries / "postgres", "-D", data, "-k", folder, "-c", "listen_addresses=", *fast],
-            user=self._user,
-            cwd=folder,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-        )
         self._admin = sa.create_engine(
             self.url("postgres"),
             isolation_level="AUTOCOMMIT",
             poolclass=sa.NullPool,
             connect_args={"connect_timeout": 5},
+        )
+        self.start()
+
+    def start(self) -> None:
+        """Starts it and waits until it answers."""
+        self._process = subprocess.Popen(
+            self._command, user=self._user, cwd=self._folder, stdout=self._log, stderr=subprocess.STDOUT
         )
         self._wait()
 
@@ -73,13 +87,18 @@ class PostgresServer:
         return self.url(f"test{self._count}")
 
     def stop(self) -> None:
-        # At once: what is in it goes with the folder.
+        """Ends it at once, as a crash would."""
         self._process.send_signal(signal.SIGQUIT)
         self._process.wait(30)
+
+    def close(self) -> None:
+        """Ends it for good; what is in it goes with the folder."""
+        self.stop()
         self._log.close()
 
 
-def _binaries() -> Path | None:
+def postgres_binaries() -> Path | None:
+    """Gives the folder of initdb and postgres, where they are installed."""
     found = shutil.which("initdb")
     # Debian has them beside the PATH.
     debian = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3]))
@@ -89,7 +108,7 @@ def _binaries() -> Path | None:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[PostgresServer]:
-    binaries = _binaries()
+    binaries = postgres_binaries()
     if binaries is None or importlib.util.find_spec("psycopg") is None:
         assert not os.environ.get("CI"), "CI needs PostgreSQL and psycopg"
         pytest.skip("PostgreSQL or psycopg is not installed")
@@ -99,4 +118,13 @@ def postgres() -> Iterator[PostgresServer]:
         try:
             yield server
         finally:
-            server.stop()
+            server.close()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database of each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'a.sqlite3'}"
+    server: PostgresServer = request.getfixturevalue("postgres")
+    return server.new_database()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import shutil
 import signal
 import socket
@@ -16,16 +18,29 @@ import pytest
 import redis
 
 
-class RedisServer:
-    """One server that keeps nothing, until :meth:`stop`."""
+def _documented() -> str:
+    text = (Path(__file__).resolve().parent.parent / "docs/deploy.md").read_text()
+    found = re.search(
+        r"^ *redis-cli ACL SETUSER assistream on '>password' (.*?)\n *```", text, re.DOTALL | re.MULTILINE
+    )
+    assert found is not None
+    return " ".join(shlex.split(found[1]))
 
-    def __init__(self, folder: Path) -> None:
+
+DOCUMENTED = _documented()
+"""What docs/deploy.md has a Redis user be allowed."""
+
+
+class RedisServer:
+    """One server that keeps nothing, until :meth:`stop`; ``more`` are options of its command."""
+
+    def __init__(self, folder: Path, *more: str) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port: int = free.getsockname()[1]
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self._empty = iter(range(1, 16_000))
-        self._folder = folder
+        self._folder, self._more = folder, more
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -36,7 +51,7 @@ class RedisServer:
             assert not os.environ.get("CI"), "CI must have redis-server"
             pytest.skip("redis-server is not installed")
         options = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
-        options += ["--databases", "16000"]
+        options += ["--databases", "16000", *self._more]
         self._process = subprocess.Popen(
             ["redis-server", *options, "--dir", str(self._folder)], stdout=subprocess.DEVNULL
         )
@@ -52,6 +67,11 @@ class RedisServer:
     def empty_url(self) -> str:
         """Gives the URL of a database of its own."""
         return self.url.removesuffix("0") + str(next(self._empty))
+
+    def url_of(self, rule: str, database: int = 0) -> str:
+        """Gives the URL of a user of its own, with the rights in ``rule``, as ACL SETUSER takes them."""
+        self.ask("ACL", "SETUSER", f"user{database}", "reset", "on", ">pa55", *rule.split())
+        return f"redis://user{database}:pa55@127.0.0.1:{self.port}/{database}"
 
     def ask(self, *command: str) -> object:
         """Gives Redis's answer to a command."""
@@ -71,9 +91,9 @@ class RedisServer:
 
 
 @contextmanager
-def running_redis(folder: Path) -> Iterator[RedisServer]:
+def running_redis(folder: Path, *more: str) -> Iterator[RedisServer]:
     """A started server, ended whatever happens."""
-    server = RedisServer(folder)
+    server = RedisServer(folder, *more)
     try:
         server.start()
         yield server

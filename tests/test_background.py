@@ -15,7 +15,8 @@ from assistream_flask import Assistant, upstream
 from assistream_flask.errors import RunError
 from assistream_flask.events import Json
 from assistream_flask.testing import OfflineServer, Reply
-from assistream_flask.upstream.parts import Annotation, Begun, End, Reasoning, Refusal, Text, Turn
+from assistream_flask.upstream.history import Turn
+from assistream_flask.upstream.parts import Annotation, Begun, End, Reasoning, Refusal, Text
 
 from .conftest import KEY, quick_client, wait_until
 
@@ -146,6 +147,56 @@ def test_at_every_place_the_rest_is_polled_where_it_is_streamed_no_more(fault: s
 
 
 @pytest.mark.parametrize("window", [300, 0])
+def test_a_mark_is_taken_off_whichever_process_tells_it(window: float) -> None:
+    names = ["Tutor", "tutor"]
+    with OfflineServer(Reply("[Tutor]\nHello there, you."), delay=0.001, stream_window=window) as server:
+        for count in range(1, 20):
+            with quick_client(server) as client:
+                stream, got = upstream.open(client, ASSISTANT, TURNS, 5, names), Got()
+                if read_lists(stream, got, count) and got.end is None:
+                    rest = upstream.resume(client, ASSISTANT, carried(stream.state()), 5, every=0.01, names=names)
+                    assert read(rest, got) is None
+            assert got.parts == {("Text", 0): "Hello there, you."}
+
+
+def test_what_was_held_back_as_a_stream_broke_is_told_once() -> None:
+    whole = {"id": "resp_1", "status": "completed", "output": [message({"type": "output_text", "text": "[Tuesday]"})]}
+    server = Habits([ANSWER[1], delta(0, 0, "[Tu"), delta(0, 0, "esday]")])
+    server.events[-1]["response"] = whole
+    with server.client() as client:
+        stream, got = upstream.open(client, ASSISTANT, TURNS, 5, ["Tutor"]), Got()
+        batches = iter(stream)
+        got.add(next(batches))
+        # What is held is no list, so the stream is left behind the piece after it, and taken up before.
+        state = carried(stream.state())
+        stream.close()
+        rest = upstream.resume(client, ASSISTANT, state, 5, every=0.01, names=["Tutor"])
+        assert read(rest, got) is None
+    assert got.parts == {("Text", 0): "[Tuesday]"}
+
+
+def test_a_worker_of_an_older_release_knows_that_a_text_was_told_in_pieces() -> None:
+    for event in (delta(0, 0, "No", "refusal"), {"type": "response.output_text.done", "text": "No"}, delta(0, 0, "No")):
+        server = Habits([ANSWER[1], event])
+        with server.client() as client:
+            stream = begin(client)
+            assert read_lists(stream, Got(), 2)
+            assert carried(stream.state())["told_by"] == "delta"
+
+
+def test_what_a_worker_of_an_older_release_told_is_not_told_again() -> None:
+    server = Habits(ANSWER)
+    with server.client() as client:
+        stream, got = begin(client), Got()
+        assert read_lists(stream, got, 12)
+        state = carried(stream.state())
+        slots = [slot for slot in state["slots"] if slot[0] != "thought"]
+        older = {name: state[name] for name in ("response_id", "sequence", "told_by", "paragraph")}
+        assert read(resume(client, {**older, "slots": slots}), got) is None
+    assert got.parts == TOLD
+
+
+@pytest.mark.parametrize("window", [300, 0])
 def test_each_list_may_be_told_by_a_process_of_its_own(window: float) -> None:
     with OfflineServer(FULL, delay=0.01, stream_window=window) as server, quick_client(server) as client:
         whole, got = Got(), Got()
@@ -162,6 +213,16 @@ def test_the_answer_is_asked_for_in_the_background_and_stored(server: OfflineSer
     read(begin(client), Got())
     body = server.requests[0].body
     assert (body["background"], body["store"], body["stream"]) == (True, True, True)
+
+
+def test_only_an_answer_in_the_background_is_asked_for_under_a_key_which_the_app_can_leave_out(
+    server: OfflineServer, client: openai.OpenAI
+) -> None:
+    left_out: Any = {"background": True, "extra_headers": {"Idempotency-Key": openai.Omit()}}
+    for more in ({"background": True}, {}, left_out):
+        stream = upstream.open(client, Assistant("a", model="m", **more), TURNS, 5, key="run_1-0")
+        assert any(isinstance(parts[-1], End) for parts in stream)
+    assert [one.headers.get("idempotency-key") for one in server.requests] == ["run_1-0", None, None]
 
 
 def test_the_id_is_known_before_any_text(server: OfflineServer, client: openai.OpenAI) -> None:
@@ -376,13 +437,9 @@ def test_at_every_event_of_a_server_without_indexes_the_rest_is_polled() -> None
         *({"type": "response.output_text.delta", "delta": word} for word in ("one ", "\ud83c", "\udf0d", " two")),
     ]
     server = Habits(events, numbered=False, streams=False)
-    server.final = [
-        httpx2.Response(
-            200,
-            json={"status": "completed", "output": [message({"type": "output_text", "text": "one 🌍 two"})]},
-        )
-        for _ in range(20)
-    ]
+    final = {"status": "completed", "output": [message({"type": "output_text", "text": "one 🌍 two"})]}
+    server.events[-1] = {"type": "response.completed", "response": final}
+    server.final = [httpx2.Response(200, json=final) for _ in range(20)]
     with server.client() as client:
         whole = Got()
         read(begin(client), whole)

@@ -110,6 +110,24 @@ def test_an_answer_goes_on_when_its_client_leaves(server: OfflineServer, client:
     assert client.responses.retrieve(id).output_text == "one two three four five"
 
 
+@pytest.mark.parametrize("again", [True, False])
+def test_who_asks_again_under_a_key_gets_the_same_response_from_its_start(
+    server: OfflineServer, client: openai.OpenAI, again: bool
+) -> None:
+    server.replies = ["one two three", "another"]
+    first = create(client, extra_headers={"Idempotency-Key": "k1"})
+    found = create(client, extra_headers={"Idempotency-Key": "k1" if again else "k2"})
+    assert text_of(found) == ("one two three" if again else "another")
+    assert (found[0]["response"]["id"] == first[0]["response"]["id"]) == again
+    assert create(client)[0]["response"]["id"] != first[0]["response"]["id"]
+
+
+def test_a_key_counts_for_responses_in_the_background_only(server: OfflineServer, client: openai.OpenAI) -> None:
+    server.replies = ["one", "two"]
+    key: Any = {"extra_headers": {"Idempotency-Key": "k1"}, "background": False}
+    assert [text_of(create(client, **key)) for _ in range(2)] == ["one", "two"]
+
+
 def test_two_who_come_back_at_once_get_the_same(server: OfflineServer, client: openai.OpenAI) -> None:
     server.replies = Reply("one two three four five", delay=0.02)
     id = begin(client)
@@ -124,7 +142,7 @@ def test_two_who_come_back_at_once_get_the_same(server: OfflineServer, client: o
 
 
 def test_the_object_tells_the_text_so_far_and_then_the_whole(server: OfflineServer, client: openai.OpenAI) -> None:
-    server.replies = Reply("one two three", delay=0.05)
+    server.replies = Reply("one two three", delay=0.3)
     id = begin(client)
     seen: list[tuple[str, str]] = []
 

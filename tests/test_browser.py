@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -17,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Route, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Dialog, Page, Route, sync_playwright
 
-from tests.live import ROOT, Gunicorn, running
+from tests.live import APP, ROOT, Gunicorn, running
+from tests.test_doctor import BUFFERS, behind_nginx
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 ARGUMENTS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-sync"
@@ -47,7 +49,11 @@ async () => {
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS.split())
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM,
+            args=ARGUMENTS.split(),
+            ignore_default_args=["--disable-back-forward-cache"],
+        )
         yield browser
         browser.close()
 
@@ -87,6 +93,20 @@ def wait(page: Page, true: Callable[[], object], seconds: float = 30) -> None:
     while not true():
         assert time.monotonic() < end, last(page)
         pause(page, 0.05)
+
+
+# A headless browser takes all its tabs for visible; this makes one as hidden as its scripts can tell.
+HIDEABLE = """
+let hidden = false;
+Object.defineProperty(document, "hidden", { get: () => hidden });
+Object.defineProperty(document, "visibilityState", { get: () => hidden ? "hidden" : "visible" });
+const frame = window.requestAnimationFrame;
+window.requestAnimationFrame = (fn) => frame(() => hidden || fn());
+window.hide = (on) => {
+  hidden = on;
+  document.dispatchEvent(new Event("visibilitychange", { bubbles: true }));
+};
+"""
 
 
 def over(entries: list[Any], count: int) -> bool:
@@ -325,18 +345,51 @@ def test_cuts_and_time_offline_lose_and_double_nothing(context: BrowserContext, 
         assert page.evaluate("ended") == 2
 
 
+def test_a_command_with_a_signal_that_hangs_is_sent_again_after_a_minute_and_stored_once(
+    context: BrowserContext, live: Gunicorn
+) -> None:
+    page = context.new_page()
+    page.clock.install()
+    page.goto(f"{live.url}/page")
+    page.evaluate(PAGE)
+    thread = page.evaluate("createThread()")
+    held: list[Route] = []
+    keys: list[str] = []
+
+    def hold(route: Route) -> None:
+        keys.append(route.request.headers["idempotency-key"])
+        if held:
+            route.continue_()
+        else:
+            held.append(route)
+
+    page.route("**/messages", hold)
+    page.evaluate(
+        "id => { addMessage(id, 'Once', { signal: new AbortController().signal }).then(e => { window.sent = e }) }",
+        thread,
+    )
+    wait(page, lambda: held)
+    page.clock.fast_forward(61_000)
+
+    def sent() -> object:
+        # The wait before the next try.
+        page.clock.run_for(500)
+        return page.evaluate("window.sent?.message.id")
+
+    wait(page, sent)
+    assert [entry["message"]["id"] for entry in live.entries(f"/assistream/threads/{thread}")] == [sent()]
+    assert len(keys) == 2
+    assert len(set(keys)) == 1
+
+
 def test_a_hidden_tab_keeps_receiving(context: BrowserContext, live: Gunicorn) -> None:
     page = open_page(context, live.url)
-    page.evaluate("""() => {
-      for (const [key, value] of [["hidden", true], ["visibilityState", "hidden"]])
-        Object.defineProperty(document, key, { get: () => value });
-      window.requestAnimationFrame = () => 0;
-      document.dispatchEvent(new Event("visibilitychange", { bubbles: true }));
-    }""")
+    page.evaluate(HIDEABLE)
+    page.evaluate("hide(true)")
     thread = page.evaluate("createThread()")
     page.evaluate("id => addMessageAndRun(id, 'Hi', 'responses', set)", thread)
     agree(page, live, thread, 2)
-    assert len(page.evaluate("seen")) > 20
+    assert len(page.evaluate("seen")) > 5
 
 
 def test_a_thread_longer_than_a_page_comes_whole(context: BrowserContext, live: Gunicorn) -> None:
@@ -346,6 +399,101 @@ def test_a_thread_longer_than_a_page_comes_whole(context: BrowserContext, live: 
     page = open_page(context, live.url)
     first = page.evaluate("id => loadThread(id, set).then(() => seen[0])", thread.rpartition("/")[2])
     assert [entry["message"]["content"][0]["text"]["value"] for entry in first] == [f"Message {n}" for n in range(270)]
+
+
+def test_seven_tabs_over_http_1_do_not_hang_the_app(context: BrowserContext, live: Gunicorn) -> None:
+    context.add_init_script(HIDEABLE)
+    thread = live.thread().rpartition("/")[2]
+    pages: list[Page] = []
+    warned: list[str] = []
+    context.on("console", lambda message: warned.append(message.text) if message.type == "warning" else None)
+    for _ in range(7):
+        for page in pages:
+            page.evaluate("hide(true)")
+        pages.append(open_page(context, live.url))
+        pages[-1].evaluate(
+            "id => { window.states = []; return loadThread(id, set, {onstate: (now) => states.push(now)}) }", thread
+        )
+    last_page, first = pages[-1], pages[0]
+    states = "states.at(-1)"
+    wait(last_page, lambda: [page.evaluate(states) for page in pages] == ["paused"] * 3 + ["live"] * 4)
+    assert len(warned) == 3
+    assert "HTTP/2" in warned[0]
+    assert live.get("/asked") is not None
+    # One that let go still learns how the run ended that it waits for.
+    ended = first.evaluate("id => addMessageAndRun(id, 'Hi', 'responses').then((run) => run.status)", thread)
+    assert ended == "completed"
+    agree(last_page, live, thread, 2)
+    last_page.evaluate("hide(true)")
+    last_page.evaluate("id => addMessageAndRun(id, 'And?', 'chat')", thread)
+    first.evaluate("hide(false)")
+    agree(first, live, thread, 4)
+    assert first.evaluate(states) == "live"
+    wait(first, lambda: [page.evaluate(states) for page in pages].count("live") == 4)
+    for page in pages[3:6]:
+        page.close()
+    for page in pages[1:3]:
+        wait(page, lambda page=page: page.evaluate(states) == "live")  # type: ignore[misc]
+
+
+def test_the_back_button_brings_the_page_back_as_it_was_and_goes_on(context: BrowserContext, live: Gunicorn) -> None:
+    page = open_page(context, live.url)
+    thread = live.thread()
+    page.evaluate("id => { window.kept = true; return loadThread(id, set) }", thread.rpartition("/")[2])
+    page.goto(f"{live.url}/asked")
+    live.run(thread, "responses")
+    page.go_back(wait_until="commit")
+    assert page.evaluate("window.kept"), "the browser did not keep the page"
+    agree(page, live, thread.rpartition("/")[2], 2)
+    check_states(page.evaluate("seen"))
+
+
+def test_behind_a_proxy_that_buffers_the_page_asks_and_says_so(
+    context: BrowserContext, live: Gunicorn, tmp_path: Path
+) -> None:
+    with behind_nginx(tmp_path, live.url, BUFFERS) as url:
+        page = open_page(context, url)
+        warned: list[str] = []
+        page.on("console", lambda message: warned.append(message.text) if message.type == "warning" else None)
+        thread = page.evaluate("createThread()")
+        loaded = page.evaluate(
+            "id => { window.states = []; return loadThread(id, set, {onstate: (now) => states.push(now)}) }", thread
+        )
+        assert loaded == []
+        assert page.evaluate("states") == ["connecting", "polling"]
+        (text,) = warned
+        assert "proxy_buffering off" in text
+        runs = page.evaluate("id => addMessageAndRuns(id, 'Hi', ['responses', 'chat'], set)", thread)
+        assert [run["status"] for run in runs] == ["completed", "completed"]
+        agree(page, live, thread, 3)
+        check_states(page.evaluate("seen"))
+
+
+def test_a_session_that_ended_is_told_and_the_page_goes_on_after_signing_in_again(
+    context: BrowserContext, tmp_path: Path
+) -> None:
+    app = APP.replace('owner=lambda: "me"', 'owner=lambda: request.cookies.get("user")')
+    app = app.replace("import Flask, jsonify", "import Flask, jsonify, request")
+    with running(tmp_path, app=app) as live, contextlib.closing(Cable(live.port)) as cable:
+        user: Any = {"name": "user", "value": "7", "url": cable.url}
+        context.add_cookies([user])
+        page = open_page(context, cable.url)
+        thread = page.evaluate("createThread()")
+        page.evaluate(
+            "id => { window.states = []; return loadThread(id, set, {onstate: (now) => states.push(now)}) }", thread
+        )
+        page.evaluate("id => addMessage(id, 'One')", thread)
+        context.clear_cookies()
+        cable.cut()
+        wait(page, lambda: page.evaluate("states.at(-1)") == "unauthenticated")
+        assert (
+            page.evaluate("id => addMessage(id, 'Refused').catch((error) => error.code)", thread) == "unauthenticated"
+        )
+        assert page.evaluate("id => loadThread(id, () => {}).then((entries) => entries.length)", thread) == 1
+        context.add_cookies([user])
+        page.evaluate("id => addMessage(id, 'Two')", thread)
+        wait(page, lambda: len(last(page)) == 2)
+        wait(page, lambda: page.evaluate("states.at(-1)") == "live")
 
 
 # The example page
@@ -456,6 +604,162 @@ def test_the_page_shows_model_text_as_text_and_keeps_a_strict_policy(context: Br
     assert errors == []
 
 
+def compose(page: Page, text: str) -> None:
+    """Types as with an input method: the text is underlined, and not there for good yet."""
+    session = page.context.new_cdp_session(page)
+    session.send("Input.imeSetComposition", {"text": text, "selectionStart": len(text), "selectionEnd": len(text)})
+
+
+def test_enter_belongs_to_an_input_method_that_composes(context: BrowserContext, example: str) -> None:
+    page, errors = watched(context)
+    page.goto(example)
+    box = page.get_by_role("textbox").first
+    page.get_by_role("checkbox", name="Tutor").wait_for()
+    box.focus()
+    compose(page, "にほん")
+    page.keyboard.press("Enter")
+    # Safari's: the composition is over for the script, the key is the input method's all the same.
+    page.evaluate("""() => document.activeElement.dispatchEvent(
+      new KeyboardEvent("keydown", { key: "Enter", keyCode: 229, bubbles: true, cancelable: true }))""")
+    pause(page, 0.3)
+    assert page.get_by_role("article", name="You").count() == 0
+    assert "にほん" in box.input_value()
+    box.fill("日本")
+    page.keyboard.press("Enter")
+    page.get_by_role("article", name="You").get_by_text("日本", exact=True).wait_for()
+    assert errors == []
+
+
+@pytest.mark.parametrize(
+    ("typed", "title"),
+    [
+        ("a" * 79 + "😀 and more", "a" * 79),
+        ("a" * 78 + "😀 and more", "a" * 78 + "😀"),
+        ("a" * 72 + "👩‍👩‍👧‍👦 and more", "a" * 72),
+        ("Ha\0lf \ud83d of one\nsecond line", "Half \ufffd of one"),
+    ],
+)
+def test_a_title_ends_where_a_character_does_and_what_cannot_be_stored_is_not_sent(
+    context: BrowserContext, example: str, typed: str, title: str
+) -> None:
+    page, errors = watched(context)
+    page.goto(example)
+    page.get_by_role("checkbox", name="Tutor").wait_for()
+    page.evaluate(
+        """text => {
+      const box = document.querySelector("textarea");
+      box.value = JSON.parse(text);
+      box.dispatchEvent(new Event("input", { bubbles: true }));
+      box.focus();
+    }""",
+        json.dumps(typed),
+    )
+    page.keyboard.press("Enter")
+    page.get_by_role("article", name="Tutor").get_by_text("I am the offline assistant").wait_for()
+    assert page.locator("#threads .name").first.text_content() == title
+    shown = page.get_by_role("article", name="You").text_content()
+    assert shown == typed.replace("\0", "").replace("\ud83d", "\ufffd")
+    assert errors == []
+
+
+def reply(text: str, **run: Any) -> dict[str, Any]:
+    """An entry of the tutor's, whose run is as ``run`` says."""
+    run = {"id": "run_1", "status": "completed", "last_error": None, "created_at": 1, "assistant_id": "tutor", **run}
+    done = run["status"] not in ("queued", "in_progress")
+    message = {
+        "id": "msg_2",
+        "role": "assistant",
+        "assistant_id": "tutor",
+        "run_id": "run_1",
+        "content": [{"type": "text", "text": {"value": text, "annotations": []}}] if text else [],
+        "status": ("completed" if run["status"] == "completed" else "incomplete") if done else "in_progress",
+        "incomplete_details": {"reason": f"run_{run['status']}"} if run["status"] in ("failed", "cancelled") else None,
+    }
+    return {"assistant_id": "tutor", "message": message, "run": run, "steps": []}
+
+
+def show(page: Page, example: str, entry: dict[str, Any]) -> None:
+    """Opens the example page with a thread of a question and ``entry``."""
+    asked = [{"type": "text", "text": {"value": "Why?", "annotations": []}}]
+    message = {"id": "msg_1", "role": "user", "status": "completed", "content": asked, "run_id": None}
+    data = {"data": [{"assistant_id": None, "message": message, "run": None, "steps": []}, entry], "has_more": False}
+    body = f"retry: 60000\nid: e-1\nevent: thread.snapshot\ndata: {json.dumps(data)}\n\n"
+    page.route("**/threads/*/events*", lambda route: route.fulfill(content_type="text/event-stream", body=body))
+    page.goto(f"{example}#thread_1")
+    page.get_by_role("article", name="Tutor").wait_for()
+
+
+def test_lists_keep_their_paragraphs_and_tables_their_escaped_pipes(context: BrowserContext, example: str) -> None:
+    page, errors = watched(context)
+    text = "1. One\n\n   more of one\n2. Two\n\n| a | b |\n|---|---|\n| x \\| y | `p\\|q` |\n\n- שלום"
+    show(page, example, reply(text))
+    items = page.locator(".md ol > li")
+    assert items.first.locator("p").all_text_contents() == ["One", "more of one"]
+    assert items.nth(1).inner_html() == "Two"
+    assert page.locator(".md th").all_text_contents() == ["a", "b"]
+    assert page.locator(".md td").all_text_contents() == ["x | y", "p|q"]
+    assert page.locator(".md td code").text_content() == "p|q"
+    assert page.locator(".md ul").evaluate("list => getComputedStyle(list).direction") == "rtl"
+    assert page.locator(".md ol").evaluate("list => getComputedStyle(list).direction") == "ltr"
+    for place in (".words", "textarea", "#title"):
+        assert page.locator(place).first.get_attribute("dir") == "auto"
+    assert errors == []
+
+
+def test_a_run_says_what_it_waits_for(context: BrowserContext, example: str) -> None:
+    page, errors = watched(context)
+    waits = {"code": "model_loading", "message": "The model is loading."}
+    show(page, example, reply("", status="in_progress", last_error=waits))
+    assert page.locator(".status").text_content() == "Waiting"
+    page.get_by_text("The model is loading.").wait_for()
+    assert not page.get_by_role("button", name="Retry").is_visible()
+    assert errors == []
+
+
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [
+        (
+            {"status": "failed", "last_error": {"code": "empty_answer", "message": "The model gave no text."}},
+            "The model gave no text.",
+        ),
+        ({"status": "incomplete"}, "The answer ended before its first word."),
+    ],
+)
+def test_an_answer_without_text_can_be_tried_again(
+    context: BrowserContext, example: str, run: dict[str, Any], said: str
+) -> None:
+    page, errors = watched(context)
+    show(page, example, reply("", **run))
+    page.get_by_text(said).wait_for()
+    assert page.get_by_role("button", name="Retry").is_visible()
+    assert errors == []
+
+
+def test_the_page_says_that_the_user_is_signed_out_and_goes_on_when_they_are_back(
+    context: BrowserContext, example: str
+) -> None:
+    with contextlib.closing(Cable(int(example.rpartition(":")[2]))) as cable:
+        page = context.new_page()
+        page.goto(cable.url)
+        page.get_by_role("checkbox", name="Tutor").wait_for()
+        page.get_by_role("textbox").first.fill("Hello")
+        page.keyboard.press("Enter")
+        page.get_by_role("article", name="Tutor").get_by_text("I am the offline assistant").wait_for()
+        refused = json.dumps({"error": {"type": "t", "code": "unauthenticated", "message": "Sign in first."}})
+
+        def refuse(route: Route) -> None:
+            route.fulfill(status=401, content_type="application/json", body=refused)
+
+        page.route("**/threads/**", refuse)
+        cable.cut()
+        page.get_by_text("You are signed out.").wait_for()
+        page.get_by_role("article", name="Tutor").get_by_text("I am the offline assistant").wait_for()
+        page.unroute("**/threads/**", refuse)
+        page.evaluate("dispatchEvent(new Event('online'))")
+        page.get_by_text("You are signed out.").wait_for(state="detached")
+
+
 # The README's examples
 
 ENTRY = {
@@ -509,20 +813,48 @@ def test_the_page_of_the_readme_shows_a_question_and_its_answer(context: Browser
         assert errors == []
 
 
-@pytest.mark.parametrize(("name", "language"), [("React", "jsx"), ("Vue", "js")])
-def test_the_snippet_of_the_readme_runs(context: BrowserContext, tmp_path: Path, name: str, language: str) -> None:
+def test_the_page_of_the_readme_works_under_the_policy_that_it_names(context: BrowserContext, tmp_path: Path) -> None:
+    html = example_code("html").replace("<script ", '<script nonce="n" ')
+    (tmp_path / "page.html").write_text("<!doctype html><link rel=icon href=data:,>" + html)
+    policy = "default-src 'none'; img-src data:; script-src 'nonce-n'; connect-src 'self'"
+    app = EXAMPLE_APP.replace(
+        'app.send_static_file("page.html")',
+        f'app.send_static_file("page.html"), {{"Content-Security-Policy": "{policy}"}}',
+    )
+    with running(tmp_path, app=app) as live:
+        page, errors = watched(context)
+        page.goto(f"{live.url}/page")
+        page.locator("input").fill("Why?")
+        wait(page, lambda: "#" in page.url)
+        page.keyboard.press("Enter")
+        page.get_by_text("I am the offline assistant").wait_for()
+        assert errors == []
+
+
+def bundle(folder: Path, name: str, language: str) -> None:
+    """Makes a page of a README snippet."""
     esbuild = ROOT / "node_modules" / ".bin" / "esbuild"
     if not esbuild.exists() and not os.environ.get("CI"):
         pytest.skip("no esbuild: python3 run_tests.py installs it")
-    (tmp_path / "example.jsx").write_text(example_code(language))
-    (tmp_path / "entry.js").write_text(ENTRY[name])
-    (tmp_path / "page.html").write_text(
+    (folder / "example.jsx").write_text(example_code(language))
+    (folder / "entry.js").write_text(ENTRY[name])
+    (folder / "page.html").write_text(
         '<!doctype html><link rel=icon href=data:,><script type="module" src="/static/bundle.js"></script>'
     )
-    (tmp_path / "node_modules").symlink_to(ROOT / "node_modules")
+    (folder / "node_modules").symlink_to(ROOT / "node_modules")
     options = ["--bundle", "--format=esm", "--jsx=automatic", "--external:/assistream/*", "--outfile=bundle.js"]
     options += ["--alias:vue=vue/dist/vue.esm-bundler.js", '--define:process.env.NODE_ENV="production"']
-    subprocess.run([esbuild, "entry.js", *options], cwd=tmp_path, check=True, capture_output=True)
+    subprocess.run([esbuild, "entry.js", *options], cwd=folder, check=True, capture_output=True)
+
+
+SNIPPETS = pytest.mark.parametrize(("name", "language"), [("React", "jsx"), ("Vue", "js")])
+
+
+@SNIPPETS
+def test_the_snippet_of_the_readme_runs_and_leaves_alone_what_is_typed_during_the_answer(
+    context: BrowserContext, tmp_path: Path, name: str, language: str
+) -> None:
+    bundle(tmp_path, name, language)
     with running(tmp_path, app=EXAMPLE_APP) as live:
         page, errors = watched(context)
         thread = live.thread().rpartition("/")[2]
@@ -530,8 +862,35 @@ def test_the_snippet_of_the_readme_runs(context: BrowserContext, tmp_path: Path,
         page.locator("input").fill("Why?")
         page.keyboard.press("Enter")
         page.get_by_text("You: Why?").wait_for()
+        assert page.locator("input").input_value() == ""
+        page.keyboard.type("And how?")
         for number in (0, 1):
             page.get_by_text("I am the offline assistant").nth(number).wait_for()
         entries = live.settled(f"/assistream/threads/{thread}")
+        pause(page, 0.5)
+        assert page.locator("input").input_value() == "And how?"
         assert [entry["assistant_id"] for entry in entries] == [None, "tutor", "critic"]
         assert errors == []
+
+
+@SNIPPETS
+def test_the_snippet_of_the_readme_gives_back_what_was_not_sent(
+    context: BrowserContext, tmp_path: Path, name: str, language: str
+) -> None:
+    bundle(tmp_path, name, language)
+    refused = json.dumps({"error": {"type": "t", "code": "invalid_value", "message": "No."}})
+    with running(tmp_path, app=EXAMPLE_APP) as live:
+        page = context.new_page()
+        told: list[str] = []
+
+        def close(dialog: Dialog) -> None:
+            told.append(dialog.message)
+            dialog.accept()
+
+        page.on("dialog", close)
+        page.route("**/runs", lambda route: route.fulfill(status=400, content_type="application/json", body=refused))
+        page.goto(f"{live.url}/page#{live.thread().rpartition('/')[2]}")
+        page.locator("input").fill("Why?")
+        page.keyboard.press("Enter")
+        wait(page, lambda: told)
+        wait(page, lambda: page.locator("input").input_value() == "Why?")

@@ -20,8 +20,10 @@ from typing import Any
 import pytest
 
 from assistream_flask.events import Event as Told
+from assistream_flask.events import Said
 from assistream_flask.log.redis import RedisLog
 from assistream_flask.testing import OfflineServer, Reply, Request
+from assistream_flask.upstream.history import closed, turns_of
 from tests.cluster import APP, Cluster, clustered
 from tests.conftest import text, wait_until
 from tests.live import Event, Gunicorn, stream
@@ -265,15 +267,9 @@ def _each_saw_all_before(entries: list[Any], asked: Asked, plans: list[list[tupl
         for entry in group:
             assert entry["run"]["status"] == "completed"
             ours = history if mode == "sequential" else before
-            assert asked[text(entry)] == [_turn(speaker, said, entry["assistant_id"]) for speaker, said in ours]
+            said = [Said(speaker, words) for speaker, words in ours]
+            assert asked[text(entry)] == [*map(tuple, closed(turns_of(said, entry["assistant_id"], {})))]
             history.append((entry["assistant_id"], text(entry)))
-
-
-def _turn(speaker: str | None, said: str, reader: str) -> tuple[str, str]:
-    """How a run of ``reader`` is told what somebody said."""
-    if speaker in (None, reader):
-        return "assistant" if speaker else "user", said
-    return "user", f"[{speaker}]\n{said}"
 
 
 def test_any_worker_serves_any_request_and_cancels_any_run(apart: Cluster, model: OfflineServer) -> None:

@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
-from assistream_flask.testing import Request, scripted
-from tests.cluster import Cluster, clustered
+from assistream_flask.events import Said
+from assistream_flask.testing import OfflineServer, Reply, Request, scripted
+from assistream_flask.upstream.history import closed, turns_of
+from tests.cluster import APP, Cluster, clustered
 from tests.conftest import wait_until
 from tests.live import Gunicorn
 from tests.postgres_server import PostgresServer
@@ -24,6 +26,30 @@ from tests.watcher import Watcher, says, settle
 KILLS = int(os.environ.get("ASSISTREAM_KILLS", "2"))
 RESTARTS = int(os.environ.get("ASSISTREAM_RESTARTS", "2"))
 OUTAGES = int(os.environ.get("ASSISTREAM_OUTAGES", "1"))
+
+
+@pytest.mark.parametrize("assistant", ["tutor", "lasting"])
+def test_what_a_worker_stored_and_could_not_tell_is_told_though_it_died(
+    tmp_path: Path, own_redis: RedisServer, postgres: PostgresServer, assistant: str
+) -> None:
+    apart = clustered(tmp_path, own_redis, postgres.new_database(), gunicorns=2, workers=1, delay=0.05)
+    with apart as cluster:
+        one, two = cluster.gunicorns
+        thread = two.thread()
+        one.get(f"{thread}/messages")
+        watcher = Watcher([two], thread)
+        wait_until(lambda: watcher.snapshots, 20)
+        one.run(thread, assistant)
+        wait_until(lambda: len(watcher.entries) == 2 and says(watcher.entries[1]), 20)
+        own_redis.ask("CONFIG", "SET", "maxmemory", "1")
+        # The one is over by then, and the other's text was stored since.
+        time.sleep(12 if assistant == "tutor" else 2.3)
+        one.stop(signal.SIGKILL)
+        own_redis.ask("CONFIG", "SET", "maxmemory", "0")
+        entries = two.settled(thread, 60)
+        assert entries[1]["run"]["status"] == "completed"
+        wait_until(lambda: watcher.entries == entries, 40)
+        assert watcher.faults == []
 
 
 @pytest.fixture
@@ -66,12 +92,8 @@ def whole_answer(entries: list[Any], entry: Any) -> str:
     """What the scripted model says to the thread as it was before this entry's message by the user."""
     at = entries.index(entry)
     asked = max(number for number in range(at) if entries[number]["run"] is None)
-    turns = []
-    for one in entries[: asked + 1]:
-        mine = one["assistant_id"] in (None, entry["assistant_id"])
-        if says(one):
-            other = "user", f"[{one['assistant_id']}]\n{says(one)}"
-            turns.append((one["message"]["role"], says(one)) if mine else other)
+    said = [Said(one["assistant_id"], says(one)) for one in entries[: asked + 1]]
+    turns = [(turn.role, turn.text) for turn in closed(turns_of(said, entry["assistant_id"], {}))]
     return scripted(Request("POST", "/v1/responses", {}, None, 0.0, model="m", messages=turns)).text or ""
 
 
@@ -108,6 +130,50 @@ def test_a_killed_workers_runs_end_within_15_seconds_and_lasting_ones_go_on(clus
             one.stop()
 
 
+def test_a_worker_killed_before_it_knew_its_responses_id_costs_no_second_one(
+    tmp_path: Path, own_redis: RedisServer, postgres: PostgresServer
+) -> None:
+    with (
+        OfflineServer([Reply("one two three", fault="stall_headers"), "another"]) as model,
+        clustered(tmp_path, own_redis, postgres.new_database(), workers=2, model_url=model.base_url) as cluster,
+    ):
+        gunicorn = cluster.gunicorns[0]
+        thread = gunicorn.thread()
+        (run_id,) = gunicorn.run(thread, "lasting")
+        wait_until(lambda: model._responses)
+        for pid in cluster.workers():
+            os.kill(pid, signal.SIGKILL)
+        _, entry = gunicorn.settled(thread, 60)
+        assert (entry["run"]["status"], says(entry)) == ("completed", "one two three")
+        assert len(model._responses) == 1
+        asked = [one.headers.get("idempotency-key") for one in model.requests if one.method == "POST"]
+        assert asked == [f"{run_id}-0"] * 2
+
+
+@pytest.mark.parametrize("adopts", [True, False], ids=["adopt", "no adopt"])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGHUP], ids=["killed", "deploy"])
+def test_a_callables_assistants_go_on_in_another_worker_where_the_app_gives_them(
+    tmp_path: Path, own_redis: RedisServer, postgres: PostgresServer, how: signal.Signals, adopts: bool
+) -> None:
+    adopt = ", adopt=lambda id, owner: next(one for one in assistants if one.id == id)" if adopts else ""
+    app = APP.replace("create_blueprint(assistants", f"create_blueprint(lambda: assistants{adopt}")
+    with clustered(tmp_path, own_redis, postgres.new_database(), app=app, workers=2, delay=0.3) as cluster:
+        gunicorn, (before, *_) = cluster.gunicorns[0], cluster.workers()
+        thread = gunicorn.thread()
+        gunicorn.run(thread, "lasting")
+        gunicorn.run(thread, "tutor", content="And you?")
+        wait_until(lambda: says(gunicorn.entries(thread)[1]), 30)
+        if how == signal.SIGHUP:
+            gunicorn.process.send_signal(how)
+        for pid in cluster.workers() if how == signal.SIGKILL else ():
+            os.kill(pid, how)
+        wait_until(lambda: before not in cluster.workers(), 30)
+        runs = [entry["run"] for entry in gunicorn.settled(thread, 90) if entry["run"]]
+    assert [run["assistant_id"] for run in runs] == ["lasting", "tutor"]
+    codes = [run["last_error"] and run["last_error"]["code"] for run in runs]
+    assert codes == ([None, None] if adopts else ["worker_lost", "worker_lost"])
+
+
 def test_a_deploy_ends_streams_at_once_and_fails_no_run(cluster: Cluster) -> None:
     gunicorn, choose = cluster.gunicorns[0], random.Random(2)
     threads = watched(cluster, 6)
@@ -135,7 +201,7 @@ def test_a_deploy_ends_streams_at_once_and_fails_no_run(cluster: Cluster) -> Non
             one.stop()
 
 
-def test_workers_that_have_served_their_max_requests_end_as_at_a_deploy(
+def test_viewers_of_workers_that_have_served_their_max_requests_miss_nothing(
     tmp_path: Path, own_redis: RedisServer, postgres: PostgresServer
 ) -> None:
     options = ["--max-requests", "30", "--max-requests-jitter", "10"]
@@ -147,9 +213,11 @@ def test_workers_that_have_served_their_max_requests_end_as_at_a_deploy(
         growing(cluster, threads)
         for _ in range(60):
             gunicorn.get("/page", parse=False)
+        wait_until(lambda: "Autorestarting worker" in cluster.log(), 90)
+        for thread in threads:
+            commanded(gunicorn, thread, "tutor")
         for entries in settle(gunicorn, threads).values():
             assert {entry["run"]["status"] for entry in entries if entry["run"]} == {"completed"}
-        assert "Autorestarting worker" in cluster.log()
         for ones in threads.values():
             for one in ones:
                 one.stop()

@@ -122,7 +122,7 @@ def test_a_viewer_that_reads_slowly_gets_a_page_of_a_thread_of_megabytes(live: G
             frame += answer.read1(8192)
             time.sleep(0.03)
         assert time.monotonic() - start > 1, "it was not slow"
-    snapshot = json.loads(frame.partition(b"\ndata: ")[2])
+    snapshot = json.loads(frame.partition(b"\ndata: ")[2].partition(b"\n")[0])
     assert snapshot["has_more"]
     assert snapshot["data"][-1]["message"]["content"][0]["text"]["value"].startswith("29 ")
     assert len(frame) < 1 << 20

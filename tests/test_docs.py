@@ -127,6 +127,15 @@ def test_the_testing_example_runs(tmp_path: Path) -> None:
     assert "1 passed" in done.stdout, done.stdout
 
 
+def test_the_readme_says_where_the_helper_and_its_types_are_installed() -> None:
+    (command,) = [line for block in code("sh") for line in block.splitlines() if line.startswith("python -c ")]
+    words = [sys.executable, *shlex.split(command)[1:]]
+    told = Path(subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip())
+    assert told.name == "assistream.js"
+    assert told.exists()
+    assert told.with_suffix(".d.ts").exists()
+
+
 def test_the_readme_names_no_fault_or_reason_that_is_not_there() -> None:
     assert "stall" in FAULTS
     reasons = re.findall(r"`(\w+)`", next(row[1] for row in rows("Events") if "message.incomplete" in row[0]))
@@ -262,3 +271,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = folder.glob("*.whl")
     return zipfile.ZipFile(wheel).namelist()
+
+
+def test_the_readme_has_every_code_that_a_run_can_fail_with() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert [code for code in RUN_ERRORS if f"`{code}`" not in text] == []

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -33,7 +34,7 @@ from .postgres_server import PostgresServer
 from .redis_server import RedisServer
 
 APP = """
-import json, os
+import json, os, time
 from flask import Flask, redirect
 from assistream_flask import Assistant, create_blueprint
 
@@ -45,6 +46,13 @@ app.register_blueprint(create_blueprint([Assistant("tutor", model="m")]), url_pr
 @app.get("/page/doctor")
 def page():
     return "<!doctype html><title>test</title>"
+
+@app.get("/compute")
+def compute():
+    end = time.monotonic() + 4
+    while time.monotonic() < end:
+        pass
+    return "done"
 
 @app.get("/moved/doctor")
 def moved():
@@ -188,6 +196,9 @@ def test_a_good_deployment_has_nothing_to_mend(good: Deployment, tmp_path: Path)
         "in the worker: gunicorn/",
         "patched by gevent",
         "in the worker: model server of 'assistream' at 127.0.0.1 takes the key",
+        "ok   the clock agrees with the database's",
+        "in the worker: the clock agrees with the database's",
+        "in the worker: within ten minutes it stood still for",
         "one by one",
         "not compressed",
         "the host that browsers see",
@@ -197,6 +208,16 @@ def test_a_good_deployment_has_nothing_to_mend(good: Deployment, tmp_path: Path)
 
 def test_a_server_without_a_proxy_is_good_too(good: Deployment) -> None:
     assert good.doctor(f"{good.url}/assistream/")[0] == 0
+
+
+def test_a_worker_that_stood_still_is_warned_of(tmp_path: Path) -> None:
+    with OfflineServer() as server, Deployment(tmp_path, server.base_url) as gunicorn:
+        gunicorn.get("/assistream/assistants")
+        with urllib.request.urlopen(f"{gunicorn.url}/compute", timeout=30) as answer:
+            assert answer.read() == b"done"
+        status, output = gunicorn.doctor(f"{gunicorn.url}/assistream")
+    assert (status, failures(output)) == (0, [])
+    assert "\nwarn in the worker: within ten minutes it stood still for" in output
 
 
 def test_two_workers_with_redis_between_them_are_good(good: Deployment, own_redis: RedisServer, tmp_path: Path) -> None:
@@ -250,6 +271,38 @@ def test_compression_is_found(good: Deployment, tmp_path: Path) -> None:
         status, output = good.doctor(f"{url}/assistream")
     assert (status, failures(output)) == (1, ["the proxy, or the app, compresses event streams (gzip)"])
     assert "`gzip_types`" in output
+
+
+def test_how_a_worker_ends_is_told(good: Deployment, tmp_path: Path) -> None:
+    options = ("--max-requests 1000", "--graceful-timeout 10")
+    with Deployment(tmp_path, good.env["OPENAI_BASE_URL"], *options) as gunicorn:
+        status, output = gunicorn.doctor(f"{gunicorn.url}/assistream")
+    assert (status, failures(output)) == (0, [])
+    assert "warn in the worker: gunicorn ends its workers after 10 s, before answers had" in output
+    assert "ok   in the worker: a worker that has served 1000 requests (--max-requests) ends between answers" in output
+
+
+def test_a_limit_of_requests_that_is_not_in_our_hands_is_found(good: Deployment, tmp_path: Path) -> None:
+    # As of a worker class that counts otherwise.
+    elsewhere = "type(worker).max_requests = vars(worker).pop('max_requests')"
+    (tmp_path / "gunicorn.conf.py").write_text(f"def post_worker_init(worker): {elsewhere}\n")
+    with Deployment(tmp_path, good.env["OPENAI_BASE_URL"], "--max-requests 1000") as gunicorn:
+        status, output = gunicorn.doctor(f"{gunicorn.url}/assistream")
+    assert (status, failures(output)) == (0, [])
+    assert "warn in the worker: a worker that has served 1000 requests (--max-requests) ends in the midst" in output
+
+
+def test_an_app_that_handles_sigterm_itself_is_found(good: Deployment, tmp_path: Path) -> None:
+    with Deployment(tmp_path, good.env["OPENAI_BASE_URL"]) as gunicorn:
+        gunicorn.stop()
+        module = tmp_path / "live_app.py"
+        module.write_text(
+            f"import os, signal\nsignal.signal(signal.SIGTERM, lambda *_: os._exit(0))\n{module.read_text()}"
+        )
+        gunicorn.start()
+        status, output = gunicorn.doctor(f"{gunicorn.url}/assistream")
+    assert (status, failures(output)) == (0, [])
+    assert "warn in the worker: the app handles SIGTERM itself" in output
 
 
 def test_two_workers_without_redis_are_found(good: Deployment, tmp_path: Path) -> None:
@@ -436,6 +489,13 @@ def test_two_blueprints_of_one_app_share_the_command(server: OfflineServer, tmp_
 
 
 # Strangers
+
+
+def test_a_clock_that_differs_from_the_databases_is_warned_of() -> None:
+    ahead, behind, right = (next(doctor._health(doctor.Health(0.2, skew))) for skew in (9.5, -60.2, 1.9))
+    assert (ahead.level, ahead.text) == ("warn", "the clock is 10 s ahead of the database's")
+    assert (behind.level, behind.text) == ("warn", "the clock is 60 s behind the database's")
+    assert right.level == "ok"
 
 
 @pytest.mark.parametrize("key", [None, "", "guess", "0" * 64, "\x7f" * 64])

@@ -23,7 +23,7 @@ import openai
 import pytest
 
 from assistream_flask import lean
-from assistream_flask.upstream import wire
+from assistream_flask.upstream import errors, wire
 from assistream_flask.upstream.gate import Gate
 
 CERTIFICATE = Path(__file__).with_name("localhost.pem")
@@ -172,11 +172,13 @@ def test_a_body_that_is_cut_anywhere_is_what_httpx2_makes_of_it(body: bytes) -> 
 
 
 class Wire:
-    """A server that answers each request with the deltas ``one``, ``two``, ``three``, 20 ms apart, then ``stops``
-    or goes silent. The second has a chunk ``extension``."""
+    """A server that answers each request with the deltas ``one``, ``two``, ``three``, 20 ms apart or each when ``go``
+    is released, then ``stops`` or goes silent. The second has a chunk ``extension``."""
 
-    def __init__(self, *, tls: bool, stops: bool = True, extension: bytes = b"") -> None:
-        self._extension = extension
+    def __init__(
+        self, *, tls: bool, stops: bool = True, extension: bytes = b"", go: threading.Semaphore | None = None
+    ) -> None:
+        self._extension, self._go = extension, go
         self.context = ssl.create_default_context(cafile=CERTIFICATE)
         self._stops, self._server = stops, socket.create_server(("127.0.0.1", 0))
         self.port: int = self._server.getsockname()[1]
@@ -207,7 +209,10 @@ class Wire:
                     asked = b""
                     connection.sendall(HEAD)
                     for word in ("one", "two", "three"):
-                        time.sleep(0.02)
+                        if self._go is None:
+                            time.sleep(0.02)
+                        else:
+                            self._go.acquire()
                         event = b'data: {"type": "response.output_text.delta", "delta": "%b"}\n\n' % word.encode()
                         extension = self._extension if word == "two" else b""
                         connection.sendall(b"%x%b\r\n%b\r\n" % (len(event), extension, event))
@@ -331,19 +336,21 @@ def test_a_silent_server_is_given_up_after_the_time_out(tls: bool, closing: cont
     client = closing.enter_context(lean(openai.DefaultHttpxClient(verify=server.context)))
     with pytest.raises(TimeoutError) as caught:
         deltas(client, server)
-    assert wire.timed_out(caught.value)
+    assert errors.timed_out(caught.value)
 
 
 @pytest.mark.parametrize("tls", [False, True])
 def test_one_look_at_the_gate_brings_all_that_has_arrived(tls: bool, closing: contextlib.ExitStack) -> None:
     # A server may send a TLS record a token.
-    server = Wire(tls=tls, stops=False)
+    go = threading.Semaphore(0)
+    server = Wire(tls=tls, stops=False, go=go)
     closing.callback(server.close)
     client = closing.enter_context(lean(openai.DefaultHttpxClient(verify=server.context)))
     gate, told = Gate(), list[str]()
     with asked(client, server) as stream:
         batches = wire.read(stream, gate)
         assert next(batches) == []
+        go.release(3)
         time.sleep(0.5)
         assert gate.read()
         while batch := next(batches):
@@ -353,7 +360,8 @@ def test_one_look_at_the_gate_brings_all_that_has_arrived(tls: bool, closing: co
 
 @pytest.mark.parametrize("tls", [False, True])
 def test_before_h11_reads_on_the_gate_says_so(tls: bool, closing: contextlib.ExitStack) -> None:
-    server = Wire(tls=tls, stops=False, extension=b";a=b")
+    go = threading.Semaphore(0)
+    server = Wire(tls=tls, stops=False, extension=b";a=b", go=go)
     closing.callback(server.close)
     client = closing.enter_context(lean(openai.DefaultHttpxClient(verify=server.context)))
     gate, told = Gate(), list[str]()
@@ -361,6 +369,8 @@ def test_before_h11_reads_on_the_gate_says_so(tls: bool, closing: contextlib.Exi
     def read() -> None:
         with asked(client, server) as stream:
             for batch in wire.read(stream, gate):
+                if not batch:
+                    go.release()
                 told.extend([data["delta"] for _, data in batch] or ["go on" if gate.socket is None else "wait"])
 
     with pytest.raises(httpx2.ReadTimeout):

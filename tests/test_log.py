@@ -12,10 +12,11 @@ from typing import Any, Protocol
 import pytest
 
 from assistream_flask.events import Event
-from assistream_flask.log import Log, Lost, Place, Record, Subscription, Taken, tail
+from assistream_flask.log import REFUSED, Claim, Log, Lost, Place, Record, Subscription, Taken, Told, memory, tail
+from assistream_flask.log import redis as redis_log
 from assistream_flask.log.memory import MemoryLog
 from assistream_flask.log.redis import RedisLog
-from tests.redis_server import RedisServer
+from tests.redis_server import DOCUMENTED, RedisServer
 
 
 class Clock:
@@ -58,10 +59,9 @@ class MakeRedisLog:
         server.start()
 
     def __call__(self, *, max_events: int = 10_000, max_bytes: int = 8 << 20, max_age: float = 600) -> Log:
-        # Every log of these tests is one of its own.
-        return RedisLog(
-            self._server.empty_url(), max_events=max_events, max_bytes=max_bytes, max_age=max_age * self.clock.real
-        )
+        # Every log of these tests is one of its own, of a user that may do no more than the docs say.
+        url = self._server.url_of(DOCUMENTED, int(self._server.empty_url().rpartition("/")[2]))
+        return RedisLog(url, max_events=max_events, max_bytes=max_bytes, max_age=max_age * self.clock.real)
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +120,17 @@ def test_threads_and_logs_have_epochs_of_their_own(make: MakeLog) -> None:
     assert len({log.end("t").epoch, log.end("u").epoch, other.end("t").epoch}) == 3
 
 
+def test_a_thread_is_viewed_while_somebody_reads_it(make: MakeLog) -> None:
+    log = make()
+    log.append("u", [event(1)])
+    reader, other = (log.subscribe("t", log.end("t")) for _ in range(2))
+    assert log.viewed() == ["t"]
+    reader.close()
+    assert log.viewed() == ["t"]
+    other.close()
+    assert log.viewed() == []
+
+
 def test_an_append_of_nothing_changes_nothing(make: MakeLog) -> None:
     log = make()
     assert log.append("t", []) == log.end("t") == Place(log.end("t").epoch, 0)
@@ -129,7 +140,8 @@ def test_what_is_appended_for_several_threads_at_once_is_in_each_of_them_in_orde
     log = make()
     starts = {name: log.end(name) for name in ("t", "u", "v")}
     readers = {name: log.subscribe(name, start) for name, start in starts.items()}
-    places = log.append_all([("t", [event(1), event(2)]), ("u", [event(3)]), ("v", []), ("t", [event(4)])])
+    told = [("t", [event(1), event(2)]), ("u", [event(3)]), ("v", []), ("t", [event(4)])]
+    places = log.append_all([Told(thread_id, events) for thread_id, events in told])
     assert list(places) == [
         Place(starts[name].epoch, offset) for name, offset in (("t", 2), ("u", 1), ("v", 0), ("t", 3))
     ]
@@ -145,7 +157,7 @@ def test_a_record_has_its_frame_with_its_id_and_the_key_of_its_run(make: MakeLog
     start = log.end("t")
     log.append("t", [Event("thread.x", {"a": "é\n"}, "run_1")])
     (record,) = log.since("t", start)
-    assert record.frame == f'id: {start.epoch}-1\nevent: thread.x\ndata: {{"a":"é\\n"}}\n\n'.encode()
+    assert record.frame == f'event: thread.x\ndata: {{"a":"é\\n"}}\nid: {start.epoch}-1\n\n'.encode()
     assert (record.name, record.key, record.data()) == ("thread.x", "run_1", {"a": "é\n"})
 
 
@@ -176,6 +188,73 @@ def test_a_place_reads_back_as_it_was_written() -> None:
 )
 def test_what_is_no_place_is_taken_for_none(text: str | None) -> None:
     assert Place.parse(text) is None
+
+
+# The end of a thread
+
+
+def test_a_log_that_forgets_keeps_the_last_event_alone(make: MakeLog) -> None:
+    log = make()
+    start = log.end("t")
+    before = log.append("t", [event(1), event(2)])
+    log.forget("t", event(3))
+    assert log.end("t") == Place(before.epoch, before.offset + 1)
+    assert after(log, before) == [3]
+    assert lost(log, start)
+    log.forget("u", event(4))
+    assert log.end("u").offset == 1
+
+
+def test_a_reader_is_told_the_last_event_once_and_one_that_is_behind_is_lost(make: MakeLog) -> None:
+    log = make()
+    behind = log.subscribe("t", log.end("t"))
+    reader = log.subscribe("t", log.append("t", [event(1)]))
+    got: list[Record] = []
+    waiting = threading.Thread(target=lambda: got.extend(reader.read(5)))
+    waiting.start()
+    log.forget("t", event(2))
+    waiting.join(10)
+    assert numbers(got) == [2]
+    assert reader.read(0.3) == []
+    with pytest.raises(Lost):
+        behind.read(5)
+    late = log.subscribe("t", Place(log.end("t").epoch, 1))
+    assert numbers(late.read(5)) == [2]
+    for one in (behind, reader, late):
+        one.close()
+
+
+def test_nothing_comes_after_the_last_event_and_no_restart_undoes_it(make: MakeLog) -> None:
+    log = make()
+    log.append("t", [event(1)])
+    log.forget("t", event(2))
+    end = log.end("t")
+    told = [("t", [event(3)]), ("u", [event(4)]), ("t", [event(5), event(6)])]
+    first, second, third = log.append_all([Told(*one) for one in told])
+    assert (first, third) == (None, None)
+    assert second == log.end("u")
+    assert log.append("t", [event(7)]) == end
+    log.restart("t")
+    log.forget("t", event(8))
+    with log.lock("t"):
+        pass
+    assert log.quiet("t") == log.end("t") == end
+    assert after(log, Place(end.epoch, end.offset - 1)) == [2]
+
+
+def test_the_last_event_lives_for_its_seconds_and_a_log_begins_anew_then(
+    make: MakeLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "GONE_SECONDS", 1)
+    monkeypatch.setattr(redis_log, "GONE_SECONDS", 1)
+    log = make()
+    log.append("t", [event(1)])
+    log.forget("t", event(2))
+    old = log.end("t")
+    make.clock.forward(15)
+    log.tend()
+    assert log.end("t").epoch != old.epoch
+    assert log.append("t", [event(3)]) == log.end("t")
 
 
 # Resume
@@ -491,6 +570,127 @@ def test_whatever_is_taken_and_given_in_turns_is_each_event_once(make: MakeLog) 
     reader.close()
     assert seen == list(range(last))
     assert 0 < given < last
+
+
+# Fences
+
+
+FIRST, SECOND, THIRD = (Claim("run_1", number) for number in range(3))
+
+
+def test_what_an_earlier_holder_of_a_run_appends_is_refused_and_leaves_nothing(make: MakeLog) -> None:
+    log = make()
+    start = log.end("t")
+    reader = log.subscribe("t", start)
+    assert log.append("t", [event(1)], FIRST) == start._replace(offset=1)
+    log.fence("t", SECOND)
+    assert log.append("t", [event(2)], FIRST) is REFUSED
+    assert log.append("t", [event(3)], SECOND) == start._replace(offset=2)
+    assert log.append("t", [event(4)], THIRD) == start._replace(offset=3)
+    assert after(log, start) == numbers(reader.read(1)) + numbers(reader.read(0)) == [1, 3, 4]
+    reader.close()
+
+
+def test_of_what_is_appended_at_once_only_what_is_an_earlier_holders_is_refused(make: MakeLog) -> None:
+    log = make()
+    starts = {name: log.end(name) for name in ("t", "u", "v")}
+    readers = {name: log.subscribe(name, start) for name, start in starts.items()}
+    log.fence("t", SECOND)
+    told = [
+        Told("t", [event(1), event(2)], FIRST),
+        Told("t", [event(3)]),
+        Told("u", [event(4)], Claim("run_2", 0)),
+        Told("t", [], FIRST),
+        Told("t", [event(5)], Claim("run_3", 0)),
+        Told("v", [event(6), event(7)], Claim("run_4", 5)),
+        Told("t", [event(8)], SECOND),
+    ]
+    places = log.append_all(told)
+    assert [place.offset if place and place is not REFUSED else None for place in places] == [None, 1, 1, None, 2, 2, 3]
+    for name, expected in (("t", [3, 5, 8]), ("u", [4]), ("v", [6, 7])):
+        assert numbers(log.since(name, starts[name])) == expected
+        assert numbers(readers[name].read(0.05)) == expected
+        readers[name].close()
+
+
+def test_a_fence_outlives_the_log_that_begins_anew_and_is_never_lowered(make: MakeLog) -> None:
+    log = make()
+    log.fence("t", THIRD)
+    log.restart("t")
+    log.fence("t", SECOND)
+    start = log.end("t")
+    assert log.append("t", [event(1)], FIRST) is REFUSED
+    assert log.append("t", [event(2)], SECOND) is REFUSED
+    assert log.end("t") == start
+    assert log.append("t", [event(3)], THIRD) == start._replace(offset=1)
+
+
+# What a run that was lost told
+
+
+def test_what_was_told_is_recovered_with_the_place_as_of_which_it_is_exact(make: MakeLog) -> None:
+    log = make()
+    start = log.append("t", [event(1, "r")])
+    assert log.recover("t", start, "r") == ([], start)
+    end = log.append("t", [event(2, "r"), event(3, "r"), event(4, "another")])
+    records, place = log.recover("t", start, "r")
+    assert (numbers(records), place) == ([2, 3], end)
+
+
+def test_a_log_that_began_anew_is_recovered_from_where_nothing_is_missing_and_is_lost_for_readers(
+    make: MakeLog,
+) -> None:
+    log = make()
+    start = log.append("t", [event(1, "r")])
+    log.append("t", [event(2, "r")])
+    log.restart("t", keep=True)
+    log.append("t", [event(3, "r")])
+    log.restart("t", keep=True)
+    end = log.append("t", [event(4, "r")])
+    for read in (log.since, log.subscribe):
+        with pytest.raises(Lost):
+            read("t", start)
+    if log.shared:
+        records, place = log.recover("t", start, "r")
+        assert (numbers(records), place) == ([2, 3, 4], end)
+    log.restart("t")
+    log.append("t", [event(5, "r")])
+    for known in (start, end):
+        with pytest.raises(Lost):
+            log.recover("t", known, "r")
+
+
+def test_of_what_is_missing_in_a_log_that_began_anew_nothing_is_recovered_and_all_else_is(make: MakeLog) -> None:
+    log = make()
+    start = log.append("t", [event(1, "r"), event(2, "s")])
+    log.append("t", [event(3, "s")])
+    log.restart("t", keep=True, holes=["r", "x"])
+    end = log.append("t", [event(4, "s"), event(5, "r")])
+    with pytest.raises(Lost):
+        log.recover("t", start, "r")
+    if log.shared:
+        records, place = log.recover("t", start, "s")
+        assert (numbers(records), place) == ([3, 4], end)
+
+
+def test_a_place_that_never_was_is_not_recovered(make: MakeLog) -> None:
+    log = make()
+    start = log.append("t", [event(1, "r")])
+    log.restart("t", keep=True)
+    end = log.append("t", [event(2, "r")])
+    for known in (start._replace(offset=2), end._replace(offset=2), Place("0", 1), Place("abc", 1), Place("9" * 17, 0)):
+        with pytest.raises(Lost):
+            log.recover("t", known, "r")
+
+
+def test_of_a_thread_that_is_gone_nothing_is_recovered(make: MakeLog) -> None:
+    log = make()
+    start = log.append("t", [event(1, "r")])
+    log.append("t", [event(2, "r")])
+    log.restart("t", keep=True)
+    log.forget("t", event(3, "r"))
+    with pytest.raises(Lost):
+        log.recover("t", start, "r")
 
 
 # The lock

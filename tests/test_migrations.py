@@ -19,17 +19,12 @@ from assistream_flask import migrations, schema
 from assistream_flask.threads import ThreadStore
 
 from . import schema_1
-from .postgres_server import PostgresServer
 from .test_store import FUTURE, ME, at_once, entries, new_thread, over, start, user
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty database."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'old.sqlite3'}"
-    server: PostgresServer = request.getfixturevalue("postgres")
-    return server.new_database()
+@pytest.fixture
+def url(database_url: str) -> str:
+    return database_url
 
 
 @pytest.fixture

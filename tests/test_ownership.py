@@ -289,9 +289,13 @@ def test_what_apps_give_for_nobody_is_nobody(make_app: MakeApp, nobody: Any) -> 
 
 def test_a_deleted_threads_text_is_nowhere_in_the_database(make_app: MakeApp, tmp_path: Path) -> None:
     client = make_app(owner=lambda: "me").test_client()
-    url = f"{P}/threads/{client.post(f'{P}/threads', json={}).get_json()['id']}"
+    body = {"metadata": {"title": "Nobody may read this"}}
+    created = client.post(f"{P}/threads", json=body, headers={"Idempotency-Key": "zero"}).get_json()
+    url = f"{P}/threads/{created['id']}"
     key = {"Idempotency-Key": "one"}
     assert client.post(f"{url}/messages", json={"content": "Nobody may read this"}, headers=key).status_code == 201
     assert client.delete(url).status_code == 204
     with contextlib.closing(sqlite3.connect(tmp_path / "test.sqlite3")) as database:
         assert "Nobody may read this" not in "".join(database.iterdump())
+    again = client.post(f"{P}/threads", json=body, headers={"Idempotency-Key": "zero"})
+    assert (again.status_code, again.get_json()) == (201, {**created, "metadata": {}})

@@ -249,6 +249,24 @@ def test_what_is_known_of_a_response_is_kept_for_its_cancel_also_where_the_run_i
     assert live.state == {"response_id": "resp_1"}
 
 
+def test_what_arrives_for_a_run_that_is_handed_over_is_left_to_the_next_worker_whole(live: Live) -> None:
+    class Known(upstream.Upstream):
+        number = 0
+
+        def state(self) -> Json:
+            self.number += 1
+            return {"sequence": self.number}
+
+    live.upstream = Known(None)
+    publish = alone()
+    publish.add(live, [Text(0, "one ")])
+    live.left = True
+    with pytest.raises(Interrupted):
+        publish.add(live, [Text(0, "two")])
+    _, message, _, _, state, _ = live.now()
+    assert (message["content"][0]["text"]["value"], state) == ("one ", {"sequence": 1})
+
+
 def test_nobody_waits_for_a_feeder_that_was_stopped_before_it_began() -> None:
     seat, waits = Seat(), Interruptible(lambda: None)
     items = seat.through(iter(["never read"]))

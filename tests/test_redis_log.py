@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import pytest
 import redis
 
 from assistream_flask.events import Event
-from assistream_flask.log import Away, Lost, Place
+from assistream_flask.log import REFUSED, Away, Claim, Lost, Place, Told
 from assistream_flask.log import redis as redis_log
 from assistream_flask.log.redis import RedisLog
+from assistream_flask.teller import Teller
 from tests.conftest import wait_until
 from tests.redis_server import RedisServer
 
@@ -89,6 +93,7 @@ def test_what_needs_redis_says_so_while_it_is_away_and_works_when_it_is_back(
         lambda: log.quiet(THREAD),
         lambda: log.since(THREAD, end),
         lambda: log.restart(THREAD),
+        lambda: log.forget(THREAD, event(1)),
         lambda: log.subscribe(THREAD, end),
         lambda: log.lock(THREAD).__enter__(),
     ]
@@ -108,6 +113,8 @@ def test_a_full_redis_takes_nothing_and_still_answers(own_redis: RedisServer, lo
     own_redis.ask("CONFIG", "SET", "maxmemory", "1")
     assert away(lambda: log.append(THREAD, [event(2)]))
     assert log.since(THREAD, place) == []
+    log.forget(THREAD, event(3))
+    assert [record.data()["n"] for record in log.since(THREAD, place)] == [3]
 
 
 def test_a_lock_whose_holder_died_begins_the_log_anew(
@@ -166,3 +173,174 @@ def test_a_signal_reaches_the_other_workers(own_redis: RedisServer, log: RedisLo
         time.sleep(0.05)
     assert set(heard) == {THREAD}
     other.close()
+
+
+def test_who_lost_the_lock_appends_nothing_under_it(
+    own_redis: RedisServer, log: RedisLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_log, "LOCK_SECONDS", 0.1)
+    with contextlib.closing(RedisLog(own_redis.url)) as other:
+        with log.lock(THREAD):
+            assert log.append_all([Told(THREAD, [event(1)], locked=True)])[0] is not None
+            time.sleep(0.2)
+            with other.lock(THREAD):
+                start = other.end(THREAD)
+                assert log.append_all([Told(THREAD, [event(2)], locked=True)]) == [None]
+                # Words need no lock.
+                assert log.append_all([Told(THREAD, [event(3)])])[0] is not None
+                assert other.append_all([Told(THREAD, [event(4)], locked=True)])[0] is not None
+            assert log.append_all([Told(THREAD, [event(5)], locked=True)]) == [None]
+            assert [record.data()["n"] for record in log.since(THREAD, start)] == [3, 4]
+        with log.lock(THREAD), log.lock(THREAD):
+            assert log.append_all([Told(THREAD, [event(6)], locked=True)])[0] is not None
+
+
+def test_a_fence_holds_in_all_workers_and_is_known_again_after_all_was_lost(
+    own_redis: RedisServer, log: RedisLog
+) -> None:
+    earlier, later = Claim("run_1", 0), Claim("run_1", 1)
+    with contextlib.closing(RedisLog(own_redis.url)) as other:
+        start = log.append(THREAD, [event(1)], earlier)
+        other.fence(THREAD, later)
+        with contextlib.closing(log.subscribe(THREAD, start)) as viewer:
+            assert log.append(THREAD, [event(2)], earlier) is REFUSED
+            assert viewer.read(0.1) == []
+        own_redis.ask("FLUSHALL")
+        # Nobody knows of it now; who has the run says so with the next words.
+        other.append(THREAD, [event(3)], later)
+        assert log.append(THREAD, [event(4)], earlier) is REFUSED
+        end = other.append(THREAD, [event(5)], later)
+        assert [record.data()["n"] for record in log.since(THREAD, end._replace(offset=0))] == [3, 5]
+    assert 0 < cast(int, own_redis.ask("PTTL", "assistream:0-claim:run_1")) <= redis_log.CLAIM_SECONDS * 1000
+
+
+def test_a_fence_that_could_not_be_set_is_set_before_anything_else_when_redis_is_back(
+    own_redis: RedisServer, log: RedisLog
+) -> None:
+    earlier, later = Claim("run_1", 0), Claim("run_1", 1)
+    teller = Teller(log)
+    place = log.append(THREAD, [event(1)], earlier)
+    own_redis.signal(signal.SIGSTOP)
+    assert not teller.fence(THREAD, later)
+    assert teller.tell(THREAD, [event(2)], later) is None
+    assert list(teller.retell()) == []
+    own_redis.signal(signal.SIGCONT)
+    wait_until(lambda: list(teller.retell()) == [THREAD])
+    # Its viewers get a snapshot, and nothing of what its last holder still tells.
+    assert lost_within(log, place, 5)
+    assert log.append(THREAD, [event(3)], earlier) is REFUSED
+    assert teller.tell(THREAD, [event(4)], later) == log.end(THREAD)
+
+
+OLD_APPEND = """
+local ttl, most, next, found = ARGV[1], tonumber(ARGV[3]), 4, {}
+for i, key in ipairs(KEYS) do
+    local count, bytes = tonumber(ARGV[next]), 0
+    local epoch, offset = last(key)
+    if not epoch then epoch, offset = restart(key, ttl), 0 end
+    offset = tonumber(offset)
+    local prefix = epoch .. '-'
+    for n = 1, count do
+        local body = ARGV[next + n]
+        bytes = bytes + #body
+        redis.call('XADD', key, 'MAXLEN', '=', ARGV[2], prefix .. string.format('%.0f', offset + n), 'e', body)
+    end
+    redis.call('PEXPIRE', key, ttl)
+    redis.call('PUBLISH', key,
+        prefix .. string.format('%.0f\\n', offset + 1) .. table.concat(ARGV, '\\0', next + 1, next + count))
+    found[i] = prefix .. string.format('%.0f', offset + count)
+    next = next + count + 1
+end
+return found
+"""
+"""What the older release appends with: it knows no claims."""
+
+
+def test_a_worker_of_the_older_release_appends_beside_this_one_also_where_a_run_was_taken_over(
+    own_redis: RedisServer, log: RedisLog
+) -> None:
+    start = log.append(THREAD, [event(1)], Claim("run_1", 0))
+    log.fence(THREAD, Claim("run_1", 1))
+    with contextlib.closing(log.subscribe(THREAD, start)) as viewer, redis.Redis.from_url(own_redis.url) as client:
+        old = client.register_script(redis_log._COMMON + OLD_APPEND)
+        body = redis_log._body(event(2))
+        [place] = old(["assistream:0:" + THREAD], [600_000, 10_000, 8 << 20, 1, body])
+        assert place.decode() == f"{start.epoch}-2"
+        assert log.append(THREAD, [event(3)], Claim("run_1", 1)) == start._replace(offset=3)
+        seen: list[int] = []
+        for _ in range(20):
+            seen += [record.data()["n"] for record in viewer.read(0.1)]
+        assert seen == [2, 3]
+
+
+def test_whoever_asks_a_log_that_is_being_closed_finds_it_away_and_nothing_worse(own_redis: RedisServer) -> None:
+    worse: list[BaseException] = []
+
+    def ask(log: RedisLog, stop: threading.Event) -> None:
+        while not stop.is_set():
+            try:
+                log.end(THREAD)
+            except Away:
+                pass
+            except BaseException as error:
+                worse.append(error)
+
+    for _ in range(30):
+        log, stop = RedisLog(own_redis.url), threading.Event()
+        askers = [threading.Thread(target=ask, args=[log, stop]) for _ in range(8)]
+        for asker in askers:
+            asker.start()
+        time.sleep(0.03)
+        log.close()
+        stop.set()
+        for asker in askers:
+            asker.join(20)
+    assert worse == []
+
+
+def test_what_a_run_told_is_recovered_where_a_lock_of_its_thread_ran_out(
+    log: RedisLog, own_redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_log, "LOCK_SECONDS", 0.1)
+    start = log.append(THREAD, [Event("e", {"n": 1}, "r")])
+    log.append(THREAD, [Event("e", {"n": 2}, "r")])
+    with log.lock(THREAD):
+        wait_until(lambda: lost_within(log, start, 0.1))
+        log.append(THREAD, [Event("e", {"n": 3}, "r")])
+    log.append(THREAD, [Event("e", {"n": 4}, "r")])
+    records, place = log.recover(THREAD, start, "r")
+    assert [record.data()["n"] for record in records] == [2, 3, 4]
+    assert place == log.end(THREAD)
+    own_redis.ask("FLUSHALL")
+    log.append(THREAD, [Event("e", {"n": 5}, "r")])
+    with pytest.raises(Lost):
+        log.recover(THREAD, start, "r")
+
+
+def test_what_was_put_aside_of_a_log_is_no_more_than_it_keeps_and_goes_within_a_minute(
+    log: RedisLog, own_redis: RedisServer
+) -> None:
+    start = log.end(THREAD)
+    for _ in range(4):
+        log.append(THREAD, [Event("e", {"n": number}, "r") for number in range(1500)])
+        log.restart(THREAD, keep=True)
+    past = f"{log._prefix}{THREAD}:past"
+    assert cast(int, own_redis.ask("XLEN", past)) <= 2000
+    assert 0 < cast(int, own_redis.ask("PTTL", past)) <= 60_000
+    with pytest.raises(Lost):
+        log.recover(THREAD, start, "r")
+
+
+def test_a_thread_that_two_begin_anew_at_once_is_no_error(log: RedisLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    teller = Teller(log)
+    teller.untell(THREAD)
+    restart = log.restart
+
+    def other_meanwhile(thread_id: str, **more: Any) -> None:
+        monkeypatch.undo()
+        restart(thread_id, **more)
+        assert list(teller.retell()) == [THREAD]
+
+    monkeypatch.setattr(log, "restart", other_meanwhile)
+    assert list(teller.retell()) == [THREAD]
+    assert teller.is_done()

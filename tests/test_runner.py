@@ -7,20 +7,23 @@ import socket
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import openai
 import pytest
+from flask import current_app
 from sqlalchemy.exc import OperationalError
 
-from assistream_flask import lean, runner
+from assistream_flask import Assistant, lean, leases, runner
 from assistream_flask.runtime import Runtime
 from assistream_flask.testing import OfflineServer, Reply, Request
 from assistream_flask.threads import ThreadStore
+from assistream_flask.upstream.history import marked
 
-from .conftest import KEY, OVER, Caller, MakeApp, text, wait_until
+from .conftest import ASSISTANTS, KEY, OVER, Caller, MakeApp, text, wait_until
 
 STALLED = Reply("one two three", fault="stall")
 """Says "one two", then nothing."""
@@ -66,6 +69,13 @@ def ended(caller: Caller, run_id: str) -> tuple[str, str | None]:
     return state(caller, run_id)
 
 
+def shorten_leases(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    for module in (leases, runner):
+        monkeypatch.setattr(module, "LEASE_SECONDS", seconds)
+    # As often in a lease as ever: a worker that was not heard of for half of one takes nothing over.
+    monkeypatch.setattr(leases, "_RENEW_SECONDS", seconds / 10)
+
+
 def incomplete(caller: Caller, run_id: str) -> str | None:
     message = caller.entry(run_id)["message"]
     assert message["status"] == "incomplete"
@@ -84,8 +94,11 @@ def test_no_parallel_run_sees_a_reply_of_its_own_group_however_quick_it_was(
     for number in range(3):
         caller.run(*["tutor", "critic"] * 8, content=f"Question {number}")
         caller.wait(30)
-        asked = [one for one in server.requests if one.messages[-1] == ("user", f"Question {number}")]
-        assert [len(one.messages) for one in asked] == [17 * number + 1] * 16
+        asked = [one for one in server.requests if one.messages[-1][1].endswith(f"Question {number}")]
+        assert len(asked) == 16
+        for one in asked:
+            told = "\n\n".join(text for _, text in one.messages)
+            assert [told.count("Quick."), told.count("Question")] == [16 * number, number + 1]
 
 
 def test_nothing_unreadable_from_upstream_holds_up_the_thread(make_app: MakeApp, server: OfflineServer) -> None:
@@ -146,11 +159,10 @@ def test_sequential_runs_see_the_replies_before_them(make_app: MakeApp, server: 
     caller = Caller(make_app())
     caller.run("tutor", "critic", "tutor", mode="sequential")
     caller.wait()
-    tutor, critic = ("user", "[Tutor]\nI am tutor."), ("user", "[Critic]\nI am critic.")
     assert [request.messages for request in server.requests] == [
         [("user", "Hi")],
-        [("user", "Hi"), tutor],
-        [("user", "Hi"), ("assistant", "I am tutor."), critic],
+        [("user", "Hi\n\n" + marked("Tutor", "I am tutor."))],
+        [("user", "Hi"), ("assistant", "I am tutor."), ("user", marked("Critic", "I am critic."))],
     ]
 
 
@@ -174,15 +186,12 @@ def test_a_busy_thread_queues_and_no_group_sees_half_an_answer(
     held.let_go()
     entries = caller.wait()
     assert len(server.requests) == 4
-    first = [("user", "one"), ("user", "[Tutor]\nI am tutor."), ("user", "[Critic]\nI am critic.")]
-    assert server.requests[2].messages == [*first, ("user", "two")]
+    tutor, critic, poet = (marked(name, f"I am {name.lower()}.") for name in ("Tutor", "Critic", "Poet"))
+    assert server.requests[2].messages == [("user", "\n\n".join(["one", tutor, critic, "two"]))]
     assert server.requests[3].messages == [
         ("user", "one"),
         ("assistant", "I am tutor."),
-        ("user", "[Critic]\nI am critic."),
-        ("user", "two"),
-        ("user", "[Poet]\nI am poet."),
-        ("user", "three"),
+        ("user", "\n\n".join([critic, "two", poet, "three"])),
     ]
     assert [entry["message"]["id"] for entry in entries] == order
     assert [text(entry) for entry in entries] == [
@@ -224,8 +233,11 @@ def test_many_posts_at_once_keep_one_order(make_app: MakeApp, server: OfflineSer
     assert [entry["assistant_id"] for entry in entries] == [None, "tutor", "critic"] * 8
     assert {entry["run"]["status"] for entry in entries if entry["run"]} == {"completed"}
     for at in range(0, 24, 3):
-        asked = [one for one in server.requests if one.messages[-1] == ("user", text(entries[at]))]
-        assert [len(one.messages) for one in asked] == [at + 1, at + 1]
+        asked = [one for one in server.requests if one.messages[-1][1].split("\n\n")[-1] == text(entries[at])]
+        for one in asked:
+            told = "\n\n".join(text for _, text in one.messages)
+            assert told.count("I am") == at // 3 * 2
+        assert len(asked) == 2
 
 
 def test_an_assistants_run_goes_through_the_same_life(make_app: MakeApp, server: OfflineServer) -> None:
@@ -388,8 +400,9 @@ def test_a_failed_run_leaves_the_thread_usable(make_app: MakeApp, server: Offlin
     assert ended(caller, first)[0] == "failed"
     assert incomplete(caller, first) == "run_failed"
     assert ended(caller, second) == ("completed", None)
-    partial = [("assistant", text(caller.entry(first)))] if text(caller.entry(first)) else []
-    assert server.requests[-1].messages == [("user", "Hi"), *partial, ("user", "again")]
+    partial = text(caller.entry(first))
+    strict = [("user", "Hi"), ("assistant", partial), ("user", "again")] if partial else [("user", "Hi\n\nagain")]
+    assert server.requests[-1].messages == strict
 
 
 def test_an_answer_cut_at_the_token_limit_is_incomplete_not_failed(make_app: MakeApp, server: OfflineServer) -> None:
@@ -508,10 +521,11 @@ def test_another_worker_ends_a_lost_ones_runs_and_runs_those_that_waited(
     make_app: MakeApp, server: OfflineServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.replies = [STALLED, "fine", "fine"]
-    monkeypatch.setattr(runner, "LEASE_SECONDS", 1.0)
+    monkeypatch.setattr(leases, "_RENEW_SECONDS", 0.2)
+    shorten_leases(monkeypatch, 1.0)
     with monkeypatch.context() as patch:
         # A worker that is dead keeps no house.
-        patch.setattr(Runtime, "_keep_house", lambda runtime: None)
+        patch.setattr(Runtime, "start", lambda runtime: None)
         app = make_app(owner=me)
         old = Caller(app)
         [lost] = old.run("tutor")
@@ -524,11 +538,109 @@ def test_another_worker_ends_a_lost_ones_runs_and_runs_those_that_waited(
     assert incomplete(caller, lost) == "run_failed"
     assert ended(caller, two) == ("completed", None)
     assert ended(caller, three) == ("completed", None)
-    assert server.requests[1].messages == [("user", "Hi"), ("user", "[Tutor]\none two"), ("user", "two")]
-    assert server.requests[2].messages[-1] == ("user", "[Critic]\nfine")
+    assert server.requests[1].messages == [("user", f"Hi\n\n{marked('Tutor', 'one two')}\n\ntwo")]
+    assert server.requests[2].messages[-1][1].endswith("two\n\n" + marked("Critic", "fine"))
     # The lost worker comes back and may change nothing.
     old.cancel(lost)
     assert ended(caller, lost) == ("failed", "worker_lost")
+
+
+def test_a_background_answer_without_an_id_that_began_to_speak_is_not_asked_for_again(
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shorten_leases(monkeypatch, 1.0)
+    asked, leaves = list[httpx2.Request](), threading.Event()
+
+    class Stream(httpx2.SyncByteStream):
+        def __iter__(self) -> Iterator[bytes]:
+            yield b'event: response.output_text.delta\ndata: {"type":"response.output_text.delta","delta":"one"}\n\n'
+            leaves.wait(30)
+
+    def transport(request: httpx2.Request) -> httpx2.Response:
+        asked.append(request)
+        return httpx2.Response(200, headers={"content-type": "text/event-stream"}, stream=Stream())
+
+    http_client = httpx2.Client(transport=httpx2.MockTransport(transport))
+    with openai.OpenAI(api_key=KEY, base_url="http://model/v1", http_client=http_client) as client:
+        lasting = [Assistant("tutor", model="m", background=True)]
+        with monkeypatch.context() as patch:
+            patch.setattr(Runtime, "start", lambda runtime: None)
+            app = make_app(lasting, owner=me, client=client)
+            old = Caller(app)
+            [run] = old.run("tutor")
+            says(old, run, "one")
+            app.extensions["assistream"].runtime().runner.flush()
+        caller = Caller(make_app(lasting, owner=me, client=client), old.thread_id)
+        assert ended(caller, run) == ("failed", "worker_lost")
+        leaves.set()
+    assert (text(caller.entry(run)), len(asked)) == ("one", 1)
+
+
+def left_waiting(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> tuple[Caller, str, str]:
+    """A thread in which a worker that died spoke as the tutor, and left the critic waiting."""
+    shorten_leases(monkeypatch, 1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Runtime, "start", lambda runtime: None)
+        app = make_app(lambda: ASSISTANTS, owner=me)
+        old = Caller(app)
+        [lost] = old.run("tutor")
+        [waiting] = old.run("critic", content="two")
+        says(old, lost, "one two")
+        app.extensions["assistream"].runtime().runner.flush()
+    return old, lost, waiting
+
+
+def critic(assistant_id: str, owner: str) -> Assistant | None:
+    return next(one for one in ASSISTANTS if one.id == assistant_id)
+
+
+def nobody(assistant_id: str, owner: str) -> Assistant | None:
+    return None
+
+
+def another(assistant_id: str, owner: str) -> Assistant | None:
+    return ASSISTANTS[2]
+
+
+def fails(assistant_id: str, owner: str) -> Assistant | None:
+    raise LookupError(assistant_id)
+
+
+@pytest.mark.parametrize(
+    ("adopt", "said"),
+    [(critic, None), (None, ""), (nobody, ""), (another, "must give the Assistant of that id"), (fails, "LookupError")],
+)
+def test_an_assistant_that_no_list_has_is_the_one_that_the_app_gives_or_its_run_is_lost(
+    make_app: MakeApp,
+    server: OfflineServer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    adopt: Callable[[str, str], Assistant | None] | None,
+    said: str | None,
+) -> None:
+    server.replies = [STALLED, "fine"]
+    old, _, waiting = left_waiting(make_app, monkeypatch)
+    caller = Caller(make_app(lambda: ASSISTANTS, owner=me, adopt=adopt), old.thread_id)
+    assert ended(caller, waiting) == (("completed", None) if said is None else ("failed", "worker_lost"))
+    assert (said or "") in caplog.text
+
+
+def test_the_app_is_asked_for_what_the_list_has_not_in_its_context_and_with_the_threads_owner(
+    make_app: MakeApp, server: OfflineServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.replies = [STALLED, "fine"]
+    old, _, waiting = left_waiting(make_app, monkeypatch)
+    asked: list[tuple[str, str, str]] = []
+
+    def adopt(assistant_id: str, owner: str) -> Assistant | None:
+        asked.append((assistant_id, owner, current_app.name))
+        return ASSISTANTS[0]
+
+    caller = Caller(make_app(ASSISTANTS[1:], owner=me, adopt=adopt), old.thread_id)
+    assert ended(caller, waiting) == ("completed", None)
+    # What it is called that spoke before: the model hears the same as from the worker that died.
+    assert server.requests[1].messages == [("user", f"Hi\n\n{marked('Tutor', 'one two')}\n\ntwo")]
+    assert set(asked) == {("tutor", "me", "app")}
 
 
 def test_shutdown_lets_runs_under_way_end(make_app: MakeApp, server: OfflineServer) -> None:
@@ -546,7 +658,8 @@ def test_shutdown_lets_runs_under_way_end(make_app: MakeApp, server: OfflineServ
 def test_a_worker_that_drains_keeps_its_runs_from_its_successor(
     make_app: MakeApp, server: OfflineServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "LEASE_SECONDS", 1.6)
+    monkeypatch.setattr(leases, "_RENEW_SECONDS", 0.2)
+    shorten_leases(monkeypatch, 1.6)
     server.replies = Reply("one two three four", delay=1)
     app = make_app(owner=me, drain_seconds=20)
     caller = Caller(app)
@@ -575,4 +688,4 @@ def test_shutdown_marks_what_it_cuts_off_and_leaves_what_waited_to_the_next(
     assert text(after.entry(run)) == "one two"
     assert incomplete(after, run) == "server_shutdown"
     assert ended(after, waiting) == ("completed", None)
-    assert server.requests[1].messages[1] == ("user", "[Tutor]\none two")
+    assert marked("Tutor", "one two") in server.requests[1].messages[0][1]

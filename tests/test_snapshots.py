@@ -20,12 +20,13 @@ from assistream_flask.assistants import Assistant
 from assistream_flask.errors import RunError
 from assistream_flask.events import TERMINAL, Event, Json
 from assistream_flask.live import Asked
-from assistream_flask.log import Log, Lost, Place, Subscription
+from assistream_flask.log import REFUSED, Claim, Log, Lost, Place, Subscription
 from assistream_flask.log.memory import MemoryLog
 from assistream_flask.runner import Runner
 from assistream_flask.settings import Settings
 from assistream_flask.threads import Owner, State, ThreadStore, thread_object
-from assistream_flask.upstream.parts import Annotation, End, Part, Reasoning, Refusal, Text, Turn
+from assistream_flask.upstream.history import AGAIN, GO_ON, Turn, marked
+from assistream_flask.upstream.parts import Annotation, End, Part, Reasoning, Refusal, Text
 
 ME = Owner("blue", "me")
 TRIALS = int(os.environ.get("ASSISTREAM_TRIALS", "80"))
@@ -73,9 +74,13 @@ class Tape:
         self._guard = threading.Lock()
         self._tapes: dict[str, list[tuple[Place, Event]]] = {}
 
-    def append(self, append: Callable[..., Place], thread_id: str, events: Sequence[Event]) -> Place:
+    def append(
+        self, append: Callable[..., Place | None], thread_id: str, events: Sequence[Event], *more: Any
+    ) -> Place | None:
         with self._guard:
-            place = append(thread_id, events)
+            place = append(thread_id, events, *more)
+            if place is None or place is REFUSED:
+                return place
             for at, event in enumerate(events, place.offset - len(events) + 1):
                 self._tapes.setdefault(thread_id, []).append((Place(place.epoch, at), copy.deepcopy(event)))
             return place
@@ -96,11 +101,10 @@ class TapedLog(MemoryLog):
         super().__init__(**options)
         self._tape = tape
 
-    def append(self, thread_id: str, events: Sequence[Event]) -> Place:
-        return self._tape.append(super().append, thread_id, events)
-
-    def append_all(self, told: Sequence[tuple[str, Sequence[Event]]]) -> list[Place]:
-        return [self.append(thread_id, events) for thread_id, events in told]
+    def _append(
+        self, thread_id: str, events: Sequence[Event], claim: Claim | None = None, is_last: bool = False
+    ) -> Place | None:
+        return self._tape.append(super()._append, thread_id, events, claim, is_last)
 
 
 class Viewer:
@@ -284,15 +288,19 @@ class House:
 
 def turns_of(assistant_id: str, seen: Sequence[Json]) -> list[Turn]:
     """What a model must be asked with, of an assistant that sees these entries."""
-    turns = []
+    turns, again = list[Turn](), list[Turn]()
     for one in seen:
-        told = "".join(part.get("refusal") or part["text"]["value"] for part in one["message"]["content"])
-        speaker = one["assistant_id"]
-        if told and speaker in (None, assistant_id):
-            turns.append(Turn("user" if speaker is None else "assistant", told))
-        elif told:
-            turns.append(Turn("user", f"[{speaker}]\n{told}"))
-    return turns or [Turn("user", "Begin.")]
+        parts = [part.get("refusal") or part["text"]["value"] for part in one["message"]["content"]]
+        told, speaker = "\n\n".join(filter(None, parts)), one["assistant_id"]
+        if not told.strip():
+            continue
+        again = []
+        if speaker == assistant_id:
+            turns.append(Turn("assistant", told))
+            again = [Turn("user", GO_ON if one["message"]["status"] == "completed" else AGAIN)]
+        else:
+            turns.append(Turn("user", told if speaker is None else marked(speaker, told)))
+    return turns + again
 
 
 def until(true: Callable[[], object], seconds: float = 10) -> None:
@@ -304,7 +312,7 @@ def until(true: Callable[[], object], seconds: float = 10) -> None:
 
 @pytest.fixture(autouse=True)
 def _scripted(monkeypatch: pytest.MonkeyPatch) -> None:
-    def ask(client: Script, assistant: Assistant, turns: list[Turn], stall: float) -> Script:
+    def ask(client: Script, assistant: Assistant, turns: list[Turn], stall: float, *more: object) -> Script:
         client.turns = turns
         client.opened.set()
         return client
@@ -680,8 +688,7 @@ def test_a_cancelled_run_keeps_its_text_and_its_upstream_is_closed(house: House)
 @pytest.mark.parametrize("mode", ["parallel", "sequential"])
 def test_groups_of_a_thread_run_one_after_another_in_the_order_of_their_posts(house: House, mode: str) -> None:
     thread_id = house.thread()
-    first, second = Script([[End(None, None)]]), Script([[End(None, None)]])
-    last = Script([[End(None, None)]])
+    first, second, last = (Script([[Text(0, "fine"), End(None, None)]]) for _ in range(3))
     house.post(thread_id, [first, second], mode=mode)
     house.post(thread_id, [last])
     assert first.opened.wait(5)

@@ -19,12 +19,12 @@ def test_a_frame_is_an_event_line_a_data_line_and_a_blank_line() -> None:
     assert sse.encode("thread.run.created", "{}") == b"event: thread.run.created\ndata: {}\n\n"
 
 
-def test_an_id_comes_first() -> None:
-    assert sse.encode("ping", "{}", "0a-1") == b"id: 0a-1\nevent: ping\ndata: {}\n\n"
+def test_an_id_comes_last_so_that_nobody_takes_it_before_its_event() -> None:
+    assert sse.encode("ping", "{}", "0a-1") == b"event: ping\ndata: {}\nid: 0a-1\n\n"
 
 
 def test_an_empty_id_is_written_because_it_resets_the_last_event_id() -> None:
-    assert sse.encode("ping", "{}", "") == b"id: \nevent: ping\ndata: {}\n\n"
+    assert sse.encode("ping", "{}", "") == b"event: ping\ndata: {}\nid: \n\n"
 
 
 def test_the_empty_string_is_one_empty_data_line() -> None:

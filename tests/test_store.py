@@ -17,8 +17,19 @@ import sqlalchemy as sa
 
 from assistream_flask import database, events, schema
 from assistream_flask.errors import ConfigurationError
-from assistream_flask.events import Json
-from assistream_flask.threads import Answer, AnsweredBefore, Owner, Said, State, ThreadStore, TooManyRuns, thread_object
+from assistream_flask.events import Json, Said, text_of, text_part
+from assistream_flask.threads import (
+    LAPSED,
+    RELEASED,
+    Answer,
+    AnsweredBefore,
+    Held,
+    Owner,
+    State,
+    ThreadStore,
+    TooManyRuns,
+    thread_object,
+)
 
 from .postgres_server import PostgresServer
 
@@ -73,7 +84,7 @@ def pair(thread_id: str, assistant_id: str = "tutor") -> tuple[Json, Json]:
 
 def start(store: ThreadStore, thread_id: str, **more: Any) -> tuple[Json, Json]:
     run, message = pair(thread_id)
-    arguments = {"worker": "w1", "lease": FUTURE, "group_id": "g", "place": "0a-0", **more}
+    arguments = {"worker": "w1", "lease": 3600, "group_id": "g", "place": "0a-0", **more}
     assert store.add(ME, thread_id, None, [(run, message)], **arguments) is not None
     return run, message
 
@@ -198,7 +209,7 @@ def test_threads_are_paged_newest_first(store: ThreadStore) -> None:
 def test_deleting_a_thread_deletes_all_that_is_in_it_and_nothing_else(store: ThreadStore) -> None:
     keep, gone = new_thread(store)["id"], new_thread(store)["id"]
     for thread_id in (keep, gone):
-        store.add(ME, thread_id, user(thread_id), [pair(thread_id)], worker="w", lease=FUTURE)
+        store.add(ME, thread_id, user(thread_id), [pair(thread_id)], worker="w", lease=3600)
     store.delete_thread(gone)
     assert not store.owns(ME, gone)
     assert entries(store, gone) == []
@@ -295,22 +306,41 @@ def test_a_page_tells_the_place_of_what_grows_and_of_nothing_else(store: ThreadS
 
 
 def said(message: Json) -> Said:
-    return Said(message["id"], message["role"], message["assistant_id"], message["content"])
+    return Said(message["assistant_id"], text_of(message["content"]), message["status"] == "completed")
 
 
 def test_history_is_what_stands_before_a_message_in_its_thread(store: ThreadStore) -> None:
     thread_id, other = new_thread(store)["id"], new_thread(store)["id"]
     store.add(ME, other, user(other))
-    message, (first, second) = user(thread_id), (pair(thread_id, "a"), pair(thread_id, "b"))
+    message, (first, second, third, fourth) = user(thread_id), [pair(thread_id, one) for one in "abcd"]
     store.add(ME, thread_id, message, [first, second], mode="sequential", group_id="one")
     store.add(ME, thread_id, user(thread_id))
-    assert store.history(first[1]["id"]) == [said(message)]
-    assert store.history(second[1]["id"]) == [said(message), said(first[1])]
-    third, fourth = pair(thread_id, "a"), pair(thread_id, "b")
+
+    def seen(one: tuple[Json, Json]) -> list[Said]:
+        return store.history(one[1]["id"], 1000, 1000)[0]
+
+    assert seen(first) == [said(message)]
+    assert seen(second) == [said(message), said(first[1])]
     store.add(ME, thread_id, None, [third, fourth], mode="parallel", group_id="two")
-    assert said(third[1]) not in store.history(fourth[1]["id"])
-    assert said(second[1]) in store.history(fourth[1]["id"])
-    assert store.history("msg_unknown") == []
+    assert said(third[1]) not in seen(fourth)
+    assert said(second[1]) in seen(fourth)
+    assert store.history("msg_unknown", 1000, 1000) == ([], False)
+
+
+@pytest.mark.parametrize("many", [1, 20, 300])
+def test_history_is_read_from_its_end_and_no_further_than_its_limit(store: ThreadStore, many: int) -> None:
+    thread_id = new_thread(store)["id"]
+    texts = [f"{number:03}" for number in range(many)]
+    for text in texts:
+        store.add(ME, thread_id, {**user(thread_id), "content": [text_part(text)]})
+    asked = pair(thread_id, "a")
+    store.add(ME, thread_id, None, [asked], group_id="one")
+    for characters, count in ((10_000, 1000), (1, 1000), (30, 1000), (150, 1000), (10_000, 1), (10_000, 17), (0, 1)):
+        found, is_cut = store.history(asked[1]["id"], characters, count)
+        assert [one.text for one in found] == texts[many - len(found) :]
+        assert is_cut == (len(found) < many)
+        # The one that passes the limit is there too: whoever shortens it knows best.
+        assert len(found) == min(many, count, characters // 3 + 1)
 
 
 def test_save_stores_run_message_and_steps(store: ThreadStore) -> None:
@@ -342,9 +372,9 @@ def test_what_has_grown_is_stored_at_once_of_those_runs_that_are_the_workers_and
     grown = [events.text_part("grown")]
     step, state = events.reasoning_step(mine[0]), {"response_id": "resp_1"}
     states: list[State] = [
-        (run, {**message, "content": grown}, [step], "0a-3", state) for run, message in (mine, also, theirs, gone)
+        (run, {**message, "content": grown}, [step], "0a-3", state, 0) for run, message in (mine, also, theirs, gone)
     ]
-    states.append((*over(*ended)[:1], {**ended[1], "content": grown}, [], "0a-3", None))
+    states.append((*over(*ended)[:1], {**ended[1], "content": grown}, [], "0a-3", None, 0))
     assert store.save_grown("w1", states) == {mine[0]["id"], also[0]["id"]}
     assert store.save_grown("w1", states[2:]) == set()
     assert store.save_grown("w1", []) == set()
@@ -464,53 +494,200 @@ def test_old_answers_are_forgotten_and_their_keys_can_be_used_again(store: Threa
 def test_held_gives_the_runs_that_are_not_over_with_all_their_worker_needs(store: ThreadStore) -> None:
     thread_id = new_thread(store)["id"]
     store.add(ME, thread_id, user(thread_id))
-    run, message = start(store, thread_id, group_id="g7", mode="sequential", lease=123.5)
+    store.beat("w1", "host/7", is_shared=True)
+    run, message = start(store, thread_id, group_id="g7", mode="sequential")
     done = start(store, thread_id)
     store.save("w1", *over(*done), [], None)
     step = events.reasoning_step(run)
     upstream = {"id": "resp_1", "sequence_number": 7}
     store.save("w1", run, message, [step], "0a-3", upstream)
-    assert [tuple(held) for held in store.held()] == [
-        (run, message, [step], 2, "blue", "g7", "sequential", "0a-3", upstream, 123.5)
-    ]
+    store.release("w1")
+    [held] = store.held()
+    whole = (run, message, [step], 2, ME, "g7", "sequential", "0a-3", upstream, 0, "w1", 0, "host/7")
+    assert tuple(held)[:-1] == whole
+    assert held.overdue > 1e9
     assert store.held(schema.runs.c.worker != "w1") == []
 
 
-def test_renew_extends_only_ones_own_leases_and_names_the_runs_to_cancel(store: ThreadStore) -> None:
+def left(store: ThreadStore) -> dict[str, float]:
+    """For how long each run's lease is good, in thousands of seconds."""
+    return {held.run["id"]: round(-held.overdue / 1000) if held.lease else 0 for held in store.held()}
+
+
+def test_renew_extends_only_ones_own_leases(store: ThreadStore) -> None:
     thread_id = new_thread(store)["id"]
-    mine, theirs = start(store, thread_id, lease=1)[0], start(store, thread_id, worker="w2", lease=1)[0]
+    mine = start(store, thread_id, lease=1000)[0]
+    theirs = start(store, thread_id, worker="w2", lease=1000)[0]
     both = [mine["id"], theirs["id"]]
-    assert store.renew("w1", both, 50.0) == []
-    assert {held.run["id"]: held.lease for held in store.held()} == {mine["id"]: 50.0, theirs["id"]: 1.0}
-    store.request_cancel(mine["id"])
-    store.request_cancel(theirs["id"])
-    assert store.renew("w1", both, 60.0) == [mine["id"]]
-    assert store.renew("w2", both, 60.0) == [theirs["id"]]
-    assert store.renew("w1", [], 70.0) == []
-    assert {held.lease for held in store.held()} == {60.0}
+    store.renew("w1", both, 50_000)
+    assert left(store) == {mine["id"]: 50, theirs["id"]: 1}
+    store.renew("w2", both, 60_000)
+    store.renew("w1", [], 70_000)
+    assert left(store) == {mine["id"]: 50, theirs["id"]: 60}
+
+
+def test_a_worker_is_told_which_of_its_own_runs_to_cancel(store: ThreadStore) -> None:
+    thread_id = new_thread(store)["id"]
+    mine, other = start(store, thread_id)[0]["id"], start(store, thread_id)[0]["id"]
+    theirs = start(store, thread_id, worker="w2")[0]["id"]
+    for run_id in (mine, theirs):
+        store.request_cancel(run_id)
+    assert store.to_cancel("w1", [mine, other, theirs]) == [mine]
+    assert store.to_cancel("w1", [other]) == store.to_cancel("w1", []) == []
+
+
+def test_leases_are_by_the_databases_clock(store: ThreadStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    thread_id = new_thread(store)["id"]
+    for ahead in (0, 3600, -3600):
+        now = time.time() + ahead
+        monkeypatch.setattr(time, "time", lambda now=now: now)
+        start(store, thread_id, lease=100)
+        start(store, thread_id, worker="w2", lease=0)
+        monkeypatch.undo()
+    assert len(store.held(LAPSED)) == len(store.held(RELEASED)) == 3
+    assert all(-100 <= held.overdue < 0 for held in store.held(~LAPSED))
+
+
+def seen(store: ThreadStore, run: Json) -> Held:
+    """The run as a worker reads it that might take it over."""
+    [held] = store.held(schema.runs.c.id == run["id"])
+    return held
 
 
 def test_a_run_can_be_claimed_when_its_lease_ran_out_and_not_before(store: ThreadStore) -> None:
     thread_id = new_thread(store)["id"]
     run, message = start(store, thread_id)
-    assert not store.claim(run["id"], "w2", FUTURE)
-    store.renew("w1", [run["id"]], time.time() - 1)
-    assert store.claim(run["id"], "w2", FUTURE)
-    assert not store.claim(run["id"], "w3", FUTURE)
+    assert store.claim(seen(store, run), "w2", 3600) is None
+    store.renew("w1", [run["id"]], 0)
+    read = seen(store, run)
+    claimed = store.claim(read, "w2", 3600)
+    assert claimed is not None
+    assert (claimed.worker, claimed.claim, claimed.run) == ("w2", 1, run)
+    assert store.claim(read, "w3", 3600) is None
+    assert store.claim(claimed, "w3", 3600) is None
     assert not store.save("w1", run, message, [], None)
-    assert store.save("w2", *over(run, message), [], None)
-    store.release("w2")
-    assert not store.claim(run["id"], "w3", FUTURE)
-    assert not store.claim("run_unknown", "w3", FUTURE)
+    assert not store.save("w2", run, message, [], None)
+    assert store.save("w2", *over(run, message), [], None, claim=1)
+    assert store.claim(claimed, "w3", 3600) is None
+
+
+@pytest.mark.parametrize("back", ["renews", "begins", "ends", "is another", "is gone"])
+def test_a_run_whose_holder_came_back_since_it_was_read_is_not_claimed(store: ThreadStore, back: str) -> None:
+    thread_id = new_thread(store)["id"]
+    run, message = start(store, thread_id)
+    store.renew("w1", [run["id"]], -1)
+    with store._write() as connection:
+        connection.execute(schema.runs.update().values(lease=5.0))
+    read = seen(store, run)
+    match back:
+        case "renews":
+            store.renew("w1", [run["id"]], 3600)
+        case "begins":
+            store.save("w1", {**run, "status": "in_progress"}, message, [], None)
+        case "ends":
+            store.save("w1", *over(run, message), [], None)
+        case "is another":
+            assert store.claim(read, "w2", 3600) is not None
+            store.release("w2", run["id"])
+        case "is gone":
+            store.delete_thread(thread_id)
+    assert store.claim(read, "w3", 3600) is None
+
+
+def test_a_run_is_claimed_from_a_holder_that_is_not_heard_of_and_by_a_worker_that_is(store: ThreadStore) -> None:
+    def heard_of(worker: str, seconds: float) -> None:
+        store.beat(worker, "host/7", is_shared=True)
+        with store._write() as connection:
+            ago = schema.workers.update().where(schema.workers.c.id == worker)
+            connection.execute(ago.values(seen=schema.workers.c.seen - seconds))
+
+    def claims(held: Held, worker: str) -> bool:
+        return store.claim(held, worker, 3600) is not None
+
+    thread_id = new_thread(store)["id"]
+    lapsed, released = (start(store, thread_id, lease=0)[0] for _ in range(2))
+    with store._write() as connection:
+        connection.execute(schema.runs.update().where(schema.runs.c.id == lapsed["id"]).values(lease=5.0))
+    read = seen(store, lapsed)
+    heard_of("w1", 3500)
+    assert not claims(read, "w2")
+    # What was let go of is anybody's; and who forgot its own run may end it.
+    assert claims(seen(store, released), "w2")
+    heard_of("w1", 3700)
+    heard_of("w2", 1900)
+    assert not claims(read, "w2")
+    heard_of("w2", 1700)
+    assert claims(read, "w2")
+    with store._write() as connection:
+        connection.execute(schema.runs.update().where(schema.runs.c.id == lapsed["id"]).values(lease=5.0))
+    assert claims(seen(store, lapsed), "w2")
+
+
+def test_who_claims_a_run_gets_what_its_last_holder_stored_until_then(store: ThreadStore) -> None:
+    thread_id = new_thread(store)["id"]
+    run, message = start(store, thread_id)
+    run["status"] = "in_progress"
+    store.save("w1", run, message, [], "0a-1")
+    with store._write() as connection:
+        connection.execute(schema.runs.update().values(lease=5.0))
+    read = seen(store, run)
+    message["content"] = [events.text_part("w0 w1")]
+    assert store.save_grown("w1", [(run, message, [], "0a-9", None, 0)]) == {run["id"]}
+    claimed = store.claim(read, "w2", 3600)
+    assert claimed is not None
+    assert (claimed.message, claimed.place) == (message, "0a-9")
+    # Its holder is another from now on.
+    assert store.save_grown("w1", [(run, message, [], "0a-9", None, 0)]) == set()
+    assert store.save_grown("w2", [(run, message, [], "0a-9", None, 0)]) == set()
+    assert store.save_grown("w2", [(run, message, [], "0a-9", None, 1)]) == {run["id"]}
+
+
+def test_the_other_workers_are_those_that_were_heard_of_a_moment_ago(store: ThreadStore) -> None:
+    for worker in ("w1", "w2", "w3"):
+        store.beat(worker, f"host/{worker}", is_shared=False)
+    assert store.others("w1", 5) == ["host/w2", "host/w3"]
+    with store._write() as connection:
+        connection.execute(schema.workers.update().where(schema.workers.c.id == "w3").values(seen=database.Now() - 6))
+    assert store.others("w1", 5) == ["host/w2"]
+    store.retire("w2")
+    assert store.others("w1", 5) == []
+
+
+def test_newest_tells_the_last_message_of_each_thread_that_is_there(store: ThreadStore) -> None:
+    empty, long, gone = (new_thread(store)["id"] for _ in range(3))
+    for _ in range(3):
+        message = user(long)
+        store.add(ME, long, message)
+    store.delete_thread(gone)
+    assert store.newest([empty, long, gone]) == {empty: (0, 0), long: (3, message["created_at"])}
+    assert store.newest([]) == {}
 
 
 def test_of_workers_that_claim_at_once_one_gets_the_run(store: ThreadStore) -> None:
     thread_id = new_thread(store)["id"]
     run, _ = start(store, thread_id, lease=0)
-    assert sorted(map(str, at_once(8, lambda at: store.claim(run["id"], f"w{at + 2}", FUTURE)))) == [
-        *["False"] * 7,
-        "True",
-    ]
+    read = seen(store, run)
+    found = at_once(8, lambda at: store.claim(read, f"w{at + 2}", 3600))
+    assert len([one for one in found if one is not None]) == 1
+
+
+def test_a_worker_that_died_is_buried_by_one_when_its_runs_are_over_and_its_late_threads_are_named(
+    store: ThreadStore,
+) -> None:
+    late, early, busy = (new_thread(store)["id"] for _ in range(3))
+    for worker in ("dead", "busy", "lives"):
+        store.beat(worker, worker, is_shared=True)
+    for thread_id, at in ((late, 2000), (late, 1999), (early, 5)):
+        run, message = start(store, thread_id, worker="dead")
+        store.save("dead", {**over(run, message)[0], "completed_at": at}, message, [], None)
+    run, message = start(store, busy, worker="busy")
+    with store._write() as connection:
+        connection.execute(schema.workers.update().where(schema.workers.c.id != "lives").values(seen=5.0))
+    found = at_once(4, lambda _: store.bury(60, 1000))
+    assert sorted(found, key=len) == [[], [], [], [late]]  # type: ignore[arg-type]
+    assert store.bury(60, 1000) == []
+    store.save("busy", {**over(run, message)[0], "completed_at": 2000}, message, [], None)
+    assert store.bury(60, 1000) == [busy]
 
 
 def test_release_lets_go_of_queued_runs_and_keeps_those_under_way(store: ThreadStore) -> None:
@@ -519,9 +696,10 @@ def test_release_lets_go_of_queued_runs_and_keeps_those_under_way(store: ThreadS
     theirs = start(store, thread_id, worker="w2")[0]
     store.save("w1", {**run, "status": "in_progress"}, message, [], None)
     store.release("w1")
-    assert not store.claim(run["id"], "w3", FUTURE)
-    assert not store.claim(theirs["id"], "w3", FUTURE)
-    assert store.claim(queued["id"], "w3", FUTURE)
+    assert [held.run["id"] for held in store.held(RELEASED)] == [queued["id"]]
+    assert store.claim(seen(store, run), "w3", 3600) is None
+    assert store.claim(seen(store, theirs), "w3", 3600) is None
+    assert store.claim(seen(store, queued), "w3", 3600) is not None
 
 
 def test_release_of_one_run_lets_go_of_it_alone_and_only_for_its_worker(store: ThreadStore) -> None:
@@ -529,10 +707,10 @@ def test_release_of_one_run_lets_go_of_it_alone_and_only_for_its_worker(store: T
     (run, message), (other, _) = start(store, thread_id), start(store, thread_id)
     store.save("w1", {**run, "status": "in_progress"}, message, [], None)
     store.release("w2", run["id"])
-    assert not store.claim(run["id"], "w3", FUTURE)
+    assert store.claim(seen(store, run), "w3", 3600) is None
     store.release("w1", run["id"])
-    assert store.claim(run["id"], "w3", FUTURE)
-    assert not store.claim(other["id"], "w3", FUTURE)
+    assert store.claim(seen(store, run), "w3", 3600) is not None
+    assert store.claim(seen(store, other), "w3", 3600) is None
 
 
 def test_a_run_waits_for_those_before_it_in_its_thread_but_not_for_its_own_group(store: ThreadStore) -> None:
@@ -593,7 +771,7 @@ def test_what_works_on_many_rows_at_once_ends_without_a_deadlock(lasting: str) -
         thread_id = new_thread(store)["id"]
         started = [start(store, thread_id, answer=Answer(f"{thread_id}{n}", "", 202, {})) for n in range(20)]
         jobs: list[Callable[[], object]] = [
-            partial(store.renew, "w1", [run["id"] for run, _ in started], FUTURE),
+            partial(store.renew, "w1", [run["id"] for run, _ in started], 3600),
             lambda: store.release("w1"),
             lambda: store.forget_answers(int(FUTURE)),
             partial(store.delete_thread, thread_id),
@@ -666,14 +844,14 @@ def test_what_another_transaction_holds_is_left_for_the_next_time_where_many_row
     with store._write() as connection:
         connection.execute(sa.select(schema.runs).where(schema.runs.c.id == two).with_for_update())
         connection.execute(sa.select(schema.answers).where(schema.answers.c.key == "b").with_for_update())
-        store.renew("w1", [one, two], 5)
-        assert [held.lease for held in store.held()] == [5, FUTURE]
+        store.renew("w1", [one, two], 50_000)
+        assert left(store) == {one: 50, two: 4}
         store.release("w1")
-        assert [held.lease for held in store.held()] == [0, FUTURE]
+        assert left(store) == {one: 0, two: 4}
         store.forget_answers(int(FUTURE))
         assert [store.answer(ME, key) is None for key in "ab"] == [True, False]
-    store.renew("w1", [one, two], 6)
-    assert [held.lease for held in store.held()] == [6, 6]
+    store.renew("w1", [one, two], 60_000)
+    assert left(store) == {one: 0, two: 60}
     store.close()
 
 

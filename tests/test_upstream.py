@@ -15,7 +15,8 @@ import pytest
 from assistream_flask import Assistant, ConfigurationError, upstream
 from assistream_flask.errors import RUN_ERRORS, RunError
 from assistream_flask.testing import FAULTS, OfflineServer, Reply
-from assistream_flask.upstream.parts import Annotation, End, Reasoning, Refusal, Text, Turn
+from assistream_flask.upstream.history import Turn
+from assistream_flask.upstream.parts import Annotation, End, Reasoning, Refusal, Text
 
 from .conftest import KEY, quick_client
 
@@ -247,7 +248,7 @@ def test_the_next_run_uses_the_connection_of_a_complete_one(dialect: str) -> Non
 # What is sent
 
 
-TURNS = (Turn("user", "Hi"), Turn("assistant", "Hello."), Turn("user", "[Critic]\nNo."), Turn("user", "Why?"))
+TURNS = (Turn("user", "Hi"), Turn("assistant", "Hello."), Turn("user", "No."), Turn("user", "Why?"))
 SENT: dict[str, dict[str, Any]] = {
     "responses": {
         "model": "m",
@@ -258,8 +259,7 @@ SENT: dict[str, dict[str, Any]] = {
         "input": [
             {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Hi"}]},
             {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Hello."}]},
-            {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "[Critic]\nNo."}]},
-            {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Why?"}]},
+            {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "No.\n\nWhy?"}]},
         ],
     },
     "chat": {
@@ -271,8 +271,7 @@ SENT: dict[str, dict[str, Any]] = {
             {"role": "system", "content": "Be kind."},
             {"role": "user", "content": "Hi"},
             {"role": "assistant", "content": "Hello."},
-            {"role": "user", "content": "[Critic]\nNo."},
-            {"role": "user", "content": "Why?"},
+            {"role": "user", "content": "No.\n\nWhy?"},
         ],
     },
     "assistants": {
@@ -284,8 +283,7 @@ SENT: dict[str, dict[str, Any]] = {
             "messages": [
                 {"role": "user", "content": "Hi"},
                 {"role": "assistant", "content": "Hello."},
-                {"role": "user", "content": "[Critic]\nNo."},
-                {"role": "user", "content": "Why?"},
+                {"role": "user", "content": "No.\n\nWhy?"},
             ]
         },
     },
@@ -387,7 +385,7 @@ def canned(body: str, seen: list[Any] | None = None, base_url: str = "http://mod
         ((r'"a\udf0d"', '"b"'), "a\ufffdb"),
         ((r'"a\u0000b"',), "a\ufffdb"),
         ((r'"a\u2028b"', '"\\r\\n"', '""'), "a\u2028b\r\n"),
-        (("null", "5", '["x"]', '"ok"'), "ok"),
+        (("null", "5", "[5]", '"ok"'), "ok"),
     ],
 )
 def test_text_is_what_utf_8_and_a_database_can_carry(dialect: str, deltas: tuple[str, ...], whole: str) -> None:
@@ -460,7 +458,7 @@ def test_a_response_is_told_once_however_a_server_tells_it(events: list[dict[str
     ("error", "code"),
     [
         ({"code": "rate_limit_exceeded"}, "rate_limit_exceeded"),
-        ({"code": "insufficient_quota"}, "rate_limit_exceeded"),
+        ({"code": "insufficient_quota"}, "insufficient_quota"),
         ({"code": 429}, "rate_limit_exceeded"),
         ({"type": "authentication_error"}, "upstream_unauthorized"),
         ({"code": "model_not_found"}, "upstream_rejected"),

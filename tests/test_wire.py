@@ -15,6 +15,12 @@ Where we mean to differ from the SDK, a test below says so:
 - Data that is not an object is ``{}``, so that nobody needs to look; the SDK gives it as it is.
 - An error is an event like any other; the SDK raises it.
 - A ``thread.`` event is its name and data; the SDK wraps both in an object.
+- Lines of data that are JSON only by themselves are events of their own; for the SDK they are no JSON.
+- The data of a heartbeat by name, such as ``ping``, need be no JSON.
+- Data that is blank is a heartbeat, or nothing but its event's name; for the SDK it is no JSON.
+- The data of an ``error`` event may be a mere text; for the SDK that is no JSON.
+- A line ``error: ...``, and an object that is no field's value, are events; the SDK passes over them.
+- A list of errors is its first; and a whole response by itself is the event that would have ended it.
 """
 
 from __future__ import annotations
@@ -108,18 +114,39 @@ class Told(NamedTuple):
 
     events: list[tuple[int, str, Json]]
     broken: int | None
+    # Whether events are of lines that are no event's: the SDK does not say when it passed over those.
+    had_strays: bool = False
 
     def bare(self) -> str:
         return f"{[event[1:] for event in self.events]} {self.broken is not None}"
 
 
 class Parser(SSEDecoder):
-    """The SDK's, without the events that had no data line: its events don't tell them from those with an empty one."""
+    """The SDK's, without the events that had no data line: its events don't tell them from those with an empty one.
+    With those of lines that it passes over."""
 
-    def decode(self, line: str) -> ServerSentEvent | None:
+    def __init__(self) -> None:
+        super().__init__()
+        self.strays = wire._Decoder()
+        self.had_strays = False
+
+    def _decode_lines(self, lines: Iterator[bytes]) -> Iterator[ServerSentEvent]:
+        for line in lines:
+            yield from self.events(line)
+
+    def events(self, line: bytes) -> Iterator[ServerSentEvent]:
+        if line.partition(b":")[0] not in (b"", b"data", b"event") and (strays := self.strays.other(line)):
+            self.had_strays = True
+            # What stands before it was no part of it.
+            if self._data and (event := super().decode("")):
+                yield event
+            for name, text in strays:
+                yield ServerSentEvent(event=name.decode(), data=text.decode(), id=None, retry=None)
+            return
         had_data = bool(self._data)
-        event = super().decode(line)
-        return event if had_data else None
+        event = super().decode(line.decode())
+        if event is not None and had_data:
+            yield event
 
 
 def mended(chunks: Sequence[bytes]) -> list[bytes]:
@@ -139,16 +166,31 @@ def mended(chunks: Sequence[bytes]) -> list[bytes]:
 def expected(chunks: Sequence[bytes]) -> Told:
     body = Body(mended(chunks))
     events: list[tuple[int, str, Json]] = []
-    for sse in Parser().iter_bytes(iter(body)):
-        if sse.data.startswith("[DONE]"):
-            events.append((body.reads, "[DONE]", {}))
-            continue
-        try:
-            data = json.loads(sse.data, parse_constant=refused)
-        except (ValueError, RecursionError):
-            return Told(events, body.reads)
-        events.append((body.reads, *kind_of(sse.event or "", data)))
-    return Told(events, None)
+    parser = Parser()
+    for sse in parser.iter_bytes(iter(body)):
+        if (found := events_of(sse.event or "", sse.data)) is None:
+            return Told(events, body.reads, parser.had_strays)
+        events += [(body.reads, *event) for event in found]
+    return Told(events, None, parser.had_strays)
+
+
+def events_of(name: str, text: str) -> list[tuple[str, Json]] | None:
+    """Gives the kind and data of an event, nothing for a heartbeat, and ``None`` for one that is malformed."""
+    if text.startswith("[DONE]"):
+        return [("[DONE]", {})]
+    if not text.encode().strip():
+        return [(name, {})] if name else []
+    try:
+        return [kind_of(name, json.loads(text, parse_constant=refused))]
+    except (ValueError, RecursionError):
+        pass
+    if name == "error":
+        return [(name, {"message": text})]
+    if name in wire._HEARTBEATS:
+        return [(name, {})]
+    # Events that no blank line parts.
+    found = [events_of(name, line) for line in text.split("\n")] if "\n" in text else [None]
+    return None if None in found else [event for events in found for event in events or ()]
 
 
 def refused(constant: str) -> None:
@@ -156,8 +198,12 @@ def refused(constant: str) -> None:
 
 
 def kind_of(name: str, data: Any) -> tuple[str, Json]:
+    if isinstance(data, list) and data and isinstance(data[0], dict) and data[0].get("error"):
+        data = data[0]
     if not isinstance(data, dict):
         return name, {}
+    if data.get("object") == "response" and not name:
+        return f"response.{data.get('status')}", {"response": data}
     told = data.get("type")
     if name.startswith("thread.") or name in {"done", "error"}:
         return name, data
@@ -170,11 +216,13 @@ def kind_of(name: str, data: Any) -> tuple[str, Json]:
 
 def given(stream: Any, body: Body, *, joined: bool = False) -> Told:
     events: list[tuple[int, str, Json]] = []
-    last = 0
+    last, rests = 0, 0
     try:
         for batch in wire.read(stream, joined=joined):
             assert batch, "an empty list"
-            assert last < body.reads, "two lists of one read"
+            # What no line end follows comes behind the last read.
+            rests += last == body.reads
+            assert rests < 2, "two lists of one read"
             last = body.reads
             events += [(last, kind, data) for kind, data in batch]
     except RunError as error:
@@ -216,8 +264,11 @@ def agree(got: Told, chunks: Sequence[bytes]) -> Told:
     """Gives what ``got`` had to be."""
     want = expected(chunks)
     assert want.bare() == expected([b"".join(chunks)]).bare()
-    assert got.broken == want.broken
     # Their texts are compared, because to == 1 is 1.0 and True.
+    if want.had_strays:
+        assert got.bare() == want.bare()
+        return got
+    assert got.broken == want.broken
     assert repr(got.events) == repr(want.events)
     return want
 
@@ -687,11 +738,71 @@ def test_the_last_name_of_an_event_counts(served: Served) -> None:
     assert read(served, b"event: error\nevent\ndata: {}\n\n") == [("", {})]
 
 
-@pytest.mark.parametrize("line", [b"data", b"data:", b"data: "])
-def test_an_event_with_empty_data_is_malformed(served: Served, line: bytes) -> None:
-    malformed(served, line + b"\n\n")
+@pytest.mark.parametrize("line", [b"data", b"data:", b"data: ", b"data:  \t", b"data:\ndata:"])
+def test_an_event_with_blank_data_is_a_heartbeat(served: Served, line: bytes) -> None:
+    assert read(served, line + b'\n\ndata: {"type":"a"}\n\n' + line + b"\n\n") == [("a", {"type": "a"})]
     with pytest.raises(json.JSONDecodeError):
         parsed_by_the_sdk(served, line + b"\n\n")
+
+
+def test_an_event_with_blank_data_and_a_name_is_that_name(served: Served) -> None:
+    assert read(served, b"event: error\ndata:\n\n") == [("error", {})]
+
+
+def test_an_error_may_be_a_mere_text(served: Served) -> None:
+    assert read(served, b"event: error\ndata: out of memory\n\n") == [("error", {"message": "out of memory"})]
+
+
+@pytest.mark.parametrize("end", [b"\n\n", b"\r\n\r\n", b"\n", b"\r\n", b""])
+@pytest.mark.parametrize(
+    ("line", "event"),
+    [
+        (b'error: {"code":400}', ("error", {"code": 400})),
+        (b"error:too long", ("error", {"message": "too long"})),
+        (b'{"error":{"code":500}}', ("error", {"error": {"code": 500}})),
+        (b'{\n "error": {\n  "code": 500\n }\n}', ("error", {"error": {"code": 500}})),
+        (b'[{"error":{"code":429}}]', ("error", {"error": {"code": 429}})),
+        (b'{"choices":[]}data: [DONE]', ("", {"choices": []})),
+        (b'{"object":"response","status":"completed"}', ("response.completed", ...)),
+    ],
+)
+def test_what_a_server_sends_that_gave_up_on_the_format_is_an_event(
+    served: Served, line: bytes, event: tuple[str, Any], end: bytes
+) -> None:
+    if line.startswith(b"error") and end in (b"", b"\n", b"\r\n"):
+        end = b"\n\n"
+    stream = b'data: {"type":"a"}\n\n' + line.replace(b"\n", end[: len(end) // 2] or b"\n") + end
+    for chunks in ([stream], [stream[i : i + 1] for i in range(len(stream))]):
+        first, (kind, data) = read(served, *chunks)
+        assert first == ("a", {"type": "a"})
+        assert (kind, data if event[1] is not ... else ...) == event
+    assert parsed_by_the_sdk(served, stream) == [{"type": "a"}]
+
+
+@pytest.mark.parametrize(
+    "line", [b"[DONE]", b"{", b"{} x", b'{"a":', b"Internal Server Error", b'"error"', b"[1]", b"[]"]
+)
+def test_another_line_is_passed_over_and_takes_nothing_with_it(served: Served, line: bytes) -> None:
+    stream = line + b'\n\ndata: {"type":"a"}\n\n' + line + b'\n{"error":"x"}\n\n'
+    assert read(served, stream) == [("a", {"type": "a"}), ("error", {"error": "x"})]
+
+
+def test_what_stands_before_such_a_line_is_an_event_of_its_own(served: Served) -> None:
+    for line in (b'{"error":"x"}', b"error: x"):
+        stream = b'event: a\ndata: {"b":1}\n' + line + b'\n\ndata: {"type":"c"}\n\n'
+        kinds = [kind for kind, _ in read(served, stream)]
+        assert kinds == ["a", "error", "c"]
+
+
+def test_events_that_no_blank_line_parts_are_events_where_they_are_no_json_together(served: Served) -> None:
+    stream = b'data: {"type":"a"}\ndata: {"type":"b"}\ndata: [DONE]\n\ndata: {"type":\ndata: "c"}\n\n'
+    assert [kind for kind, _ in read(served, stream)] == ["a", "b", "[DONE]", "c"]
+    malformed(served, b'data: {"type":"a"}\ndata: {\n\n')
+
+
+@pytest.mark.parametrize("name", ["ping", "heartbeat", "keepalive"])
+def test_a_heartbeat_by_name_may_have_any_data(served: Served, name: str) -> None:
+    assert read(served, f"event: {name}\ndata: 2024-01-01 12:00\n\n".encode()) == [(name, {})]
 
 
 def malformed(served: Served, *chunks: bytes) -> None:
@@ -736,7 +847,7 @@ def test_nan_and_infinity_are_malformed(served: Served, data: str) -> None:
     assert len(parsed_by_the_sdk(served, f"data: {data}\n\n".encode())) == 1
 
 
-@pytest.mark.parametrize("data", ["{", "{} {}", "", "hello", "9" * 4301, "[" * 99_999, '{"a":' * 99_999], ids=short)
+@pytest.mark.parametrize("data", ["{", "{} {}", "hello", "9" * 4301, "[" * 99_999, '{"a":' * 99_999], ids=short)
 def test_data_that_json_cannot_read_is_malformed(served: Served, data: str) -> None:
     malformed(served, f"data: {data}\n\n".encode())
     with pytest.raises((ValueError, RecursionError)):

@@ -22,17 +22,18 @@ from assistream_flask import runner as runners
 from assistream_flask.assistants import Assistant
 from assistream_flask.errors import RequestError, RunError
 from assistream_flask.events import TERMINAL, Event, Json
+from assistream_flask.leases import LEASE_SECONDS
 from assistream_flask.live import Asked
-from assistream_flask.log import Away, Log, Place
+from assistream_flask.log import Away, Log, Place, Told
 from assistream_flask.log import redis as redis_log
 from assistream_flask.log.redis import RedisLog
 from assistream_flask.runner import Runner
 from assistream_flask.schema import runs
 from assistream_flask.settings import Settings
-from assistream_flask.threads import ThreadStore
-from assistream_flask.upstream.parts import Annotation, Begun, End, Part, Reasoning, Refusal, Text, Turn
+from assistream_flask.threads import Owner, ThreadStore
+from assistream_flask.upstream.history import Turn
+from assistream_flask.upstream.parts import Annotation, Begun, End, Failed, Part, Reasoning, Refusal, Text
 from tests.conftest import text
-from tests.postgres_server import PostgresServer
 from tests.redis_server import RedisServer
 from tests.test_snapshots import STEPS, House, Member, Script, Seat, Tape, Viewer, random_script, trial, until
 
@@ -44,14 +45,18 @@ class Dead(BaseException):
 
 
 class Life:
-    """That of a worker: when it ends, each of its calls to store and log hangs, before or after what it does."""
+    """That of a worker: when it ends, each of its calls to store and log hangs, before or after what it does; so does
+    each while it is not ``going``."""
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
         self._inside = 0
         self.over, self._buried = threading.Event(), threading.Event()
+        self.going = threading.Event()
+        self.going.set()
 
     def call(self, what: Callable[..., Any], *given: Any, **named: Any) -> Any:
+        self.going.wait()
         with self._guard:
             self._inside += not self.over.is_set()
             alive = not self.over.is_set()
@@ -61,6 +66,7 @@ class Life:
             finally:
                 with self._guard:
                     self._inside -= 1
+            self.going.wait()
             if not self.over.is_set():
                 return found
         self._buried.wait()
@@ -97,14 +103,18 @@ class TapedRedisLog(RedisLog):
         super().__init__(url, **options)
         self._tape = tape
 
-    def append(self, thread_id: str, events: Sequence[Event]) -> Place:
-        return self._tape.append(self._append_one, thread_id, events)
+    def append_all(self, told: Sequence[Told]) -> list[Place | None]:
+        return [self._tape.append(self._append_one, *one) for one in told]
 
-    def _append_one(self, thread_id: str, events: Sequence[Event]) -> Place:
-        return super().append_all([(thread_id, events)])[0]
+    def _append_one(self, *told: Any) -> Place | None:
+        return super().append_all([Told(*told)])[0]
 
-    def append_all(self, told: Sequence[tuple[str, Sequence[Event]]]) -> list[Place]:
-        return [self.append(thread_id, events) for thread_id, events in told]
+    def forget(self, thread_id: str, last: Event) -> None:
+        self._tape.append(self._forget_one, thread_id, [last])
+
+    def _forget_one(self, thread_id: str, events: Sequence[Event]) -> Place:
+        super().forget(thread_id, events[0])
+        return self.end(thread_id)
 
 
 class Worker(NamedTuple):
@@ -139,15 +149,17 @@ class Houses(House):
         life = Life()
         ours = cast(Log, Mortal(log, life))
         # An assistant is for one run here, so its id says what another worker asks it with.
-        adopt: Callable[[str, str], Asked | None] = lambda scope, assistant_id: self._asked[assistant_id]  # noqa: E731
-        runner = Runner(cast(ThreadStore, Mortal(store, life)), ours, Settings(), name, adopt)
+        adopt: Callable[[Owner, str], Asked | None] = lambda owner, assistant_id: self._asked[assistant_id]  # noqa: E731
+        mortal = cast(ThreadStore, Mortal(store, life))
+        runner = Runner(mortal, ours, Settings(), name, adopt)
         log.listen(runner.attend)
-        keeper = threading.Thread(target=self._keep_house, args=(Member(runner, ours), life))
+        renew: Callable[[], None] = lambda: mortal.renew(name, runner.held(), LEASE_SECONDS)  # noqa: E731
+        keeper = threading.Thread(target=self._keep_house, args=(Member(runner, ours), life, renew))
         return Worker(name, Member(runner, ours), life, keeper)
 
-    def _keep_house(self, member: Member, life: Life) -> None:
+    def _keep_house(self, member: Member, life: Life, renew: Callable[[], None]) -> None:
         runner, log = member
-        jobs = (runner.flush, runner.renew, runner.sweep, runner.retell, log.tend)
+        jobs = (renew, runner.flush, runner.heed, runner.sweep, runner.retell, log.tend)
         with contextlib.suppress(Dead):
             while not life.over.wait(0.05):
                 for job in jobs:
@@ -198,12 +210,12 @@ class Houses(House):
 
 @pytest.fixture(autouse=True)
 def _scripted(monkeypatch: pytest.MonkeyPatch) -> None:
-    def ask(client: Script, assistant: Assistant, turns: list[Turn], stall: float) -> Any:
+    def ask(client: Script, assistant: Assistant, turns: list[Turn], stall: float, *more: object) -> Any:
         client.turns = turns
         client.opened.set()
         return client.connect(None) if isinstance(client, Response) else client
 
-    def resume(client: Response, assistant: Assistant, state: Json, stall: float) -> Any:
+    def resume(client: Response, assistant: Assistant, state: Json, stall: float, *, names: Sequence[str]) -> Any:
         return client.connect(state)
 
     def spawn(target: Callable[..., None], *given: object) -> None:
@@ -217,14 +229,6 @@ def _scripted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upstream, "resume", resume)
     monkeypatch.setattr(upstream, "cancel", lambda client, state: client.cancelled.set())
     monkeypatch.setattr(runners, "_spawn", spawn)
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'a.sqlite3'}"
-    postgres: PostgresServer = request.getfixturevalue("postgres")
-    return postgres.new_database()
 
 
 def seeded(houses: Houses, name: str) -> random.Random:
@@ -414,7 +418,7 @@ class Connection:
             parts = cast("list[Part]", batch)
             for part in parts:
                 kind = "reasoning" if isinstance(part, Reasoning) else "part"
-                where = None if isinstance(part, Reasoning | Begun | End) else part.at
+                where = None if isinstance(part, Reasoning | Begun | End | Failed) else part.at
                 slot = slots.setdefault(f"{kind}{where}", [kind, None, where, 0, 0, 0])
                 if isinstance(part, Annotation):
                     slot[4] += 1
@@ -511,7 +515,8 @@ def death(houses: Houses, choose: random.Random) -> None:
         lost = run["last_error"] is not None and run["last_error"]["code"] == "worker_lost"
         if isinstance(script, Response):
             assert not lost
-            assert run["status"] in ("completed", "incomplete") or run["id"] in cancelled
+            empty = run["last_error"] is not None and run["last_error"]["code"] == "empty_answer"
+            assert run["status"] in ("completed", "incomplete") or run["id"] in cancelled or empty
             if run["status"] != "cancelled":
                 assert said(entry) == script.said()
         elif lost and houses.pick().log.end(thread_id).epoch == epoch:
@@ -534,3 +539,255 @@ def test_what_a_dead_worker_left_the_other_ends_runs_or_goes_on_with(
     for number in range(max(4, TRIALS // 6)):
         with contextlib.closing(Mourning(database_url, redis_server.empty_url(), max_events=10_000)) as houses:
             death(houses, seeded(houses, f"death/{number}"))
+
+
+# With a worker that stands still
+
+
+WORDS = "".join(f"w{number} " for number in range(100))
+
+
+class Words(Script):
+    """An answer whose words count up."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__([*words(count), [End(None, None)]])
+        self.asked = 0
+
+    def __iter__(self) -> Iterator[list[Part]]:
+        self.asked += 1
+        return super().__iter__()
+
+
+def words(count: int) -> list[list[Part]]:
+    return [[Text(0, f"w{number} ")] for number in range(count)]
+
+
+class Strict(Viewer):
+    """A viewer that looks at every answer after every event: it only grows, by the next words, until its end."""
+
+    def __init__(self, entries: Sequence[Json], known: dict[str, tuple[str, bool]]) -> None:
+        super().__init__(entries)
+        self._known = known
+        self._look()
+
+    def see(self, told: Sequence[Event]) -> Viewer:
+        super().see(told)
+        self._look()
+        return self
+
+    def _look(self) -> None:
+        for entry in self.entries:
+            if not entry["message"]["run_id"]:
+                continue
+            now, (before, over) = text(entry), self._known.get(entry["message"]["id"], ("", False))
+            assert WORDS.startswith(now), f"{now!r} after {before!r}"
+            assert now.startswith(before), f"{now!r} after {before!r}"
+            assert not over or now == before, f"{now!r} after its end, {before!r}"
+            over = over or (entry["run"] or {"status": ""})["status"] in TERMINAL
+            self._known[entry["message"]["id"]] = now, over
+
+
+class StrictSeat(Seat):
+    def __init__(self, house: House, thread_id: str) -> None:
+        super().__init__(house, thread_id)
+        self._known: dict[str, tuple[str, bool]] = {}
+
+    def read(self) -> None:
+        super().read()
+        if not isinstance(self.viewer, Strict):
+            self.viewer = Strict(self.viewer.entries, self._known)
+
+
+class Paused(Houses):
+    """Workers stand still now and then, and the others may take their runs over."""
+
+    exact = False
+
+    def lapse(self, worker: Worker) -> bool:
+        """Ends the leases of the worker's runs; gives whether there are any."""
+        with self.store._write() as connection:
+            mine = runs.c.worker == worker.name, runs.c.status.not_in(TERMINAL)
+            return bool(connection.execute(runs.update().where(*mine).values(lease=5.0)).rowcount)
+
+
+def pause(houses: Paused, choose: random.Random, *, late: bool) -> int:
+    """The first worker stands still for longer than a lease. It comes back ``late``, when its runs are the other's,
+    which may do the same then; or between the other's look at them and its claims. Gives how many runs it had."""
+    first, second = (worker.member for worker in houses.workers)
+    houses.members[:] = [first]
+    seats, scripts = list[StrictSeat](), list[Words | Response]()
+    for _ in range(10):
+        count = choose.randrange(1, 40)
+        lasting = Response([*words(count), [End(None, None)]], frozenset())
+        scripts.append(lasting if choose.random() < 0.3 else Words(count))
+        thread_id = houses.thread()
+        # Of some, the first word comes before they are looked at.
+        if spoken := choose.choice([0, 1, 9]):
+            scripts[-1].go(spoken)
+        houses.post(thread_id, [scripts[-1]])
+        seats.append(StrictSeat(houses, thread_id))
+        time.sleep(choose.random() * 0.01)
+    houses.members[:] = [second]
+    stop = threading.Event()
+
+    def speak() -> None:
+        while not stop.wait(0.0005):
+            choose.choice(scripts).go()
+
+    jobs = [threading.Thread(target=speak), threading.Thread(target=_look_on, args=(houses, seats, stop))]
+    for job in jobs:
+        job.start()
+    try:
+        for at in choose.choice([[0], [0, 1], [0, 1, 0]]) if late else [0]:
+            time.sleep(choose.random() * 0.02)
+            _stand_still(houses, houses.workers[at], choose, late=late)
+    finally:
+        for script in scripts:
+            script.go(100)
+        houses.members[:] = [first, second]
+        until(lambda: not first.runner._live and not second.runner._live, 30)
+        stop.set()
+        for job in jobs:
+            job.join()
+    for seat, script in zip(seats, scripts, strict=True):
+        _check(houses, seat, script)
+    return len(scripts)
+
+
+def _stand_still(houses: Paused, worker: Worker, choose: random.Random, *, late: bool) -> None:
+    worker.life.going.clear()
+    try:
+        if late:
+            until(lambda: not houses.lapse(worker), 30)
+        else:
+            houses.lapse(worker)
+        time.sleep(choose.random() * 0.04)
+    finally:
+        worker.life.going.set()
+
+
+def _look_on(houses: Paused, seats: Sequence[StrictSeat], stop: threading.Event) -> None:
+    try:
+        while not stop.is_set():
+            for seat in seats:
+                seat.read()
+    except BaseException as error:
+        houses.failures.append(error)
+
+
+def _check(houses: Paused, seat: StrictSeat, script: Words | Response) -> None:
+    found = houses.store.page(seat._thread_id, 200)
+    assert found is not None
+    whole = [one.entry for one in found[0]]
+    run, said = whole[1]["run"], text(whole[1])
+    assert WORDS.startswith(said)
+    if isinstance(script, Words):
+        assert script.asked <= 1
+    if run["status"] != "completed":
+        assert isinstance(script, Words)
+        assert run["last_error"]["code"] == "worker_lost"
+    else:
+        assert said == "".join(part.value for [part, *_] in script._batches if isinstance(part, Text))  # type: ignore[misc]
+    until(lambda: seat.caught_up() and seat.viewer.entries == whole)
+    seat.cut()
+
+
+PAUSES = max(100, TRIALS)
+"""How many answers there are in each of these, on each database."""
+
+
+def test_what_a_worker_tells_and_stores_after_another_took_its_runs_over_reaches_nobody(
+    redis_server: RedisServer, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_log, "LOCK_SECONDS", 0.5)
+    did = 0
+    with contextlib.closing(Paused(database_url, redis_server.empty_url(), max_events=10_000)) as houses:
+        while did < PAUSES:
+            did += pause(houses, seeded(houses, f"late/{did}"), late=True)
+
+
+def test_a_run_whose_holder_comes_back_before_it_is_claimed_is_asked_once_and_told_once(
+    redis_server: RedisServer, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_log, "LOCK_SECONDS", 0.5)
+    did, choose = 0, random.Random("gap")
+    with contextlib.closing(Paused(database_url, redis_server.empty_url(), max_events=10_000)) as houses:
+        claim = houses._stores[2].claim
+
+        def claimed_later(*given: Any) -> Any:
+            time.sleep(choose.random() * 0.02)
+            return claim(*given)
+
+        monkeypatch.setattr(houses._stores[2], "claim", claimed_later)
+        while did < PAUSES:
+            did += pause(houses, seeded(houses, f"gap/{did}"), late=False)
+
+
+class Idle(Paused):
+    """Workers whose upkeep is done by hand."""
+
+    def _keep_house(self, *_: object) -> None:
+        """Nothing by itself."""
+
+    def close(self) -> None:
+        for script in self.scripts:
+            script.go(100)
+        super().close()
+
+
+def begun(houses: Idle) -> str:
+    """Gives a thread with an answer of the first worker: two words, which the log has and the store has not."""
+    houses.members[:] = [houses.workers[0].member]
+    lasting = Response([*words(9), [End(None, None)]], frozenset())
+    lasting.go()
+    thread_id = houses.thread()
+    houses.post(thread_id, [lasting])
+    until(lambda: houses.store.held()[0].upstream is not None)
+    lasting.go(2)
+    until(lambda: text(houses.attach(thread_id)[0][1]) == "w0 w1 ")
+    found = houses.store.page(thread_id, 2)
+    assert found is not None
+    assert text(found[0][1].entry) == ""
+    # Who takes it over is not told them again.
+    lasting.told = 0
+    return thread_id
+
+
+def test_what_was_read_of_the_log_is_stored_before_the_log_begins_anew(
+    redis_server: RedisServer, database_url: str
+) -> None:
+    with contextlib.closing(Idle(database_url, redis_server.empty_url(), workers=3)) as houses:
+        thread_id = begun(houses)
+        first, second, third = houses.workers
+        houses.kill(first)
+        houses.lapse(first)
+        second.member.runner.sweep()
+        next(second.member.runner._teller.retell())
+        # Before it has stored its runs as of the new log.
+        houses.members.append(second.member)
+        houses.kill(second)
+        houses.lapse(second)
+        third.member.runner.sweep()
+        houses.members[:] = [third.member]
+        assert text(houses.attach(thread_id)[0][1]) == "w0 w1 "
+
+
+def test_who_lost_a_run_leaves_the_log_to_who_took_it_over(
+    redis_server: RedisServer, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with contextlib.closing(Idle(database_url, redis_server.empty_url())) as houses:
+        thread_id = begun(houses)
+        first, second = (worker.member.runner for worker in houses.workers)
+        fence = second._teller.fence
+
+        def fence_later(*given: Any) -> bool:
+            first.flush()
+            first.retell()
+            return fence(*given)
+
+        monkeypatch.setattr(second._teller, "fence", fence_later)
+        houses.lapse(houses.workers[0])
+        second.sweep()
+        houses.members[:] = [houses.workers[1].member]
+        assert text(houses.attach(thread_id)[0][1]) == "w0 w1 "

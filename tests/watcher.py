@@ -8,11 +8,16 @@ import http.client
 import random
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tests.live import Event, Gunicorn, stream
 
 OVER = ("completed", "incomplete", "failed", "cancelled")
+
+
+# Those that the present test made: see tests/conftest.py.
+made: list[Watcher] = []
 
 
 class Watcher:
@@ -31,6 +36,7 @@ class Watcher:
         self._runs: dict[str, Any] = {}
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._thread.start()
+        made.append(self)
 
     def stop(self) -> None:
         """Leaves at the next event or break."""
@@ -84,7 +90,7 @@ class Watcher:
                 one["run"] = data
 
 
-def settle(gunicorn: Gunicorn, watchers: dict[str, list[Watcher]], seconds: float = 60) -> dict[str, list[Any]]:
+def settle(gunicorn: Gunicorn, watchers: Mapping[str, Sequence[Watcher]], seconds: float = 60) -> dict[str, list[Any]]:
     """Waits until all runs of the threads are over; gives each thread's entries.
 
     Then every viewer must come to see just those.

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from enum import Enum
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Final, NamedTuple, Protocol, TypeAlias
 
 from ..events import Event, Json
 
@@ -35,6 +35,27 @@ class Place(NamedTuple):
         return cls(match[1], int(match[2])) if match else None
 
 
+REFUSED: Final = Place("", -1)
+"""In place of a place: nothing was appended, as the run is another's by now."""
+
+
+class Claim(NamedTuple):
+    """Who appends what a run grows by: its ``number``th holder, the first of which is 0."""
+
+    run_id: str
+    number: int
+
+
+class Told(NamedTuple):
+    """Events for a thread's log; those of a run's holder with its ``claim``, those of who has the thread's lock as
+    ``locked``."""
+
+    thread_id: str
+    events: Sequence[Event]
+    claim: Claim | None = None
+    locked: bool = False
+
+
 class Record(NamedTuple):
     """One event in the log. ``frame`` is its SSE frame, encoded once for all readers."""
 
@@ -45,7 +66,8 @@ class Record(NamedTuple):
 
     def data(self) -> Json:
         """Gives the event's JSON object."""
-        found: Json = json.loads(self.frame[self.frame.index(b"\ndata: ") + 7 :])
+        start = self.frame.index(b"\ndata: ") + 7
+        found: Json = json.loads(self.frame[start : self.frame.index(b"\n", start)])
         return found
 
 
@@ -54,7 +76,13 @@ class Lost(Exception):
 
 
 class Away(Exception):
-    """The log cannot be reached. Whether what was to be written is in it is not known."""
+    """The log cannot be reached. Whether what was to be written is in it is not known. The message, where there is one,
+    says why and what to do, and is fit for the public."""
+
+
+GONE_SECONDS: Final = 60
+"""How long a log that has forgotten its thread takes nothing for it: longer than any worker tells before it looks
+whether its runs are still there."""
 
 
 class Taken(Enum):
@@ -90,12 +118,23 @@ class Log(Protocol):
     shared: bool
     """Whether other workers read and write it too."""
 
-    def append(self, thread_id: str, events: Sequence[Event]) -> Place:
-        """Appends ``events`` as one write; gives the place after the last of them."""
+    def append(self, thread_id: str, events: Sequence[Event], claim: Claim | None = None) -> Place:
+        """Appends ``events`` as one write; gives the place after the last of them, or :data:`REFUSED`; the end of one
+        that takes no more."""
         ...
 
-    def append_all(self, told: Sequence[tuple[str, Sequence[Event]]]) -> Sequence[Place]:
-        """Appends the events of several threads, as one write where that is cheaper; gives a place for each."""
+    def append_all(self, told: Sequence[Told]) -> Sequence[Place | None]:
+        """Appends the events of several threads, as one write where that is cheaper; gives for each what
+        :meth:`append` gives; ``None`` for one that takes no more, see :meth:`forget`, and where the lock was lost."""
+        ...
+
+    def forget(self, thread_id: str, last: Event) -> None:
+        """Appends ``last`` and keeps nothing but that, in no worker. For :data:`GONE_SECONDS` nothing comes after it,
+        and the log does not begin anew; then that is gone too."""
+        ...
+
+    def fence(self, thread_id: str, claim: Claim) -> None:
+        """Has what earlier holders of the run append refused from now on, however late it comes."""
         ...
 
     def end(self, thread_id: str) -> Place:
@@ -110,17 +149,28 @@ class Log(Protocol):
         """Gives all records after ``place``. Raises :class:`Lost` when that can't be proven."""
         ...
 
+    def recover(self, thread_id: str, place: Place, run_id: str) -> tuple[list[Record], Place]:
+        """Gives all records of the run after ``place``, and the end, also where the log began anew since: what a run
+        that was lost told and did not store. Raises :class:`Lost` when that can't be proven."""
+        ...
+
     def subscribe(self, thread_id: str, place: Place) -> Subscription:
         """Gives a cursor after ``place``. Raises :class:`Lost` when that can't be proven."""
         ...
 
     def lock(self, thread_id: str) -> AbstractContextManager[object]:
         """Whoever stores a change and appends its event holds this, so that events come in the order of the
-        store. Where its holder died in between, the log begins anew."""
+        store. Where its holder died in between, the log begins anew; one that was only late appends nothing then, as
+        viewers were given what is stored."""
         ...
 
-    def restart(self, thread_id: str) -> None:
-        """Begins the thread's log anew: every reader is :class:`Lost`, every viewer gets a snapshot."""
+    def viewed(self) -> list[str]:
+        """Gives the threads that somebody reads here."""
+        ...
+
+    def restart(self, thread_id: str, *, keep: bool = False, holes: Collection[str] = ()) -> None:
+        """Begins the thread's log anew: every reader is :class:`Lost`, every viewer gets a snapshot. :meth:`recover`
+        reads on across it where ``keep`` says so, but of the runs ``holes``, of which something is missing before."""
         ...
 
     def signal(self, thread_id: str) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 from .. import sse
+from ..complaints import Complaints
 from ..events import Event, dumps
-from . import Lost, Place, Record
+from . import GONE_SECONDS, REFUSED, Claim, Lost, Place, Record, Told
 from .tail import Cursor, Registry, Tail
 
 
@@ -28,29 +29,47 @@ class MemoryLog:
         max_bytes: int = 8 << 20,
         max_age: float = 600,
         clock: Callable[[], float] = time.monotonic,
+        complaints: Complaints | None = None,
     ) -> None:
         self._max_events, self._max_bytes, self._max_age = max_events, max_bytes, max_age
-        self._threads = Registry(lambda: Tail(_epoch()), clock)
+        self._threads = Registry(lambda: Tail(_epoch()), clock, complaints)
 
-    def append(self, thread_id: str, events: Sequence[Event]) -> Place:
+    def append(self, thread_id: str, events: Sequence[Event], claim: Claim | None = None) -> Place:
+        return self._append(thread_id, events, claim) or self.end(thread_id)
+
+    def _append(
+        self, thread_id: str, events: Sequence[Event], claim: Claim | None = None, is_last: bool = False
+    ) -> Place | None:
         tail = self._threads.enter(thread_id)
         try:
             with tail.guard:
+                if claim is not None and claim.number < tail.claims.get(claim.run_id, 0):
+                    return REFUSED
+                if tail.gone:
+                    return None
                 epoch, offset = tail.place
                 told = []
                 for name, data, key in events:
                     offset += 1
                     told.append((name, key, sse.encode(name, dumps(data), f"{epoch}-{offset}")))
                 tail.add(self._threads.clock(), told)
-                tail.trim(self._max_events, self._max_bytes, 0)
-                place = tail.place
+                tail.trim(1 if is_last else self._max_events, self._max_bytes, 0)
+                tail.gone, place = is_last, tail.place
             tail.wake()
             return place
         finally:
             self._threads.leave(tail)
 
-    def append_all(self, told: Sequence[tuple[str, Sequence[Event]]]) -> list[Place]:
-        return [self.append(thread_id, events) for thread_id, events in told]
+    def append_all(self, told: Sequence[Told]) -> Sequence[Place | None]:
+        # Nobody else can take a lock.
+        return [self._append(*one[:3]) for one in told]
+
+    def forget(self, thread_id: str, last: Event) -> None:
+        self._append(thread_id, [last], is_last=True)
+
+    def fence(self, thread_id: str, claim: Claim) -> None:
+        with self._threads.using(thread_id) as tail, tail.guard:
+            tail.claims[claim.run_id] = max(claim.number, tail.claims.get(claim.run_id, 0))
 
     def end(self, thread_id: str) -> Place:
         with self._threads.using(thread_id) as tail:
@@ -63,6 +82,12 @@ class MemoryLog:
     def since(self, thread_id: str, place: Place) -> list[Record]:
         with self._threads.using(thread_id) as tail, tail.guard:
             return tail.since(place)
+
+    def recover(self, thread_id: str, place: Place, run_id: str) -> tuple[list[Record], Place]:
+        # Whoever could lose a run has this log too.
+        records = self.since(thread_id, place)
+        end = records[-1].place if records else place
+        return [record for record in records if record.key == run_id], end
 
     def subscribe(self, thread_id: str, place: Place) -> Cursor:
         tail = self._threads.enter(thread_id)
@@ -82,10 +107,14 @@ class MemoryLog:
             finally:
                 tail.held -= 1
 
-    def restart(self, thread_id: str) -> None:
+    def viewed(self) -> list[str]:
+        return self._threads.used()
+
+    def restart(self, thread_id: str, *, keep: bool = False, holes: Collection[str] = ()) -> None:
         with self._threads.using(thread_id) as tail:
             with tail.guard:
-                tail.restart(Place(_epoch(), 0))
+                if not tail.gone:
+                    tail.restart(Place(_epoch(), 0))
             tail.wake()
 
     def signal(self, thread_id: str) -> None:
@@ -95,11 +124,15 @@ class MemoryLog:
         """Nobody else signals."""
 
     def tend(self) -> None:
-        oldest = self._threads.clock() - self._max_age
+        now = self._threads.clock()
         for thread_id, tail in self._threads.all():
+            oldest = now - (GONE_SECONDS if tail.gone else self._max_age)
             with tail.guard:
                 tail.trim(self._max_events, self._max_bytes, oldest)
-            self._threads.drop(thread_id, unless=lambda tail: bool(tail.records) or tail.touched >= oldest)
+            self._threads.drop(
+                thread_id,
+                unless=lambda tail, oldest=oldest: bool(tail.records) or tail.touched >= oldest,  # type: ignore[misc]
+            )
 
     def wake(self) -> None:
         self._threads.wake()

@@ -5,7 +5,9 @@ began, in microseconds, so a later one is greater. Its first entry, at offset 0,
 published in the same step; each worker hears of all its viewers' threads on one connection. What the channel drops,
 the offsets show: then the stream is read, and where that has a gap too the place is lost.
 
-Commands: https://redis.io/docs/latest/commands/ (Redis 7 or newer, not a cluster).
+Of a thread that is gone the stream is its last event alone, with a second field, and nothing comes after it.
+
+Commands: https://redis.io/docs/latest/commands/ (Redis 7 or newer, not a cluster); what is used is in :mod:`.needs`.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final, TypeVar
@@ -24,8 +26,9 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from .. import sse
+from ..complaints import Complaints
 from ..events import Event, dumps
-from . import Away, Lost, Place, Record
+from . import GONE_SECONDS, REFUSED, Away, Claim, Lost, Place, Record, Told, needs
 from .tail import READ_BYTES, Cursor, Registry, Tail
 
 _log = logging.getLogger(__name__)
@@ -37,6 +40,8 @@ CHECK_SECONDS: Final = 1.5
 """How often each viewed thread is looked up, in case that its stream or a message was lost."""
 LOCK_SECONDS: Final = 5.0
 """A lock that was held so long has a dead holder."""
+CLAIM_SECONDS: Final = 86_400
+"""How long is known who has a run that another had: no worker comes back later and goes on."""
 _AGAIN_SECONDS: Final = 0.5
 # A crowd that arrives at once waits for a connection, and Redis is not away for that.
 _QUEUE_SECONDS: Final = 15
@@ -45,31 +50,62 @@ _KEEP: Final = 512
 _COMMON: Final = """
 local function last(key)
     local found = redis.call('XREVRANGE', key, '+', '-', 'COUNT', 1)[1]
-    if found then return string.match(found[1], '^(%d+)%-(%d+)$') end
+    if found then
+        local epoch, offset = string.match(found[1], '^(%d+)%-(%d+)$')
+        return epoch, offset, found[2][3] == 'gone'
+    end
 end
 local function now()
     local time = redis.call('TIME')
     return tonumber(time[1]) * 1000000 + tonumber(time[2])
 end
-local function restart(key, ttl)
-    local old = last(key)
+-- What was told is kept for a while beside the stream: who has a run may be gone, and have stored less. The first
+-- entry says what it goes on from, and of which runs something is missing before.
+local function restart(key, ttl, keep, holes)
+    local old, _, gone = last(key)
+    if gone then return old end
+    local past, told = key .. ':past', {}
+    if keep and old then told = redis.call('XREVRANGE', key, '+', '-', 'COUNT', 1000) end
     local epoch = now()
     if old and epoch <= tonumber(old) then epoch = tonumber(old) + 1 end
     epoch = string.format('%.0f', epoch)
     redis.call('DEL', key)
-    redis.call('XADD', key, epoch .. '-0', 'e', '')
+    if #told > 0 then
+        redis.call('XADD', key, epoch .. '-0', 'e', '', 'from', old, 'holes', holes or '')
+        for n = #told, 1, -1 do
+            redis.call('XADD', past, 'MAXLEN', '=', 2000, told[n][1], unpack(told[n][2]))
+        end
+        redis.call('PEXPIRE', past, 60000)
+    else
+        redis.call('XADD', key, epoch .. '-0', 'e', '')
+        redis.call('DEL', past)
+    end
     redis.call('PEXPIRE', key, ttl)
     redis.call('PUBLISH', key, epoch .. '-1')
     return epoch
 end
 """
 
-# Keys: streams. Arguments: time to live, most events, most bytes; for each stream how many events, and they.
+# Keys: streams. Arguments: time to live, most events, most bytes, how long a claim is known, the locks; for each stream
+# the thread and its lock as it was taken, or nothing, the key of the run's claim, or nothing, and its number, how many
+# events, and they. Gives where each ends, "" for one that is refused, and nil for one that takes no more, or whose lock
+# was lost: who reads has what was stored by then.
 _APPEND: Final = """
-local ttl, most, next, found = ARGV[1], tonumber(ARGV[3]), 4, {}
-for i, key in ipairs(KEYS) do
-    local count, bytes = tonumber(ARGV[next]), 0
-    local epoch, offset = last(key)
+local ttl, most, next, found = ARGV[1], tonumber(ARGV[3]), 6, {}
+local function lost(thread, mine)
+    return mine ~= '' and tonumber(redis.call('ZSCORE', ARGV[5], thread) or '0') ~= tonumber(mine)
+end
+local function refused(key, number)
+    if key == '' then return false end
+    local known = tonumber(redis.call('GET', key) or '0')
+    -- After all was lost, who has the run makes it known again.
+    if known < number then redis.call('SET', key, number, 'PX', ARGV[4]) end
+    return known > number
+end
+local function append(key, next, count)
+    local bytes = 0
+    local epoch, offset, gone = last(key)
+    if gone then return false end
     if not epoch then epoch, offset = restart(key, ttl), 0 end
     offset = tonumber(offset)
     local prefix = epoch .. '-'
@@ -86,31 +122,64 @@ for i, key in ipairs(KEYS) do
     redis.call('PEXPIRE', key, ttl)
     redis.call('PUBLISH', key,
         prefix .. string.format('%.0f\\n', offset + 1) .. table.concat(ARGV, '\\0', next + 1, next + count))
-    found[i] = prefix .. string.format('%.0f', offset + count)
-    next = next + count + 1
+    return prefix .. string.format('%.0f', offset + count)
+end
+for i, key in ipairs(KEYS) do
+    local count = tonumber(ARGV[next + 4])
+    if lost(ARGV[next], ARGV[next + 1]) then
+        found[i] = false
+    elseif refused(ARGV[next + 2], tonumber(ARGV[next + 3])) then
+        found[i] = ''
+    else
+        found[i] = append(key, next + 4, count)
+    end
+    next = next + count + 5
 end
 return found
+"""
+
+# Key: a run's claim. Arguments: its number, how long it is known.
+_FENCE: Final = """
+if tonumber(redis.call('GET', KEYS[1]) or '0') < tonumber(ARGV[1]) then
+    redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+end
 """
 
 # Keys: streams. Argument: time to live. Gives where each ends.
 _ENDS: Final = """
 local found = {}
 for i, key in ipairs(KEYS) do
-    local epoch, offset = last(key)
-    if epoch then redis.call('PEXPIRE', key, ARGV[1]) else epoch, offset = restart(key, ARGV[1]), '0' end
+    local epoch, offset, gone = last(key)
+    if not epoch then epoch, offset = restart(key, ARGV[1]), '0' end
+    if not gone then redis.call('PEXPIRE', key, ARGV[1]) end
     found[i] = epoch .. '-' .. offset
 end
 return found
 """
 
-_RESTART: Final = "return restart(KEYS[1], ARGV[1])"
+# Keys: the stream. Arguments: time to live, the last event. One that was there leaves no byte of it in the new stream.
+# In a full Redis too, as a script may go on that has deleted. A message of no event says where the stream begins now.
+_FORGET: Final = """
+local key, epoch, offset, gone = KEYS[1], last(KEYS[1])
+if gone then return end
+if not epoch then epoch, offset = restart(key, ARGV[1]), 0 end
+local place = epoch .. '-' .. string.format('%.0f', offset + 1)
+redis.call('DEL', key)
+redis.call('DEL', key .. ':past')
+redis.call('XADD', key, place, 'e', ARGV[2], 'gone', '')
+redis.call('PEXPIRE', key, ARGV[1])
+redis.call('PUBLISH', key, place .. '\\n' .. ARGV[2])
+redis.call('PUBLISH', key, place .. '\\n')
+"""
+
+_RESTART: Final = "return restart(KEYS[1], ARGV[1], ARGV[2] == '1', ARGV[3])"
 
 # Keys: the locks, the stream. Arguments: the thread, the lock's and the stream's time to live.
 _LOCK: Final = """
 local at, held = now(), redis.call('ZSCORE', KEYS[1], ARGV[1])
 if held then
     if tonumber(held) > at then return '' end
-    restart(KEYS[2], ARGV[3])
+    restart(KEYS[2], ARGV[3], true)
 end
 local mine = string.format('%.0f', at + tonumber(ARGV[2]))
 redis.call('ZADD', KEYS[1], mine, ARGV[1])
@@ -131,14 +200,14 @@ _UNLOCK: Final = """
 if tonumber(redis.call('ZSCORE', KEYS[1], ARGV[1]) or '0') == tonumber(ARGV[2]) then
     redis.call('ZREM', KEYS[1], ARGV[1])
 else
-    restart(KEYS[2], ARGV[3])
+    restart(KEYS[2], ARGV[3], true)
 end
 """
 
 # Who holds a lock that ran out may have stored what it told nobody.
 _LEFT: Final = """
 for _, thread in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now(), 'LIMIT', 0, 100)) do
-    restart(ARGV[1] .. thread, ARGV[2])
+    restart(ARGV[1] .. thread, ARGV[2], true)
     redis.call('ZREM', KEYS[1], thread)
 end
 """
@@ -176,7 +245,9 @@ class _Viewed(Tail):
         if epoch != mine or first > last + 1:
             self.restart(Place(epoch, first - 1))
         elif first + len(bodies) <= last + 1:
-            # An echo: its readers must not wake for nothing.
+            # An echo: its readers must not wake for nothing. Or what was before is forgotten.
+            if not bodies:
+                self.trim(last + 1 - first, 1 << 20, 0)
             return False
         known = max(0, self.place.offset + 1 - first)
         records = [_record(epoch, first + n, body) for n, body in enumerate(bodies[known:], known)]
@@ -202,7 +273,9 @@ class RedisLog:
         max_bytes: int = 8 << 20,
         max_age: float = 600,
         connections: int = 16,
+        complaints: Complaints | None = None,
     ) -> None:
+        self._complaints = complaints or Complaints()
         self._max_events, self._max_bytes, self._ttl = max_events, max_bytes, int(max_age * 1000)
         # The library's own defaults would try for a minute, in silence.
         options: dict[str, Any] = {"socket_connect_timeout": SECONDS, "retry": Retry(NoBackoff(), 0), "protocol": 2}
@@ -217,11 +290,13 @@ class RedisLog:
         # Channels are the same in all databases of a server, so the database is in the name.
         base = f"assistream:{self._redis.connection_pool.connection_kwargs.get('db') or 0}"
         self._prefix, self._locked, self._signal = f"{base}:", f"{base}-locks", f"{base}-signal".encode()
-        self._append, self._ends, self._restart, self._lock, self._quiet, self._unlock, self._left = (
+        self._claims = f"{base}-claim:"
+        self._append, self._fence, self._ends, self._restart, self._lock, self._quiet, self._unlock, self._left = (
             self._redis.register_script(_COMMON + text)
-            for text in (_APPEND, _ENDS, _RESTART, _LOCK, _QUIET, _UNLOCK, _LEFT)
+            for text in (_APPEND, _FENCE, _ENDS, _RESTART, _LOCK, _QUIET, _UNLOCK, _LEFT)
         )
-        self._threads = Registry(lambda: _Viewed(min(_KEEP, max_events)), time.monotonic)
+        self._forget = self._redis.register_script(_COMMON + _FORGET)
+        self._threads = Registry(lambda: _Viewed(min(_KEEP, max_events)), time.monotonic, self._complaints)
         self._locks = Registry(lambda: Tail("0"), time.monotonic)
         self._attend: Callable[[str], None] = lambda thread_id: None
         self._line: Any = None
@@ -229,6 +304,8 @@ class RedisLog:
         self._linked = threading.Event()
         self._closed = threading.Event()
         self._again = 0.0
+        # What is known to be wrong with this Redis and what to do; and when such may be said again.
+        self._fix = ""
         self._room = threading.BoundedSemaphore(connections)
         self._run_id = ""
         for job in (self._listen, self._watch):
@@ -239,25 +316,39 @@ class RedisLog:
 
     # Writing
 
-    def append(self, thread_id: str, events: Sequence[Event]) -> Place:
-        return self.append_all([(thread_id, events)])[0]
+    def append(self, thread_id: str, events: Sequence[Event], claim: Claim | None = None) -> Place:
+        return self.append_all([Told(thread_id, events, claim)])[0] or self.end(thread_id)
 
-    def append_all(self, told: Sequence[tuple[str, Sequence[Event]]]) -> Sequence[Place]:
-        keys = [self._prefix + thread_id for thread_id, _ in told]
-        bodies = [[_body(event) for event in events] for _, events in told]
-        arguments: list[int | bytes] = [self._ttl, self._max_events, self._max_bytes]
-        for ours in bodies:
+    def append_all(self, told: Sequence[Told]) -> Sequence[Place | None]:
+        keys = [self._prefix + one.thread_id for one in told]
+        bodies = [[_body(event) for event in one.events] for one in told]
+        arguments: list[int | str | bytes] = [self._ttl, self._max_events, self._max_bytes, CLAIM_SECONDS * 1000]
+        arguments.append(self._locked)
+        for one, ours in zip(told, bodies, strict=True):
+            held = self._locks.get(one.thread_id) if one.locked else None
+            arguments += (one.thread_id, held.token if held else "")
+            arguments += (self._claims + one.claim.run_id, one.claim.number) if one.claim else ("", 0)
             arguments += [len(ours), *ours]
-        places = [self._place(found) for found in self._do(lambda: self._append(keys, arguments))]
-        for (thread_id, _), ours, place in zip(told, bodies, places, strict=True):
-            tail = self._threads.get(thread_id)
-            if tail is not None and ours:
+        found = self._do(lambda: self._append(keys, arguments))
+        places = [REFUSED if place == b"" else place and self._place(place) for place in found]
+        for one, ours, place in zip(told, bodies, places, strict=True):
+            tail = self._threads.get(one.thread_id)
+            if tail is not None and ours and place and place is not REFUSED:
                 # Its own viewers need not wait for the echo.
                 tail.feed(self._threads.clock(), place.epoch, place.offset + 1 - len(ours), ours, gap=False)
         return places
 
-    def restart(self, thread_id: str) -> None:
-        self._do(lambda: self._restart([self._prefix + thread_id], [self._ttl]))
+    def fence(self, thread_id: str, claim: Claim) -> None:
+        self._do(lambda: self._fence([self._claims + claim.run_id], [claim.number, CLAIM_SECONDS * 1000]))
+
+    def viewed(self) -> list[str]:
+        return self._threads.used()
+
+    def restart(self, thread_id: str, *, keep: bool = False, holes: Collection[str] = ()) -> None:
+        self._do(lambda: self._restart([self._prefix + thread_id], [self._ttl, int(keep), " ".join(holes)]))
+
+    def forget(self, thread_id: str, last: Event) -> None:
+        self._do(lambda: self._forget([self._prefix + thread_id], [GONE_SECONDS * 1000, _body(last)]))
 
     def signal(self, thread_id: str) -> None:
         try:
@@ -272,12 +363,12 @@ class RedisLog:
             if ours.held:
                 yield
                 return
-            mine = self._acquire(thread_id)
+            mine = ours.token = self._acquire(thread_id)
             ours.held = 1
             try:
                 yield
             finally:
-                ours.held = 0
+                ours.held, ours.token = 0, b""
                 try:
                     self._do(
                         lambda: self._unlock([self._locked, self._prefix + thread_id], [thread_id, mine, self._ttl])
@@ -308,6 +399,25 @@ class RedisLog:
     def since(self, thread_id: str, place: Place) -> list[Record]:
         return self._range(thread_id, place, None)
 
+    def recover(self, thread_id: str, place: Place, run_id: str) -> tuple[list[Record], Place]:
+        self._check_place(place)
+        key = self._prefix + thread_id
+        # In this order: what is put aside in between is found twice, and not never.
+        new = self._do(lambda: self._redis.xrange(key))
+        old = self._do(lambda: self._redis.xrange(f"{key}:past", str(place)))
+        found = {self._place(id): fields for id, fields in [*old, *new]}
+        records: list[Record] = []
+        is_proven = False
+        for at in sorted(at for at in found if at >= place):
+            if at == (place.epoch, place.offset + 1):
+                records.append(_record(at.epoch, at.offset, found[at][b"e"]))
+            elif at != place and not (is_proven and not at.offset and _goes_on(found[at], place.epoch, run_id)):
+                raise Lost
+            place, is_proven = at, True
+        if not is_proven:
+            raise Lost
+        return [record for record in records if record.key == run_id], place
+
     def subscribe(self, thread_id: str, place: Place) -> Cursor:
         tail = self._threads.enter(thread_id)
         try:
@@ -329,7 +439,7 @@ class RedisLog:
             tail.heard.clear()
             tail.early = []
             if not self._linked.wait(SECONDS):
-                raise Away
+                raise Away(self._fix)
             self._send("SUBSCRIBE", self._prefix + thread_id)
             if not tail.heard.wait(SECONDS):
                 raise Away
@@ -346,8 +456,7 @@ class RedisLog:
         return self._range(thread_id, place, 200)
 
     def _range(self, thread_id: str, place: Place, count: int | None) -> list[Record]:
-        if not place.epoch.isdecimal() or len(place.epoch) > 18:
-            raise Lost
+        self._check_place(place)
         # From the place itself on: it, or the one after it, shows that nothing is missing between.
         more = None if count is None else count + 1
         found = self._do(lambda: self._redis.xrange(self._prefix + thread_id, str(place), "+", more))
@@ -364,6 +473,11 @@ class RedisLog:
                     break
         return records
 
+    @staticmethod
+    def _check_place(place: Place) -> None:
+        if not place.epoch.isdecimal() or len(place.epoch) > 18:
+            raise Lost
+
     # What is heard
 
     def _listen(self) -> None:
@@ -372,20 +486,20 @@ class RedisLog:
             try:
                 line = self._lines.make_connection()
                 line.connect()
-                self._meet()
+                self._meet(line)
                 channels = [self._prefix + thread_id for thread_id, _ in self._threads.all()]
                 with self._sending:
                     line.send_command("SUBSCRIBE", self._signal, *channels)
                     self._line = line
                 self._linked.set()
+                self._fix = ""
                 while not self._closed.is_set():
                     if not line.can_read(timeout=SECONDS):
                         self._send("PING")
                     self._hear(line.read_response())
             except Exception as error:
                 # Whatever it is: a read that close() ends fails in many ways, and who stops listening is deaf for good.
-                if not self._closed.is_set():
-                    _log.warning("Redis cannot be heard: %r", error)
+                self._fix = self._say("heard", error, needs.advice(error))
             finally:
                 with self._sending:
                     self._line = None
@@ -394,10 +508,10 @@ class RedisLog:
                         line.disconnect()
             self._closed.wait(_AGAIN_SECONDS * (0.5 + random.random()))
 
-    def _meet(self) -> None:
+    def _meet(self, line: Any) -> None:
         """A Redis that started anew, or took another's place, may have an older state, and would give places out
         again that viewers have: all logs begin anew."""
-        self._run_id = str(self._redis.info("server")["run_id"])
+        self._run_id = needs.check(line, f"{self._prefix}none")
         met = self._redis.get(f"{self._prefix}met")
         if met not in (None, self._run_id.encode()):
             for key in self._redis.scan_iter(f"{self._prefix}thread_*", count=1000):
@@ -443,8 +557,8 @@ class RedisLog:
                     self._do(lambda: self._redis.set(f"{self._prefix}met", self._run_id, nx=True))
             except Away:
                 pass
-            except Exception:
-                _log.exception("looking after the log failed; it is tried again")
+            except Exception as error:
+                self._complaints.error(_log, error, "looking after the log failed; it is tried again")
 
     def _check(self, viewed: Sequence[tuple[str, _Viewed]], *, patient: bool = True) -> None:
         """Compares with the streams. What a ``patient`` one finds missing may be on its way until the next time."""
@@ -486,28 +600,51 @@ class RedisLog:
     def close(self) -> None:
         self.wake()
         self._closed.set()
-        with self._sending:
-            if self._line is not None:
-                self._line.disconnect()
+        self._hang_up()
         self._redis.close()
         self._redis.connection_pool.disconnect()
 
     def _do(self, call: Callable[[], Any]) -> Any:
         # Who finds it away tells the others, so that not each waits for itself.
         if time.monotonic() < self._again or not self._room.acquire(timeout=_QUEUE_SECONDS):
-            raise Away
+            raise Away(self._fix)
         try:
             if time.monotonic() < self._again:
-                raise Away
+                raise Away(self._fix)
             return call()
-        except (redis.RedisError, OSError) as error:
-            if not self._closed.is_set():
-                _log.warning("Redis cannot be used: %r", error)
+        except Exception as error:
+            # What close() takes a connection from fails in many ways.
+            if not (self._closed.is_set() or isinstance(error, (redis.RedisError, OSError))):
+                raise
+            known = needs.advice(error)
+            # Who listens has tried everything.
+            fix = self._say("used", error, known and (self._fix or known))
             if not isinstance(error, redis.ResponseError):
                 self._again = time.monotonic() + _AGAIN_SECONDS
-            raise Away from error
+            if isinstance(error, redis.exceptions.ReadOnlyError):
+                # The address may lead to another server by now, and nothing would end these connections.
+                self._redis.connection_pool.disconnect(inuse_connections=False)
+                self._hang_up()
+            raise Away(fix) from error
         finally:
             self._room.release()
+
+    def _say(self, how: str, error: BaseException, fix: str) -> str:
+        """Logs that Redis cannot be ``how``, and what is to be done where that is known; gives that."""
+        if self._closed.is_set():
+            pass
+        elif fix:
+            # Each is a kind of its own, whoever finds it.
+            self._complaints.warn(_log, f"Redis cannot be used: {fix}".replace("%", "%%"), level=logging.ERROR)
+        else:
+            # The client's errors do not show in their repr() what they say.
+            self._complaints.warn(_log, "Redis cannot be %s: %s: %s", how, type(error).__name__, error)
+        return fix
+
+    def _hang_up(self) -> None:
+        with self._sending:
+            if self._line is not None:
+                self._line.disconnect()
 
     @staticmethod
     def _place(id: bytes) -> Place:
@@ -519,8 +656,14 @@ def _body(event: Event) -> bytes:
     return (event.key or "").encode() + b"\n" + sse.encode(event.name, dumps(event.data))
 
 
+def _goes_on(first: dict[bytes, bytes], epoch: str, run_id: str) -> bool:
+    """Whether a stream's first entry says that it goes on from that epoch, and misses nothing of the run."""
+    return first.get(b"from") == epoch.encode() and run_id.encode() not in first[b"holes"].split()
+
+
 def _record(epoch: str, offset: int, body: bytes) -> Record:
     key, event, _ = body.split(b"\n", 2)
     place = Place(epoch, offset)
-    frame = b"id: %b\n%b" % (str(place).encode(), body[len(key) + 1 :])
+    # See sse.encode: the id comes last.
+    frame = b"%bid: %b\n\n" % (body[len(key) + 1 : -1], str(place).encode())
     return Record(place, event[7:].decode(), key.decode() or None, frame)

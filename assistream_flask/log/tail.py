@@ -14,6 +14,7 @@ from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 from gevent import monkey
 
+from ..complaints import Complaints
 from . import Lost, Place, Record, Take, Taken
 
 _log = logging.getLogger(__name__)
@@ -36,8 +37,10 @@ def plain_lock() -> threading.RLock:
 
 
 class Tail:
-    """Records without a gap up to ``place``. ``lock``, ``held`` so often, is for changes that span store and log,
-    ``guard`` for the records. ``users`` and ``touched`` are the registry's."""
+    """Records without a gap up to ``place``. ``lock`` is for changes that span store and log; it is ``held`` so often,
+    among several workers under a ``token``. ``guard`` is for the records, of which a thread that is ``gone`` gets no
+    more, and the ``claims``: of each run that had more than one holder, which is the present one. ``users`` and
+    ``touched`` are the registry's."""
 
     def __init__(self, epoch: str) -> None:
         self.place = Place(epoch, 0)
@@ -45,10 +48,13 @@ class Tail:
         # half a million records as objects hold a worker up for 150 ms, these for 10.
         self.records: deque[tuple[float, str, str | None, bytes]] = deque()
         self.size = 0
+        self.claims: dict[str, int] = {}
         self.users = 0
         self.touched = 0.0
         self.lock = threading.RLock()
         self.held = 0
+        self.token = b""
+        self.gone = False
         self.guard = plain_lock()
         self._readers: list[Cursor] = []
 
@@ -118,8 +124,9 @@ T = TypeVar("T", bound=Tail)
 class Registry(Generic[T]):
     """The tails of a process. A thread that is in use is never dropped."""
 
-    def __init__(self, make: Callable[[], T], clock: Callable[[], float]) -> None:
+    def __init__(self, make: Callable[[], T], clock: Callable[[], float], complaints: Complaints | None = None) -> None:
         self._make, self.clock = make, clock
+        self.complaints = complaints or Complaints()
         self._tails: dict[str, T] = {}
         self._guard = plain_lock()
         self._sleepers: dict[Bell, float] = {}
@@ -158,6 +165,10 @@ class Registry(Generic[T]):
         """Gives all tails by thread."""
         with self._guard:
             return list(self._tails.items())
+
+    def used(self) -> list[str]:
+        """Gives the threads whose tails are in use."""
+        return [thread_id for thread_id, tail in self.all() if tail.users]
 
     def drop(self, thread_id: str, unless: Callable[[T], bool]) -> bool:
         """Drops a tail that nobody uses."""
@@ -247,8 +258,8 @@ class Cursor:
         try:
             if self._taken():
                 return
-        except Exception:
-            _log.exception("records could not be taken")
+        except Exception as error:
+            self._registry.complaints.error(_log, error, "records could not be taken")
         self._bell.put(True)
 
     def _taken(self) -> bool:

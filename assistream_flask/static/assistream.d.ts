@@ -63,6 +63,23 @@ export type AssistreamError = Error & {
     status?: number;
     runs?: Run[];
 };
+export type State = "live" | "connecting" | "unauthenticated" | "polling" | "paused";
+export type StreamOptions = Options & {
+    onstate?: (state: State) => void;
+};
+export type Slot = {
+    entry: Entry;
+    at: number;
+    i: number;
+};
+export type User = {
+    set?: any;
+    seen: (shown: Entry[]) => void;
+    fail: (error: any) => void;
+    onstate?: (state: State) => void;
+    waits?: boolean;
+    state?: State;
+};
 /**
  * For a copy of this file: `baseUrl` is where the blueprint is.
  * @param {{baseUrl?: string, fetch?: typeof fetch, EventSource?: typeof EventSource}} [options]
@@ -74,33 +91,37 @@ export declare const createAssistream: (options?: {
 }) => {
     /**
      * Resolves after the first `set`; `signal` ends it.
-     * @type {(thread_id: string, set: Setter, options?: Options) => Promise<Entry[]>}
+     * @type {(thread_id: string, set: Setter, options?: StreamOptions) => Promise<Entry[]>}
      */
-    loadThread: (thread_id: string, set: Setter, options?: Options) => Promise<Entry[]>;
+    loadThread: (thread_id: string, set: Setter, options?: StreamOptions) => Promise<Entry[]>;
     /** @type {(thread_id: string, content: string, options?: Options) => Promise<Entry>} */
     addMessage: (thread_id: string, content: string, options?: Options) => Promise<Entry>;
     /**
      * Resolves when it is over; `signal` cancels it.
-     * @type {(thread_id: string, assistant_id: string, set?: Setter | null, options?: Options) => Promise<Run>}
+     * @type {(thread_id: string, assistant_id: string, set?: Setter | null, options?: StreamOptions) => Promise<Run>}
      */
-    run: (thread_id: string, assistant_id: string, set?: Setter | null, options?: Options) => Promise<Run>;
+    run: (thread_id: string, assistant_id: string, set?: Setter | null, options?: StreamOptions) => Promise<Run>;
     /**
      * @type {(thread_id: string, content: string, assistant_id: string, set?: Setter | null,
-     *   options?: Options) => Promise<Run>}
+     *   options?: StreamOptions) => Promise<Run>}
      */
-    addMessageAndRun: (thread_id: string, content: string, assistant_id: string, set?: Setter | null, options?: Options) => Promise<Run>;
+    addMessageAndRun: (thread_id: string, content: string, assistant_id: string, set?: Setter | null, options?: StreamOptions) => Promise<Run>;
     /**
      * @type {(thread_id: string, content: string, assistant_ids: string[], set?: Setter | null,
-     *   options?: Options & {mode?: "parallel" | "sequential"}) => Promise<Run[]>}
+     *   options?: StreamOptions & {mode?: "parallel" | "sequential"}) => Promise<Run[]>}
      */
-    addMessageAndRuns: (thread_id: string, content: string, assistant_ids: string[], set?: Setter | null, options?: Options & {
+    addMessageAndRuns: (thread_id: string, content: string, assistant_ids: string[], set?: Setter | null, options?: StreamOptions & {
         mode?: "parallel" | "sequential";
     }) => Promise<Run[]>;
     /** @type {(metadata?: object, options?: Options) => Promise<string>} */
     createThread: (metadata?: object, options?: Options) => Promise<string>;
 };
-/** @type {(entry: Entry) => string} */
+/**
+ * What an entry says: its texts and refusals, a blank line between two. Joined without, two messages of one answer
+ * would be one sentence.
+ * @type {(entry: Entry) => string}
+ */
 export declare const text: (entry: Entry) => string;
-export declare const loadThread: (thread_id: string, set: Setter, options?: Options) => Promise<Entry[]>, addMessage: (thread_id: string, content: string, options?: Options) => Promise<Entry>, run: (thread_id: string, assistant_id: string, set?: Setter | null, options?: Options) => Promise<Run>, addMessageAndRun: (thread_id: string, content: string, assistant_id: string, set?: Setter | null, options?: Options) => Promise<Run>, addMessageAndRuns: (thread_id: string, content: string, assistant_ids: string[], set?: Setter | null, options?: Options & {
+export declare const loadThread: (thread_id: string, set: Setter, options?: StreamOptions) => Promise<Entry[]>, addMessage: (thread_id: string, content: string, options?: Options) => Promise<Entry>, run: (thread_id: string, assistant_id: string, set?: Setter | null, options?: StreamOptions) => Promise<Run>, addMessageAndRun: (thread_id: string, content: string, assistant_id: string, set?: Setter | null, options?: StreamOptions) => Promise<Run>, addMessageAndRuns: (thread_id: string, content: string, assistant_ids: string[], set?: Setter | null, options?: StreamOptions & {
     mode?: "parallel" | "sequential";
 }) => Promise<Run[]>, createThread: (metadata?: object, options?: Options) => Promise<string>;

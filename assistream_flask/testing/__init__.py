@@ -35,7 +35,8 @@ and ``GET /v1/models``. Frames have the shapes of the SDK's own types (`openai.t
 An Assistants run that is not streamed is answered when it is over, in its last state.
 A response with ``background=True`` goes on when its client leaves; ``client.responses.retrieve`` gives it as it is,
 or with ``stream=True, starting_after=n`` the events behind number n, for `stream_window` seconds
-(https://developers.openai.com/api/docs/guides/background).
+(https://developers.openai.com/api/docs/guides/background). Asked for again under the ``Idempotency-Key`` of the first
+request, it is the same response, from its start; OpenAI does not promise that.
 Nothing runs at import, so it is safe to import before gevent patches.
 """
 

@@ -18,6 +18,7 @@ class Stored:
 
     def __init__(self, answer: Responses) -> None:
         self.answer, self.id = answer, str(answer.response["id"])
+        self.key = answer.request.headers.get("idempotency-key", "") if answer.background else ""
         self.streamed = bool(answer.body.get("stream"))
         self.made_at = time.monotonic()
         self.over_at = None if answer.background else self.made_at

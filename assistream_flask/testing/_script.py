@@ -101,17 +101,17 @@ def scripted(request: Request) -> Reply:
 
     who = f"{request.instructions or request.model}".lower()
     _, bodies, ends = next(persona for persona in _PERSONAS if re.search(persona[0], who))
-    # assistream sends another assistant's reply as a user's message under its name.
-    others = re.compile(r"\[[^\]\n]+\]\n")
-    asked = [text for role, text in request.messages if role == "user" and not others.match(text)]
+    # assistream sends another assistant's reply within a user's turn, between marks with its name.
+    others = re.compile(r'<other-assistant name="[^"]*">\n(.*?)\n</other-assistant>', re.DOTALL)
+    asked = [own for role, text in request.messages if role == "user" and (own := others.sub("", text).strip())]
     turn, count = max(len(asked), 1), len(request.messages)
     parts = [bodies[(turn - 1) % 2].format(last=quote(asked[-1]) if asked else "…")]
     if turn > 1:
         parts.append(f"It began with “{quote(asked[0])}”; I have not forgotten.")
     role, newest = request.messages[-1] if request.messages else ("", "")
-    if role in ("assistant", "tool") or others.match(newest):
+    if role in ("assistant", "tool") or newest.endswith("</other-assistant>"):
         kind = "tool’s answer" if role == "tool" else "reply before mine"
-        parts.append(f"I have read the {kind}: “{quote(others.sub('', newest, count=1))}”.")
+        parts.append(f"I have read the {kind}: “{quote([newest, *others.findall(newest)][-1])}”.")
     parts.append(ends[(turn - 1) % 2])
     seen = f"{count} message{'s' if count != 1 else ''} seen"
     parts.append(f"_(Turn {turn}, {seen}. I am the offline assistant: a script, no model.)_")

@@ -203,6 +203,11 @@ class OfflineServer:
         with self._arrived:
             return self._responses.get(id)
 
+    def _again(self, key: str) -> Stored | None:
+        """The response in the background that was asked for under the Idempotency-Key `key`."""
+        with self._arrived:
+            return next((one for one in self._responses.values() if key and one.key == key), None)
+
     def _forget(self, stored: Stored) -> None:
         with self._arrived:
             self._responses.pop(stored.id, None)

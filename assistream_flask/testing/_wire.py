@@ -313,7 +313,18 @@ class Handler(BaseHTTPRequestHandler):
         if body.get("background") and body.get("store") is False:
             raise Refused(400, "Background mode requires 'store' to be true.", param="store")
         request = self.asked("responses", [body.get("instructions")], messages, model)
+        stored = self.offline._again(request.headers.get("idempotency-key", "")) if body.get("background") else None
+        if stored is not None:
+            self.again(stored)
+            return
         self.generate(lambda reply: Responses(self.offline, request, reply))
+
+    def again(self, stored: Stored) -> None:
+        self.record()
+        if self.request_.body.get("stream"):
+            self.stream(stored.follow(-1, None), stored.answer)
+        else:
+            self.send_body(200, stored.body())
 
     def response_of(self, id: str) -> Stored:
         stored = self.offline._stored(id)

@@ -6,14 +6,16 @@ Events: https://platform.openai.com/docs/api-reference/assistants-streaming.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import openai
 
 from ..assistants import Assistant
 from ..errors import RunError
 from ..events import Json
-from .parts import End, Part, Slots, Turn, code_of, failure, reason, usage
+from .errors import failure, tells_failure
+from .history import Turn
+from .parts import End, Failed, Part, Slots, as_object, indexed, inner, listed, reason, usage
 
 
 def create(client: openai.OpenAI, assistant: Assistant, turns: Sequence[Turn], stall: float) -> Any:
@@ -21,8 +23,8 @@ def create(client: openai.OpenAI, assistant: Assistant, turns: Sequence[Turn], s
     arguments: Json = {"assistant_id": assistant.id, **assistant.arguments}
     if assistant.model is not None:
         arguments["model"] = assistant.model
-    if assistant.instructions is not None:
-        arguments["instructions"] = assistant.instructions
+    if assistant.system is not None:
+        arguments["instructions"] = assistant.system
     messages: list[Any] = [{"role": turn.role, "content": turn.text} for turn in turns]
     return client.beta.threads.create_and_run(thread={"messages": messages}, stream=True, timeout=stall, **arguments)
 
@@ -30,50 +32,81 @@ def create(client: openai.OpenAI, assistant: Assistant, turns: Sequence[Turn], s
 class AssistantsTranslator:
     """Events of one run to parts."""
 
+    joins: ClassVar[bool] = False
+
     def __init__(self) -> None:
         self._slots = Slots()
-        self._told: set[object] = set()
         # A run says of a content filter nothing, its message does.
         self._why: Any = None
 
-    def settled(self) -> End | None:
+    def settled(self) -> End | Failed | None:
+        return None
+
+    def texts(self, batch: Sequence[tuple[str, Json]]) -> list[Part] | None:
         return None
 
     def feed(self, kind: str, data: Json) -> list[Part]:
         match kind:
             case "thread.message.delta":
-                self._told.add(data.get("id"))
-                delta = data.get("delta")
-                return self._content(data.get("id"), delta.get("content") if isinstance(delta, dict) else None)
+                return self._delta(indexed(data.get("id")), _content(inner(data, "delta")))
             case "thread.message.completed" | "thread.message.incomplete":
-                self._why = (data.get("incomplete_details") or {}).get("reason")
-                # A server may leave the id out of its deltas.
-                if not self._told & {data.get("id"), None}:
-                    return self._content(data.get("id"), data.get("content"))
+                self._why = inner(data, "incomplete_details").get("reason")
+                return self._whole(indexed(data.get("id")), _content(data))
+            case "thread.run.completed" if data.get("last_error") or data.get("status") == "failed":
+                return [Failed(failure(data.get("last_error") or {}))]
             case "thread.run.completed":
-                return [End(None, usage(data.get("usage")))]
+                # A run may say that it is whole of a message that is not.
+                return [End(reason(self._why) if self._why else None, usage(data.get("usage")))]
             case "thread.run.incomplete":
-                why = (data.get("incomplete_details") or {}).get("reason") or self._why
+                why = inner(data, "incomplete_details").get("reason") or self._why
                 return [End(reason(why), usage(data.get("usage")))]
             case "thread.run.requires_action":
                 raise RunError("tools_not_supported")
             case "thread.run.failed" | "thread.run.cancelled" | "thread.run.expired":
-                raise RunError(code_of(data.get("last_error")))
-            case "error":
-                raise failure(data)
+                return [Failed(failure(data.get("last_error") or {}))]
+        if tells_failure(kind, data):
+            raise failure(data)
         return []
 
-    def _content(self, message_id: object, content: Any) -> list[Part]:
+    def _delta(self, message_id: object, content: Sequence[Any]) -> list[Part]:
         parts: list[Part] = []
-        for number, item in enumerate(content if isinstance(content, list) else ()):
-            if not isinstance(item, dict):
-                continue
-            key = (message_id, item.get("index", number))
-            text = item.get("text")
-            if isinstance(text, dict):
-                parts += self._slots.text(key, text.get("value"))
-                for found in text.get("annotations") or ():
-                    parts += self._slots.annotation(key, found)
-            if item.get("refusal"):
-                parts += self._slots.refusal(key, item["refusal"])
+        for number, item in enumerate(content):
+            key = message_id, indexed(as_object(item).get("index", number))
+            text = inner(item, "text")
+            if text.get("value") is not None:
+                parts += self._slots.text(key, text["value"])
+            for found in listed(text, "annotations"):
+                parts += self._slots.annotation(key, found)
+            if refusal := as_object(item).get("refusal"):
+                parts += self._slots.refusal(key, refusal)
+            elif not text:
+                self._slots.unread(item)
         return parts
+
+    def _whole(self, message_id: object, content: Sequence[Any]) -> list[Part]:
+        """What of a whole message was not told in deltas, which may have left out its id."""
+        parts: list[Part] = []
+        for number, item in enumerate(content):
+            text, refusal = inner(item, "text"), as_object(item).get("refusal")
+            keys = (message_id, number), (None, number)
+            if text:
+                key, rest = self._slots.rest("message", "text", keys, text.get("value"))
+                parts += self._slots.text(key, rest) if rest else []
+                parts += self._slots.annotations(key, text.get("annotations"))
+            elif refusal:
+                key, rest = self._slots.rest("message", "refusal", keys, refusal)
+                parts += self._slots.refusal(key, rest) if rest else []
+            else:
+                self._slots.unread(item)
+        return parts
+
+
+def _content(data: Json) -> list[Any]:
+    """The parts of a message's content, also where a server has mere texts there."""
+    content = data.get("content")
+    parts = content if isinstance(content, list) else [{"text": content}] if isinstance(content, str) else []
+    found = []
+    for part in parts:
+        text = as_object(part).get("text")
+        found.append({**part, "text": {"value": text}} if isinstance(text, str) else part)
+    return found

@@ -11,7 +11,7 @@ from typing import Any
 
 import openai
 
-from ..errors import RunError
+from ..errors import RunError, masked
 from ..events import Json
 from . import wire
 from .responses import ResponsesTranslator
@@ -27,8 +27,8 @@ _QUICK_SECONDS = 10.0
 class Place:
     """How far one response was read, by its events or ``again`` from its start."""
 
-    def __init__(self, state: Json | None = None, *, again: bool = False) -> None:
-        self.translator = ResponsesTranslator()
+    def __init__(self, state: Json | None = None, *, again: bool = False, limit: int | None = None) -> None:
+        self.translator = ResponsesTranslator(limit)
         self._id: str | None = None
         self._sequence: int | None = None
         self._again = again
@@ -68,9 +68,12 @@ class Place:
 
 
 class Poll:
-    """Asks for a response until it is over."""
+    """Asks for a response until it is over. ``limit`` is the number of tokens that it may have."""
 
-    def __init__(self, client: openai.OpenAI, response_id: str, stall: float, every: float) -> None:
+    def __init__(
+        self, client: openai.OpenAI, response_id: str, stall: float, every: float, limit: int | None = None
+    ) -> None:
+        self.limit = limit
         self._client, self._id, self._stall, self._every = client, response_id, stall, every
         self._closed = threading.Event()
 
@@ -100,15 +103,15 @@ class Poll:
             raw = self._client.responses.with_raw_response.retrieve(self._id, timeout=min(self._stall, _QUICK_SECONDS))
             found = raw.http_response.json()
         except openai.APIConnectionError as error:
-            _log.info("polling %s: %r, from %r", self._id, error, error.__cause__)
+            _log.info("polling %s: %s", self._id, masked(f"{error!r}, from {error.__cause__!r}"))
             return None
         except openai.APIStatusError as error:
             if error.status_code == 404:
-                _log.warning("polling %s: %r", self._id, error)
+                _log.warning("polling %s: %s", self._id, masked(repr(error)))
                 raise RunError("worker_lost") from error
             if error.status_code != 429 and error.status_code < 500:
                 raise
-            _log.info("polling %s: %r", self._id, error)
+            _log.info("polling %s: %s", self._id, masked(repr(error)))
             return None
         if not isinstance(found, dict):
             raise RunError("upstream_malformed")
@@ -127,11 +130,11 @@ def retrieve(client: openai.OpenAI, state: Json, stall: float) -> Any:
         return client.responses.retrieve(state["response_id"], stream=True, timeout=stall, **options)
     except openai.APIStatusError as error:
         if error.status_code == 404:
-            _log.warning("the response %s is gone: %r", state["response_id"], error)
+            _log.warning("the response %s is gone: %s", state["response_id"], masked(repr(error)))
             raise RunError("worker_lost") from error
         if error.status_code in (401, 403, 429) or error.status_code >= 500:
             raise
-        _log.info("the response %s is polled: %r", state["response_id"], error)
+        _log.info("the response %s is polled: %s", state["response_id"], masked(repr(error)))
         return None
 
 
@@ -140,4 +143,4 @@ def cancel(client: openai.OpenAI, state: Json) -> None:
     try:
         client.responses.cancel(state["response_id"], timeout=_QUICK_SECONDS)
     except Exception as error:
-        _log.warning("the response %s was not cancelled: %r", state["response_id"], error)
+        _log.warning("the response %s was not cancelled: %s", state["response_id"], masked(repr(error)))

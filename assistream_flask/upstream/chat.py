@@ -5,23 +5,46 @@ Chunks: https://platform.openai.com/docs/api-reference/chat-streaming.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Final
 
 import openai
 
 from ..assistants import Assistant
 from ..errors import RunError
 from ..events import Json
-from .parts import End, Part, Slots, Turn, failure, reason, usage
+from .errors import failure, tells_failure
+from .history import Turn
+from .parts import STOP, TOOLS, End, Failed, Part, Slots, inner, is_said, listed, meaning, usage
 from .wire import DONE, unpadded
+
+_ORDINARY: Final = frozenset({"content", "role"})
+_STRANGE: Final = frozenset({"message", "messages", "text", "error"})
+# Where servers put what the model thinks; one that fills several says the same in each.
+_THOUGHTS: Final = (
+    *("reasoning_content", "reasoning", "reasoning_text", "thinking", "reasoning_details", "thinking_blocks"),
+)
+# Fields of a delta that say nothing to a reader, or are looked at by name.
+_KNOWN: Final = frozenset(_THOUGHTS) | {
+    *("role", "content", "refusal", "annotations", "tool_calls", "function_call", "name", "id", "type", "error"),
+    *("context", "provider_specific_fields", "reasoning_signature", "phase", "end_turn"),
+}
+# Of parts of a content: a field that names one of these has text of that kind.
+_PIECES: Final = {
+    "thinking": "thought",
+    "reasoning": "thought",
+    "summary": "thought",
+    "refusal": "refusal",
+    "text": "text",
+    "content": "text",
+}
 
 
 def create(client: openai.OpenAI, assistant: Assistant, turns: Sequence[Turn], stall: float) -> Any:
     """Starts a completion; gives the SDK's stream."""
     messages: list[Any] = [{"role": turn.role, "content": turn.text} for turn in turns]
-    if assistant.instructions is not None:
-        messages.insert(0, {"role": "system", "content": assistant.instructions})
+    if assistant.system is not None:
+        messages.insert(0, {"role": "system", "content": assistant.system})
     arguments: Json = {"stream_options": {"include_usage": True, **unpadded(client)}, **assistant.arguments}
     # As it is, see the Responses API.
     arguments["extra_body"] = {**(arguments.get("extra_body") or {}), "messages": messages}
@@ -33,46 +56,189 @@ def create(client: openai.OpenAI, assistant: Assistant, turns: Sequence[Turn], s
 class ChatTranslator:
     """Chunks of one completion to parts."""
 
+    joins: ClassVar[bool] = False
+
     def __init__(self) -> None:
         self._slots = Slots()
-        self._finish: str | None = None
+        self._finish = ""
         self._usage: Json | None = None
+        self._has_spoken = self._has_deltas = self._are_pieces = False
 
-    def settled(self) -> End | None:
-        if self._finish is None:
+    def settled(self) -> End | Failed | None:
+        if not self._finish:
             return None
-        return End(None if self._finish == "stop" else reason(self._finish), self._usage)
+        return End(None if self._finish == STOP else self._finish, self._usage)
+
+    def texts(self, batch: Sequence[tuple[str, Json]]) -> list[Part] | None:
+        return None
 
     def feed(self, kind: str, data: Json) -> list[Part]:
+        if (text := _plain(data)) is not None and kind == "":
+            told = self._slots.text(0, text)
+            self._has_spoken = self._has_spoken or bool(told)
+            self._has_deltas = True
+            return told
         if kind == DONE:
-            # Usage comes after the finish reason, so only this ends the answer; some servers give no reason.
-            self._finish = self._finish or "stop"
+            # Usage comes after the finish reason, so only this ends the answer. Some servers give no reason; the mark
+            # alone says that the connection is through, not that anything was answered.
+            if not self._finish and self._has_spoken:
+                self._finish = STOP
             end = self.settled()
-            return [end] if end else []
-        if kind == "error" or data.get("error"):
-            raise failure(data)
-        self._usage = usage(data.get("usage")) or self._usage
+            return [end if end is not None else Failed(RunError("upstream_ended_early"))]
         parts: list[Part] = []
-        for choice in data.get("choices") or ():
-            if isinstance(choice, dict) and not choice.get("index"):
+        self._usage = usage(data.get("usage")) or self._usage
+        for choice in _choices(data):
+            if not isinstance(choice, dict):
+                self._slots.unread(choice)
+            elif not choice.get("index"):
                 parts += self._choice(choice)
+        if tells_failure(kind, data):
+            parts = [*(part for part in parts if not isinstance(part, Failed)), Failed(failure(data))]
         return parts
 
     def _choice(self, choice: Json) -> list[Part]:
-        delta = choice.get("delta")
-        delta = delta if isinstance(delta, dict) else {}
-        if delta.get("tool_calls") or delta.get("function_call"):
-            raise RunError("tools_not_supported")
-        parts: list[Part] = []
-        thought = delta.get("reasoning_content") or delta.get("reasoning")
-        parts += self._slots.reasoning(thought)
-        parts += self._slots.text(0, delta["content"]) if delta.get("content") else []
-        parts += self._slots.refusal(0, delta["refusal"]) if delta.get("refusal") else []
-        for note in delta.get("annotations") or ():
-            parts += self._slots.annotation(0, note)
+        delta, message = inner(choice, "delta"), inner(choice, "message")
+        for text in (choice.get("text"), choice.get("delta")):
+            # Of the older Completions API, and of who leaves the object out.
+            delta = {"content": text, **delta} if isinstance(text, str) else delta
+        parts = self._delta(delta)
+        for one in listed(choice, "messages"):
+            # Azure's, with data of one's own, which a tool's message has.
+            more = inner(one, "delta")
+            parts += self._delta(more) if more.get("role") != "tool" else []
+        self._has_deltas = self._has_deltas or bool(parts)
+        if message:
+            parts += self._message(message)
         finish = choice.get("finish_reason")
-        if finish in ("tool_calls", "function_call"):
-            raise RunError("tools_not_supported")
-        if isinstance(finish, str):
-            self._finish = finish if finish in ("length", "content_filter") else "stop"
+        if broken := next((one["error"] for one in (choice, delta, message) if one.get("error")), None):
+            return [*parts, Failed(failure(broken))]
+        if any(one.get("tool_calls") or one.get("function_call") for one in (delta, message)):
+            return [*parts, Failed(RunError("tools_not_supported"))]
+        return parts + self._judge(finish)
+
+    def _judge(self, finish: Any) -> list[Part]:
+        """Takes a reason for the end; gives the failure that it means."""
+        if isinstance(finish, dict):
+            finish = finish.get("type") or finish.get("reason")
+        if not is_said(finish):
+            self._slots.unread(None if isinstance(finish, str) else finish)
+            return []
+        why = meaning(finish)
+        if why == TOOLS:
+            return [Failed(RunError("tools_not_supported"))]
+        if not why:
+            return [Failed(RunError("upstream_error", said=f"finish_reason {finish!r}"))]
+        if why != STOP or not self._finish:
+            # Some say at last that it stopped, whatever they said before.
+            self._finish = why
+        return []
+
+    def _delta(self, delta: Json) -> list[Part]:
+        parts: list[Part] = []
+        content = delta.get("content")
+        if (thought := next((delta[name] for name in _THOUGHTS if delta.get(name)), None)) is not None:
+            # A block that is signed is whole, and was told in pieces before.
+            parts += self._rest("thought", thought) if _is_signed(thought) else self._say(_pieces(thought, "thought"))
+        if isinstance(content, str):
+            parts += self._say([("text", content)])
+        elif content:
+            parts += self._say(_pieces(content, "text"))
+        if delta.get("refusal"):
+            parts += self._say(_pieces(delta["refusal"], "refusal"))
+        for note in listed(delta, "annotations"):
+            parts += self._slots.annotation(0, note)
+        # Beside a text, a field that is not known is some server's own count or mark.
+        for name in () if parts else delta.keys() - _KNOWN:
+            self._slots.unread({name: delta[name]} if delta[name] else None)
         return parts
+
+    def _message(self, message: Json) -> list[Part]:
+        """What of a whole message was not told in deltas."""
+        content = message.get("content")
+        thought = next((message[name] for name in _THOUGHTS if message.get(name)), None)
+        pieces = [*_pieces(thought, "thought"), *_pieces(content, "text"), *_pieces(message.get("refusal"), "refusal")]
+        parts: list[Part] = []
+        for kind in ("thought", "text", "refusal"):
+            parts += self._rest(kind, [value for one, value in pieces if one == kind])
+        parts += self._say((kind, value) for kind, value in pieces if not kind)
+        return parts + self._slots.annotations(0, message.get("annotations"))
+
+    def _rest(self, kind: str, value: Any) -> list[Part]:
+        """What of a whole text was not told before."""
+        whole = "".join(one for found, one in _pieces(value, kind) if found == kind)
+        self._are_pieces = self._are_pieces or not (self._has_deltas or self._slots.begins(kind, 0, whole))
+        if self._are_pieces:
+            # Each message has a piece: it is a delta by another name.
+            return self._say([(kind, whole)])
+        _, rest = self._slots.rest("message", kind, [0], whole) if whole else (0, "")
+        return self._say([(kind, rest)]) if rest else []
+
+    def _say(self, pieces: Any) -> list[Part]:
+        parts: list[Part] = []
+        for kind, value in pieces:
+            if kind == "text":
+                parts += self._slots.text(0, value)
+            elif kind == "refusal":
+                parts += self._slots.refusal(0, value)
+            elif kind == "thought":
+                parts += self._slots.reasoning(0, value)
+            else:
+                self._slots.unread(value)
+        self._has_spoken = self._has_spoken or bool(parts)
+        return parts
+
+
+def _choices(data: Json) -> list[Any]:
+    """The choices, also where a server of another kind (Ollama's own API, llama.cpp's) has none."""
+    if data.get("choices"):
+        found = data["choices"]
+        return found if isinstance(found, list) else [found]
+    if "type" in data:
+        # An event of the SDK's own, which tells once more what its chunks told.
+        return []
+    if isinstance(data.get("message"), dict) and "model" in data:
+        return [{"delta": data["message"], "finish_reason": data.get("done_reason")}]
+    return [{"delta": {"content": data["content"]}}] if isinstance(data.get("content"), str) else []
+
+
+def _plain(data: Json) -> str | None:
+    """Gives the text of an ordinary chunk, of which nearly all are; ``None`` for another."""
+    choices = data.get("choices")
+    if type(choices) is not list or len(choices) != 1 or data.get("usage") is not None or data.get("error"):
+        return None
+    choice = choices[0]
+    delta = choice.get("delta") if type(choice) is dict else None
+    if type(delta) is not dict or choice.get("finish_reason") is not None or choice.get("index"):
+        return None
+    text = delta.get("content")
+    # Whatever else there is may mean something.
+    return text if type(text) is str and delta.keys() <= _ORDINARY and _STRANGE.isdisjoint(choice) else None
+
+
+def _is_signed(value: Any) -> bool:
+    return any(
+        isinstance(one, dict) and one.get("signature") for one in (value if isinstance(value, list) else [value])
+    )
+
+
+def _pieces(value: Any, kind: str) -> Iterator[tuple[str, Any]]:
+    """Gives the texts in a content with their kinds, whether it is one text, a list of parts, or parts of parts; with
+    the kind ``""`` what is none."""
+    if isinstance(value, str):
+        yield kind, value
+    elif isinstance(value, list):
+        for one in value:
+            yield from _pieces(one, kind)
+    elif isinstance(value, dict):
+        found = [name for name in _PIECES if value.get(name)]
+        typed = str(value.get("type"))
+        if kind == "text" and (value.get("thought") is True or "thinking" in typed or "reasoning" in typed):
+            kind = "thought"
+        for name in found[:1]:
+            yield from _pieces(value[name], kind if kind != "text" else _PIECES[name])
+        if not found and isinstance(value.get("value"), str):
+            yield kind, value["value"]
+        elif not found and set(value) - {"type", "index", "id", "format", "signature", "data", *_PIECES}:
+            yield "", value
+    elif value is not None:
+        yield "", value

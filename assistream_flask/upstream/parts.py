@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
+import zlib
+from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, Final, NamedTuple, Protocol
 
-from ..errors import RunError
+from ..errors import RunError, masked
 from ..events import Json, clean, dumps
 
+_log = logging.getLogger(__name__)
 
-class Turn(NamedTuple):
-    """One message of the history. ``role`` is ``user`` or ``assistant``."""
-
-    role: str
-    text: str
+_TEXTS: Final = ("text", "content", "value", "reasoning", "thinking", "summary")
+_PIECES: Final = 64
+"""So many are added up at a time."""
 
 
 class Begun(NamedTuple):
@@ -58,7 +61,13 @@ class End(NamedTuple):
     usage: Json | None
 
 
-Part = Begun | Text | Refusal | Annotation | Reasoning | End
+class Failed(NamedTuple):
+    """The answer failed behind the parts before this one; whoever iterates an upstream gets the error instead."""
+
+    error: RunError
+
+
+Part = Begun | Text | Refusal | Annotation | Reasoning | End | Failed
 
 
 def merged(parts: Sequence[Part]) -> Sequence[Part]:
@@ -79,127 +88,288 @@ def merged(parts: Sequence[Part]) -> Sequence[Part]:
 class Translator(Protocol):
     """One dialect's way from events to parts."""
 
+    joins: ClassVar[bool]
+    """Whether the texts of one read may come in one event."""
+
     def feed(self, kind: str, data: Json) -> list[Part]:
-        """Takes one event, gives its parts. Raises :class:`RunError`. Ignores what it doesn't know."""
+        """Takes one event, gives its parts. Raises :class:`RunError`, or gives :class:`Failed` where something was said
+        before. Ignores what it doesn't know."""
         ...
 
-    def settled(self) -> End | None:
-        """Gives the end of an answer whose stream stopped: ``None`` while it is not known to be whole."""
+    def texts(self, batch: Sequence[tuple[str, Json]]) -> list[Part] | None:
+        """Does for a batch of nothing but pieces of one text what :meth:`feed` does, in one step; gives ``None``, and
+        does nothing, for another."""
         ...
+
+    def settled(self) -> End | Failed | None:
+        """Gives the end of an answer whose stream stopped: ``None`` while it is not known what it is."""
+        ...
+
+
+class _Slot:
+    """What of one text, refusal, thought, or of the reasoning, was told."""
+
+    __slots__ = ("_pieces", "_sum", "at", "cited", "half", "notes", "skip", "skip_notes", "told", "wholes")
+
+    def __init__(self) -> None:
+        # Its index among the content parts.
+        self.at: int | None = None
+        # The first half of a surrogate pair.
+        self.half = ""
+        # How many characters were told, and what they add up to; None where that is not known.
+        self.told = 0
+        self._sum: int | None = 0
+        self._pieces: list[str] = []
+        # How many annotations were told, and those of which more than their number is known.
+        self.notes = 0
+        self.cited: Counter[str] = Counter()
+        # How much was told by another process and will come again.
+        self.skip = self.skip_notes = 0
+        # The key of the whole that it was found to be, for each of the ways to tell wholes.
+        self.wholes: dict[str, object] = {}
+
+    @property
+    def sum(self) -> int | None:
+        """What the characters add up to."""
+        if self._sum is not None and self._pieces:
+            self._sum = _summed("".join(self._pieces), self._sum)
+        self._pieces.clear()
+        return self._sum
+
+    def restore(self, told: int, notes: int, known: int | None) -> None:
+        """Takes what another process counted."""
+        self.told, self.notes, self._sum = told, notes, known if told else 0
+
+    def take(self, value: str) -> str:
+        """Counts a piece; gives what is to be told of it, as pages and databases can read it."""
+        if not value:
+            return value
+        if self.half:
+            value, self.half = self.half + value, ""
+        if not value.isascii() or "\0" in value:
+            if "\ud800" <= value[-1] <= "\udbff":
+                value, self.half = value[:-1], value[-1]
+            # PostgreSQL stores no NUL, and no reader wants one.
+            value = clean(value).replace("\0", "\ufffd")
+        if self.skip:
+            skip, self.skip = self.skip, max(0, self.skip - len(value))
+            value = value[skip:]
+        self.told += len(value)
+        self._pieces.append(value)
+        if len(self._pieces) > _PIECES:
+            # Added up many at a time: for each by itself it would be half of what a delta costs.
+            self.sum  # noqa: B018
+        return value
+
+    def begins(self, whole: str) -> bool:
+        """Whether what was told is the beginning of ``whole``, as far as that is known."""
+        return self.told <= len(whole) and self.sum in (None, _summed(whole[: self.told]))
 
 
 class Slots:
     """Gives every content part of the upstream an index of ours: dense, in the order of arrival.
 
-    Where a text is cut inside a surrogate pair, the first half waits for the second. What was given is
-    counted, so that another process can go on behind it.
+    Where a text is cut inside a surrogate pair, the first half waits for the second. What was given is counted, so that
+    another process can go on behind it, and added up, so that a text which is told once more, as a whole, is known.
     """
 
     def __init__(self) -> None:
-        self._index: dict[tuple[str, object], int] = {}
-        self._half: dict[tuple[str, object], str] = {}
-        self._told: dict[tuple[str, object], int] = {}
-        self._notes: dict[tuple[str, object], int] = {}
-        self._skip: dict[tuple[str, object], int] = {}
-        self._skip_notes: dict[tuple[str, object], int] = {}
+        self._slots: dict[tuple[str, object], _Slot] = {}
+        self._next = 0
+        self._has_unread = False
 
     def state(self) -> list[list[Any]]:
-        """Gives all that :meth:`restore` needs, as JSON."""
+        """Gives all that :meth:`restore` needs but the sums, as JSON."""
         return [
             # A lone surrogate is no text that a database takes.
-            [*slot, self._index.get(slot), told, self._notes.get(slot, 0), ord(self._half.get(slot, "\0"))]
-            for slot, told in self._told.items()
+            [*name, slot.at, slot.told, slot.notes, ord(slot.half or "\0")]
+            for name, slot in self._slots.items()
         ]
 
-    def restore(self, state: list[list[Any]], again: bool) -> None:
-        """Takes what :meth:`state` gave. With ``again`` the answer will be told from its start, and what was
-        given already is left out."""
-        for kind, key, at, told, notes, half in state:
-            slot = kind, tuple(key) if isinstance(key, list) else key
-            if at is not None:
-                self._index[slot] = at
-            self._told[slot], self._notes[slot] = told, notes
-            if again:
-                self._skip[slot], self._skip_notes[slot] = told, notes
-            elif half:
-                self._half[slot] = chr(half)
+    def sums(self) -> list[int | None]:
+        """Gives the sums of what :meth:`state` counts, in its order."""
+        return [slot.sum for slot in self._slots.values()]
 
-    def known(self, kind: str, *keys: object) -> object:
-        """Gives that of ``keys`` under which something was told, else the first."""
-        return next((key for key in keys if (kind, key) in self._told), keys[0])
+    def restore(self, state: list[list[Any]], again: bool, sums: Sequence[int | None] = ()) -> None:
+        """Takes what :meth:`state` and :meth:`sums` gave; workers of older releases give no sums. With ``again`` the
+        answer will be told from its start, and what was given already is left out."""
+        for number, (kind, key, at, told, notes, half) in enumerate(state):
+            if again and kind == "thought":
+                # These only count; what they are pieces of is left out.
+                continue
+            slot = self._slots[kind, tuple(key) if isinstance(key, list) else key] = _Slot()
+            slot.at = at
+            self._next += at is not None
+            slot.restore(told, notes, sums[number] if number < len(sums) else None)
+            if again:
+                slot.skip, slot.skip_notes = told, notes
+            elif half:
+                slot.half = chr(half)
 
     def text(self, key: object, value: object) -> list[Part]:
         """Gives the text for the part that ``key`` names."""
-        whole = self._whole(("text", key), value)
-        return [Text(self._place(("text", key)), whole)] if whole else []
+        slot, whole = self._take("text", key, value)
+        return [Text(self._place(slot), whole)] if whole else []
 
     def refusal(self, key: object, value: object) -> list[Part]:
         """Gives the refusal for the part that ``key`` names."""
-        whole = self._whole(("refusal", key), value)
-        return [Refusal(self._place(("refusal", key)), whole)] if whole else []
+        slot, whole = self._take("refusal", key, value)
+        return [Refusal(self._place(slot), whole)] if whole else []
+
+    def reasoning(self, key: object, value: object, gap: str = "") -> list[Part]:
+        """Gives a piece of the reasoning's summary, of which there is one. ``key`` names the thought that it is of,
+        ``gap`` parts that from the one before."""
+        _, piece = self._take("thought", key, value)
+        _, whole = self._take("reasoning", None, gap + piece if piece else "")
+        return [Reasoning(whole)] if whole else []
 
     def annotation(self, key: object, value: object) -> list[Part]:
         """Gives the annotation for the text part that ``key`` names."""
-        if not isinstance(value, dict):
-            return []
         try:
             # As pages and every database can read it.
-            whole: Json = json.loads(dumps(value).replace("\\u0000", "\\ufffd"))
+            whole: Any = json.loads(dumps(value).replace("\\u0000", "\\ufffd"))
         except (ValueError, TypeError):
+            whole = None
+        if not isinstance(whole, dict):
+            self.unread(value)
             return []
-        slot = ("text", key)
-        if self._skip_notes.get(slot):
-            self._skip_notes[slot] -= 1
+        slot = self._slot("text", key)
+        slot.cited[_identity(whole)] += 1
+        if slot.skip_notes:
+            slot.skip_notes -= 1
             return []
-        self._told.setdefault(slot, 0)
-        self._notes[slot] = self._notes.get(slot, 0) + 1
+        slot.notes += 1
         return [Annotation(self._place(slot), whole)]
 
-    def reasoning(self, value: object) -> list[Part]:
-        """Gives a piece of the reasoning's summary, of which there is one."""
-        whole = self._whole(("reasoning", None), value)
-        return [Reasoning(whole)] if whole else []
+    def annotations(self, key: object, values: object) -> list[Part]:
+        """Gives those of all annotations of a part that were not given before."""
+        if not isinstance(values, list):
+            return []
+        slot = self._slots.get(("text", key)) or _Slot()
+        known = Counter(slot.cited)
+        # Of those that another process gave only the count is known.
+        before = max(0, slot.notes - known.total() - slot.skip_notes)
+        parts: list[Part] = []
+        for value in values[before:]:
+            identity = _identity(as_object(value))
+            if known[identity]:
+                known[identity] -= 1
+            else:
+                parts += self.annotation(key, value)
+        return parts
 
-    def _place(self, slot: tuple[str, object]) -> int:
-        return self._index.setdefault(slot, len(self._index))
+    def rest(self, way: str, kind: str, keys: Sequence[object], value: object) -> tuple[object, str]:
+        """Gives the key of a text that is told as a whole, and what of it was not told before.
 
-    def _whole(self, slot: tuple[str, object], value: object) -> str:
+        ``keys`` are those that it may have been told under: a server may leave indexes out of its deltas, and count
+        otherwise in the whole than in them. What was told is known by what it says, then. Each of the ``way`` s to
+        tell all texts once more tells each once: what one whole was found to be is no other of that way.
+        """
         if not isinstance(value, str):
-            return ""
-        if self._half:
-            value = self._half.pop(slot, "") + value
-        if not value.isascii() or "\0" in value:
-            if "\ud800" <= value[-1] <= "\udbff":
-                self._half[slot] = value[-1]
-                value = value[:-1]
-            # PostgreSQL stores no NUL, and no reader wants one.
-            value = clean(value).replace("\0", "\ufffd")
-        if self._skip and (skip := self._skip.get(slot)):
-            self._skip[slot] = max(0, skip - len(value))
-            value = value[skip:]
-        self._told[slot] = self._told.get(slot, 0) + len(value)
-        return value
+            self.unread(value)
+            return keys[0], ""
+        # Half a pair at its end is no text.
+        whole = clean(re.sub("[\ud800-\udbff]$", "", value)).replace("\0", "\ufffd")
+        free = {
+            key: slot
+            for (one, key), slot in self._slots.items()
+            if one == kind and slot.wholes.get(way, keys[0]) == keys[0]
+        }
+        known = [key for key in keys if key in free]
+        same = [key for key, slot in free.items() if slot.told == len(whole)]
+        # Of these the rest may come under another key: nothing said so far what their whole is.
+        begun = [] if known else [key for key, slot in free.items() if slot.told and not slot.wholes]
+        for key in (*known, *same, *begun):
+            if (slot := free[key]).begins(whole):
+                slot.wholes[way], slot.half = keys[0], ""
+                return key, whole[slot.told - slot.skip :]
+        if known:
+            # It was told in other words, such as without the blanks around it: those that came first count.
+            free[known[0]].wholes[way] = keys[0]
+            return known[0], ""
+        return keys[0], whole
+
+    def begins(self, kind: str, key: object, whole: str) -> bool:
+        """Whether what was told of a text, if anything, is the beginning of ``whole``."""
+        slot = self._slots.get((kind, key))
+        return slot is None or slot.begins(whole)
+
+    def has_text(self) -> bool:
+        """Whether any text or refusal was told."""
+        return any(slot.told and kind in ("text", "refusal") for (kind, _), slot in self._slots.items())
+
+    def says(self, text: str) -> bool:
+        """Whether ``text`` is what was told as one text."""
+        told = [slot for (kind, _), slot in self._slots.items() if kind == "text" and slot.told]
+        return len(told) == 1 and told[0].told == len(text) and told[0].begins(text)
+
+    def unread(self, value: object) -> None:
+        """Says in the log, once an answer, that something of it can't be read."""
+        if not self._has_unread and value not in (None, "", [], {}, False):
+            self._has_unread = True
+            _log.warning("a part of an answer is left out, as it cannot be read: %s", masked(f"{value!r}"))
+
+    def _slot(self, kind: str, key: object) -> _Slot:
+        slot = self._slots.get((kind, key))
+        if slot is None:
+            slot = self._slots[kind, key] = _Slot()
+        return slot
+
+    def _take(self, kind: str, key: object, value: object) -> tuple[_Slot, str]:
+        slot = self._slot(kind, key)
+        if isinstance(value, str):
+            return slot, slot.take(value)
+        self.unread(value)
+        return slot, ""
+
+    def _place(self, slot: _Slot) -> int:
+        if slot.at is None:
+            slot.at, self._next = self._next, self._next + 1
+        return slot.at
 
 
-def code_of(error: Any) -> str:
-    """Gives our code for an upstream's error object (``code``, ``type``)."""
-    told = error if isinstance(error, dict) else {}
-    words = f"{told.get('code')} {told.get('type')}"
-    if "rate_limit" in words or "quota" in words or "429" in words:
-        return "rate_limit_exceeded"
-    if "api_key" in words or "auth" in words or "permission" in words:
-        return "upstream_unauthorized"
-    if "context_length" in words:
-        return "context_length_exceeded"
-    if "invalid" in words or "not_found" in words:
-        return "upstream_rejected"
-    return "upstream_error"
+def _summed(text: str, so_far: int = 0) -> int:
+    return zlib.crc32(text.encode(), so_far)
 
 
-def failure(data: Any) -> RunError:
-    """Gives the error for an ``error`` event, nested (``{"error": {...}}``) or flat."""
-    nested = data.get("error") if isinstance(data, dict) else None
-    return RunError(code_of(nested if nested is not None else data))
+def _identity(note: Json) -> str:
+    """What tells one annotation from another: a server may tell more of it the second time."""
+    inner = note.get(str(note.get("type")))
+    note = {**note, **inner} if isinstance(inner, dict) else note
+    # A delta of the Assistants API counts its annotations under this name, which elsewhere is a place.
+    place = note.get("start_index", note.get("index"))
+    return repr([place, *(note.get(name) for name in ("type", "url", "file_id", "end_index"))])
+
+
+def words(value: Any) -> str | None:
+    """Gives the text that stands there, by itself or within an object or a list; ``None`` where there is none."""
+    if isinstance(value, dict):
+        return next((words(value[name]) for name in _TEXTS if value.get(name)), None)
+    if isinstance(value, list):
+        found = [text for one in value if (text := words(one)) is not None]
+        return "".join(found) if found else None
+    return value if isinstance(value, str) else None
+
+
+def indexed(value: object) -> object:
+    """Gives an index that a key can hold: what is none is nobody's."""
+    return value if isinstance(value, int | str) else None
+
+
+def as_object(value: Any) -> Json:
+    """Gives ``value`` where it is an object, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def inner(data: Any, name: str) -> Json:
+    """Gives the object that stands there, an empty one where there is none."""
+    return as_object(as_object(data).get(name))
+
+
+def listed(data: Any, name: str) -> list[Any]:
+    """Gives the list that stands there, an empty one where there is none."""
+    found = data.get(name) if isinstance(data, dict) else None
+    return found if isinstance(found, list) else []
 
 
 def usage(value: Any) -> Json | None:
@@ -218,9 +388,44 @@ def usage(value: Any) -> Json | None:
     }
 
 
-REASONS = {"max_output_tokens": "max_tokens", "max_completion_tokens": "max_tokens", "length": "max_tokens"}
+STOP: Final = "stop"
+TOOLS: Final = "tool_calls"
+# What the servers' words mean, by what is in them; a limit of a rate or of a time is a failure.
+_MEANINGS: Final = (
+    ("content_filter", r"data_inspection|harmful|unsafe"),
+    ("", r"rate.?limit|time|repe(at|tition)|insufficient|error(?!_(toxic|limit))|abort|cancel|fail"),
+    (TOOLS, r"tool|function"),
+    ("max_tokens", r"length|limit|max|truncat|context|out_of_tokens|^incomplete$"),
+    (
+        "content_filter",
+        r"filter|safety|recitation|block|prohibit|spii|guardrail|moderat|sensitiv|toxic|refus|polic|censor|violat|risk",
+    ),
+    (
+        STOP,
+        r"^(stop\w*|eos\w*|end|end_?(of\w*|turn)|done|complete[d]?|finish(ed)?|normal|success\w*|eot\w*|natural)$",
+    ),
+)
+
+
+_UNSAID: Final = ("", "null", "none", "nil", "undefined", "unspecified", "in_progress", "not_finished")
+
+
+def is_said(word: object) -> bool:
+    """Whether a server's reason for an end is one: some give the word null in every chunk, or an empty one."""
+    return isinstance(word, str) and _plainly(word) not in _UNSAID
+
+
+def _plainly(word: str) -> str:
+    return re.sub("[^a-z]+", "_", word.lower()).strip("_").removeprefix("finish_reason_")
+
+
+def meaning(word: str) -> str:
+    """Gives why an answer ended, for a server's word: :data:`STOP`, :data:`TOOLS`, ``max_tokens``, ``content_filter``,
+    or ``""`` where it did not end as it should."""
+    word = _plainly(word)
+    return next((found for found, pattern in _MEANINGS if re.search(pattern, word)), "")
 
 
 def reason(value: Any) -> str:
     """Gives the Assistants API's word for why a message is incomplete."""
-    return REASONS.get(value, value) if value in (*REASONS, "content_filter", "max_tokens") else "max_tokens"
+    return "content_filter" if isinstance(value, str) and meaning(value) == "content_filter" else "max_tokens"

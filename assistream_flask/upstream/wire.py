@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any, Final
 
-import httpx2
 import openai
 from pydantic_core import from_json
 
 from ..errors import RunError
 from ..events import Json
 from ..sse import Decoder
+from .errors import failure
 from .gate import Gate
 from .lean import Connection
 from .stencil import Stencil
 
+_LONGEST: Final = 1 << 20
+_HEARTBEATS: Final = frozenset({"ping", "heartbeat", "keepalive", "keep-alive", "keep_alive"})
+_SENTENCE: Final = re.compile(r"\[?[A-Za-z][A-Za-z ]{3}")
 DONE: Final = "[DONE]"
 """The kind of the in-band end mark that OpenAI's streams close with."""
 
@@ -40,37 +44,95 @@ def read(stream: Any, gate: Gate | None = None, *, joined: bool = False) -> Iter
     transport raises.
     """
     response: Any = getattr(stream, "response", None)
-    reads: Iterable[Any]
-    split: Callable[[Any], Any]
-    parse: Callable[[Any], tuple[str, Json]]
-    some: Any
-    decoder, stencil = Decoder(), Stencil() if joined else None
+    decoder = _Decoder()
+    stencil: Stencil | None = None
     if hasattr(response, "iter_bytes") and not response.is_stream_consumed:
         # Typed events cost twenty times what their bytes do, and an unknown one is built as the wrong class.
         reads, split, parse = _bytes(response, gate), decoder.split, _parsed
+        stencil = Stencil() if joined else None
     else:
-        reads, split, parse, stencil = _lists(iter(stream), gate), iter, _plain, None
+        reads, split, parse = _lists(iter(stream), gate), iter, _plain  # type: ignore[assignment]
+    yield from _events(reads, split, parse, decoder, stencil)
+    if batch := decoder.rest():
+        yield batch
+
+
+def _events(
+    reads: Iterable[Any],
+    split: Callable[[Any], Any],
+    parse: Callable[[Any], tuple[str, Json] | list[tuple[str, Json]] | None],
+    decoder: _Decoder,
+    stencil: Stencil | None,
+) -> Iterator[list[tuple[str, Json]]]:
     for some in reads:
         if not some:
             yield []
             continue
-        if stencil is not None and decoder.between and (event := stencil.read(some)):
-            yield [event]
+        if stencil is not None and decoder.between and (known := stencil.read(some)):
+            yield [known]
             continue
         batch: list[tuple[str, Json]] = []
+        event: Any = None
         try:
             items = split(some)
             for item in items:
-                batch.append(parse(item))
-            if stencil is not None and batch:
+                event = parse(item)
+                if type(event) is tuple:
+                    batch.append(event)
+                elif event is not None:
+                    batch += event
+            if stencil is not None and batch and type(event) is tuple:
                 stencil.learn(items[-1], batch[-1])
-        except Exception:
-            # What came before it in the same read was said.
+        finally:
+            # What came before what can't be read was said.
             if batch:
                 yield batch
-            raise
-        if batch:
-            yield batch
+
+
+class _Decoder(Decoder):
+    """Takes for events, too, what servers send between them that gave up on the format: ``error: {...}``, which
+    llama.cpp wrote, and an object by itself, on one line or on several, as gateways and frameworks answer with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # The lines of an object that is not whole yet.
+        self._object: list[bytes] = []
+        self._size = 0
+
+    def other(self, line: bytes) -> Iterable[tuple[bytes, bytes]]:
+        if line.startswith(b"error:"):
+            return [(b"error", line.removeprefix(b"error:").strip())]
+        # Some put the end mark right behind it.
+        line = line.removesuffix(b"data: [DONE]")
+        begins = line[:1] in (b"{", b"[")
+        if begins and _is_object(line):
+            self._object, self._size = [], 0
+            return [(b"", line)]
+        if not self._object and not begins:
+            return ()
+        self._size += len(line)
+        self._object.append(line)
+        # As JSON is laid out, its last line begins as its first does: looking after each line would take hours.
+        if self._size > _LONGEST or (line[:1] in (b"}", b"]") and len(self._object) > 1):
+            whole, self._object, self._size = b"\n".join(self._object), [], 0
+            return [(b"", whole)] if _is_object(whole) else ()
+        return ()
+
+    def rest(self) -> list[tuple[str, Json]]:
+        """Gives those events that the last lines stand for, behind which no line end came."""
+        lines = (self._rest + b"".join(self._more)).splitlines()
+        frames = list(self._lines(lines))
+        if self._object and _is_object(whole := b"\n".join(self._object)):
+            frames.append((b"", whole))
+        return [event for frame in frames if isinstance(event := _parsed(frame), tuple)]
+
+
+def _is_object(text: bytes) -> bool:
+    try:
+        found = from_json(text.decode("utf-8", "replace"))
+    except ValueError:
+        return False
+    return isinstance(found, dict) or (isinstance(found, list) and bool(found) and isinstance(found[0], dict))
 
 
 def _bytes(response: Any, gate: Gate | None) -> Iterable[bytes]:
@@ -90,18 +152,33 @@ def _lists(source: Iterator[Any], gate: Gate | None) -> Iterator[list[Any]]:
     return gate.through(source) if gate is not None else ([item] for item in source)
 
 
-def _parsed(frame: tuple[bytes, bytes]) -> tuple[str, Json]:
+def _parsed(frame: tuple[bytes, bytes]) -> tuple[str, Json] | list[tuple[str, Json]] | None:
     name, text = frame
     try:
         data = from_json(text, allow_inf_nan=False, cache_strings="keys")
     except ValueError:
         if text.startswith(DONE.encode()):
             return DONE, {}
+        kind = name.decode("utf-8", "replace")
+        if not text.strip():
+            # A heartbeat, but where its name says more.
+            return (kind, {}) if kind else None
         # Three times as slow, and it takes what is no UTF-8, and lone surrogates.
+        words = text.decode("utf-8", "replace")
         try:
-            data = json.loads(text.decode("utf-8", "replace"), parse_constant=_no_constant)
+            data = json.loads(words, parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:
-            raise RunError("upstream_malformed") from error
+            if kind == "error":
+                return kind, {"message": words}
+            if kind in _HEARTBEATS:
+                return kind, {}
+            if b"\n" in text:
+                # Events that no blank line parts.
+                found = [_parsed((name, line)) for line in text.split(b"\n")]
+                return [event for event in found if isinstance(event, tuple)]
+            # A mere sentence is an error's, and may say which.
+            code = failure(words).code if _SENTENCE.match(words) else "upstream_error"
+            raise RunError("upstream_malformed" if code == "upstream_error" else code, said=words) from error
     kind = name.decode("utf-8", "replace")
     if isinstance(data, dict) and data.get("type") == kind != "":
         return kind, data
@@ -114,8 +191,14 @@ def _no_constant(name: str) -> None:
 
 
 def _kind(name: str, data: Any) -> tuple[str, Json]:
+    if isinstance(data, list) and data and isinstance(data[0], dict) and data[0].get("error"):
+        # Google's, of which nothing else is a list.
+        data = data[0]
     if not isinstance(data, dict):
         return name, {}
+    if data.get("object") == "response" and not name:
+        # A whole one, from who does not know stream=True.
+        return f"response.{data.get('status')}", {"response": data}
     kind = data.get("type")
     if name.startswith("thread.") or name in ("done", "error") or not isinstance(kind, str):
         kind = name
@@ -135,29 +218,27 @@ def _plain(event: Any) -> tuple[str, Json]:
     return _kind("", data)
 
 
-def timed_out(error: Exception) -> bool:
-    """Tells whether the transport gave up waiting for a byte."""
-    return isinstance(error, httpx2.TimeoutException | TimeoutError)
-
-
-def not_connected(error: Exception) -> bool:
-    """Tells whether a time-out came before there was a connection."""
-    return isinstance(error.__cause__, httpx2.ConnectTimeout)
+def hang_up(stream: Any) -> bool:
+    """Ends the stream for whoever reads it, in whatever way; ``False`` where it has no connection of its own."""
+    response: Any = getattr(stream, "response", None)
+    network = getattr(response, "extensions", {}).get("network_stream")
+    # An HTTP/2 connection carries other streams too.
+    if network is None or response.is_closed or response.http_version == "HTTP/2":
+        return False
+    raw = network.get_extra_info("socket")
+    if raw is None:
+        return False
+    try:
+        # close() alone does not wake a thread that waits in recv().
+        raw.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass
+    return True
 
 
 def close(stream: Any) -> None:
     """Closes the stream's connection, also while another thread reads from it."""
-    response: Any = getattr(stream, "response", None)
-    network = getattr(response, "extensions", {}).get("network_stream")
-    # An HTTP/2 connection carries other streams too.
-    if network is not None and not response.is_closed and response.http_version != "HTTP/2":
-        raw = network.get_extra_info("socket")
-        if raw is not None:
-            try:
-                # close() alone does not wake a thread that waits in recv().
-                raw.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
+    hang_up(stream)
     if hasattr(stream, "close"):
         try:
             stream.close()

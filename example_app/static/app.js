@@ -6,8 +6,10 @@ const input = $("text"), list = $("entries"), scroller = $("scroller");
 
 // People type faster than pages load: what is sent before the page is ready goes out when it is.
 let ready = false, early = false;
+// This key belongs to the input method, which ends a word with it. Safari says so by the code 229 only.
+const composes = (event) => event.isComposing || event.keyCode === 229;
 input.addEventListener("keydown", (event) => {
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  if (event.key !== "Enter" || event.shiftKey || composes(event)) return;
   event.preventDefault();
   $("composer").requestSubmit();
 });
@@ -26,6 +28,7 @@ const rows = new Map();         // message id -> what is on the page for it
 const inTurn = new Set();       // messages that this page asked to be answered one after another
 const stops = new Map();        // AbortController -> the thread its runs are in
 let threadId = null, entries = [], view = null, set = null, slow = 0, sending = null, pinned = true;
+let stream = "live";            // how the thread reaches this page, as the helper says
 
 const isActive = (entry) => entry.run && ["queued", "in_progress"].includes(entry.run.status);
 const nameOf = (id) => assistants.get(id)?.name ?? id;
@@ -115,6 +118,7 @@ function fillReply(node, entry, before) {
   part(".avatar").textContent = name[0].toUpperCase();
   part(".status").textContent = state.label;
   part(".copy").hidden = !words || isActive(entry);
+  part(".waits").textContent = state.waits ?? "";
   showMarkdown(part(".md"), words, isActive(entry));
 
   const thoughts = (entry.steps ?? []).map((step) => step.step_details?.reasoning?.text).filter(Boolean).join("\n\n");
@@ -137,10 +141,15 @@ const EARLY = {
 function stateOf({ message, run: its }) {
   const why = message.incomplete_details?.reason ?? its?.incomplete_details?.reason;
   if (its?.status === "queued") return { key: "queued", label: "Queued" };
+  // It goes on, and says what it waits for: a model that is still loading, say.
+  if (its?.status === "in_progress" && its.last_error?.message) return { key: "thinking", label: "Waiting", waits: its.last_error.message };
   if (its?.status === "in_progress") return message.content.length ? { key: "writing", label: "Writing" } : { key: "thinking", label: "Thinking" };
   if (its?.status === "failed" || why === "run_failed") return { key: "failed", label: "Failed", why: its?.last_error?.message ?? "Something went wrong." };
   if (its?.status === "cancelled" || why === "run_cancelled") return { key: "stopped", label: "Stopped", why: "" };
-  if (message.status === "incomplete") return { key: "cut", label: "Cut short", why: EARLY[why] ?? "The answer ends early." };
+  if (message.status === "incomplete" || its?.status === "incomplete") {
+    const early = text({ message }) ? "The answer ends early." : "The answer ended before its first word.";
+    return { key: "cut", label: "Cut short", why: EARLY[why] ?? early };
+  }
   return { key: "done", label: "" };
 }
 
@@ -170,6 +179,7 @@ async function open(id) {
     else render(next);
   };
   pinned = true;
+  stream = id ? "connecting" : "live";
   if (sending && sending.thread !== id) unlock();
   closeDrawer();
   complain("");
@@ -181,9 +191,8 @@ async function open(id) {
   grow();
   showThreads();
   if (!id) return;
-  if (!sending) soon("Connecting…", 1500);
   try {
-    await loadThread(id, set, { signal });
+    await loadThread(id, set, { signal, onstate: (state) => signal.aborted || streamIs(state) });
     if (!signal.aborted) $("empty").hidden = entries.length > 0 || !!sending;
   } catch (error) {
     if (!signal.aborted) gone(error);
@@ -211,8 +220,24 @@ function soon(words, ms) {
   slow = setTimeout(() => connection(words), ms);
 }
 
-function connection(words = "") {
+const STATES = {
+  connecting: "Connecting…",
+  unauthenticated: "You are signed out. Sign in again, in any tab, and this page goes on by itself.",
+  polling: "Live text does not get through to you, so this page asks for news every few seconds.",
+  paused: "Paused while other tabs are in use. It goes on when you look at it.",
+};
+
+/** A word about the stream, unless the one about sending has the line. */
+function streamIs(state) {
+  stream = state;
+  if (!sending) connection();
+}
+
+/** Shows `words`, or what there is to say about the stream; a reconnect that is over in a second is nothing to say. */
+function connection(words) {
   clearTimeout(slow);
+  if (words === undefined && stream === "connecting") soon(STATES.connecting, 1500);
+  words ??= stream === "connecting" ? "" : STATES[stream] ?? "";
   $("connection").textContent = navigator.onLine ? words : "You are offline. Answers go on, and show when you are back.";
 }
 addEventListener("online", () => connection());
@@ -237,8 +262,27 @@ input.addEventListener("input", () => {
   grow();
 });
 
+/** Without what no server can store: NUL, and halves of characters, which a paste can bring. */
+function clean(words) {
+  const whole = words.replaceAll("\0", "");
+  return whole.toWellFormed?.() ?? whole.replace(/\p{Surrogate}/gu, "\uFFFD");
+}
+
+/** The first line, cut to 80 characters where a character ends for its reader: half an emoji is none. */
+function titleFor(words) {
+  const line = words.split("\n")[0], Segmenter = Intl.Segmenter;
+  const parts = Segmenter ? Array.from(new Segmenter().segment(line), ({ segment }) => segment) : [...line];
+  let title = "";
+  for (const part of parts) {
+    if (title.length + part.length > 80) break;
+    title += part;
+  }
+  return title.trimEnd();
+}
+
 // The text stays in the box until the thread shows it: whatever goes wrong, nothing typed is lost.
-async function send(words, ids, mode) {
+async function send(typed, ids, mode) {
+  const words = clean(typed).trim();
   if (!words || sending) return;
   if (!ids.length) return complain("Pick at least one assistant.");
   const known = new Set(entries.map((entry) => entry.message.id));
@@ -250,7 +294,7 @@ async function send(words, ids, mode) {
   soon("Still sending…", 3000);
   try {
     if (!threadId) {
-      const id = mine.thread = await createThread({ title: words.split("\n")[0].slice(0, 80) });
+      const id = mine.thread = await createThread({ title: titleFor(words) });
       sending = mine;
       remember(sessionStorage, draftKey(), "");
       history.pushState(null, "", `#${id}`);
@@ -498,7 +542,7 @@ $("theme").onclick = () => {
 };
 
 addEventListener("keydown", (event) => {
-  if (event.key !== "Escape" || event.isComposing || $("confirm").open) return;
+  if (event.key !== "Escape" || composes(event) || $("confirm").open) return;
   if (document.body.classList.contains("drawer")) closeDrawer();
   else if (!$("stop").hidden) stopAll();
 });

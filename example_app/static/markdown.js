@@ -20,7 +20,8 @@ export function show(parent, source, growing) {
     const old = parent.children[i];
     if (old?.source === block.source && old.kind === block.kind) return;
     const node = build(block, 0);
-    Object.assign(node, { source: block.source, kind: block.kind });
+    // Only here: a list's own direction is that of its text, which is not looked for below another `dir`.
+    Object.assign(node, { source: block.source, kind: block.kind, dir: "auto" });
     old ? old.replaceWith(node) : parent.append(node);
   });
   while (parent.children.length > blocks.length) parent.lastElementChild.remove();
@@ -75,8 +76,11 @@ function build({ kind, lines }, depth) {
 }
 
 function nest(parent, lines, depth) {
-  for (const block of split(lines)) {
-    if (block.kind === "text" && parent.tagName === "LI") inline(parent, block.lines.join("\n"));
+  const blocks = split(lines);
+  // An item's one text stands for itself; of several, each is a paragraph.
+  const bare = parent.tagName === "LI" && blocks.filter(({ kind }) => kind === "text").length === 1;
+  for (const block of blocks) {
+    if (block.kind === "text" && bare) inline(parent, block.lines.join("\n"));
     else parent.append(build(block, depth + 1));
   }
   return parent;
@@ -86,7 +90,8 @@ function table(lines) {
   const wrapped = element("div", { className: "wide" }), node = wrapped.appendChild(element("table"));
   lines.forEach((line, i) => {
     const row = i === 1 && /^[\s|:-]+$/.test(line) ? element("tr") : node.insertRow();
-    for (const cell of line.trim().slice(1, -1).split("|")) row.append(inline(element(i ? "td" : "th"), cell.trim()));
+    for (const cell of line.trim().slice(1, -1).split(/(?<!\\)\|/))
+      row.append(inline(element(i ? "td" : "th"), cell.trim().replaceAll("\\|", "|")));
   });
   return wrapped;
 }
@@ -94,7 +99,7 @@ function table(lines) {
 function code(lines) {
   const [, fence, language] = FENCE.exec(lines[0]);
   const closed = lines.length > 1 && lines.at(-1).trim().startsWith(fence);
-  const figure = element("figure"), bar = element("figcaption"), pre = element("pre", { tabIndex: 0 });
+  const figure = element("figure"), bar = element("figcaption"), pre = element("pre", { tabIndex: 0, dir: "ltr" });
   bar.append(language || "code", element("button", { type: "button", textContent: "Copy" }));
   bar.lastChild.dataset.do = "copy-code";
   pre.append(element("code", { textContent: lines.slice(1, closed ? -1 : undefined).join("\n") }));

@@ -12,7 +12,7 @@ export const seeded = (seed) => () => {
   return ((t ^ (t >>> 14)) >>> 0) / 4294967296;
 };
 
-/** What a browser gives a page, with time that passes only in `pass`. */
+/** What a browser gives a page, with time that passes only in `pass` and `sleep`. */
 export class Page {
   #saved = new Map();
   #timers = new Map();
@@ -20,8 +20,15 @@ export class Page {
   #frames = [];
   #events = new EventTarget();
   now = 1_000_000;
+  /** By how much the computer's clock is wrong. */
+  wrong = 0;
+  /** How long the computer slept: in many, `performance.now()` stands still meanwhile. */
+  #slept = 0;
   frame = 0;
   reported = [];
+  /** What was warned of, in order. */
+  warned = [];
+  #channels = new Set();
 
   constructor({ seed = 1, dom = true } = {}) {
     const random = seeded(seed);
@@ -34,9 +41,25 @@ export class Page {
       reportError: (error) => this.reported.push(error),
       navigator: { onLine: true },
     };
+    const page = this;
     if (dom)
       Object.assign(fakes, {
         document: this.document,
+        BroadcastChannel: class {
+          constructor(name) {
+            this.name = name;
+            page.#channels.add(this);
+          }
+          postMessage(data) {
+            assert.ok(page.#channels.has(this), "a message on a closed channel");
+            for (const other of page.#channels)
+              if (other !== this && other.name === this.name)
+                page.#timer(() => page.#channels.has(other) && other.onmessage?.({ data: copy(data) }), 1, []);
+          }
+          close() {
+            page.#channels.delete(this);
+          }
+        },
         requestAnimationFrame: (fn) => {
           this.#frames.push(fn);
           if (this.#frames.length === 1) this.#tickFrame();
@@ -50,18 +73,21 @@ export class Page {
     }
     const { random: wasRandom } = Math;
     const { now: wasNow } = Date;
+    const { now: wasTicks } = performance;
+    const { warn: wasWarn } = console;
+    console.warn = (text) => this.warned.push(text);
     Math.random = random;
-    Date.now = () => this.now;
-    const { timeout: wasTimeout } = AbortSignal;
-    AbortSignal.timeout = (ms) => {
-      const stop = new AbortController();
-      this.#timers.get(this.#timer(() => stop.abort(), ms, [])).quiet = true;
-      return stop.signal;
-    };
+    const { getRandomValues: wasValues } = crypto;
+    const draw = seeded(seed + 0.5);
+    crypto.getRandomValues = (array) => array.map(() => draw() * 2 ** 32);
+    Date.now = () => this.now + this.wrong;
+    performance.now = () => this.now - this.#slept;
     this.close = () => {
       Math.random = wasRandom;
+      crypto.getRandomValues = wasValues;
       Date.now = wasNow;
-      AbortSignal.timeout = wasTimeout;
+      console.warn = wasWarn;
+      performance.now = wasTicks;
       for (const [name, was] of this.#saved)
         if (was) Object.defineProperty(globalThis, name, was);
         else delete globalThis[name];
@@ -83,9 +109,14 @@ export class Page {
     }, 16 - (this.now % 16), []);
   }
 
-  /** How many timers are left, but for those of requests. */
+  /** How many timers are left. */
   get timers() {
-    return [...this.#timers.values()].filter(({ quiet }) => !quiet).length;
+    return this.#timers.size;
+  }
+
+  /** How many channels are open. */
+  get channels() {
+    return this.#channels.size;
   }
 
   fire(type) {
@@ -119,6 +150,7 @@ export class Page {
   /** Time passes without a timer running, as while a laptop sleeps. */
   sleep(ms) {
     this.now += ms;
+    this.#slept += ms;
     for (const timer of this.#timers.values()) timer.at += ms;
   }
 }
@@ -176,6 +208,8 @@ export class Server {
   failOpen = () => false;
   /** () => undefined | "skip" | "repeat" (an event) | "mute" (the stream dies and nobody is told) */
   twist = () => undefined;
+  /** () => true when a proxy holds back all that is sent on a new stream */
+  holds = () => false;
   page = 50;
   epochs = 0;
   ids = 0;
@@ -334,7 +368,7 @@ export class Server {
   // ---- the wire
 
   #dispatch(source, name, data, lastEventId = "") {
-    if (source.readyState === 2) return;
+    if (source.readyState === 2 || (source.held && name !== "error")) return;
     const event = new MessageEvent(name, { data, lastEventId });
     if (name === "open") source.onopen?.(event);
     if (name === "error") source.onerror?.(event);
@@ -355,6 +389,7 @@ export class Server {
       source.thread = thread;
       source.readyState = 1;
       this.sources.add(source);
+      source.held = this.holds(source);
       this.#dispatch(source, "open");
       const [epoch, offset] = (searchParams.get("last_event_id") ?? "").split("-");
       const proven = epoch === thread.epoch && +offset <= thread.offset && +offset >= thread.offset - thread.log.length;

@@ -38,6 +38,10 @@ const trial = async (seed) => {
     };
     const strange = pick([0, 0, 0.02]);
     server.twist = () => (!calm && chance(strange) ? pick(["skip", "repeat", "mute"]) : undefined);
+    const held = pick([0, 0, 0.2, 1]);
+    server.holds = () => !calm && chance(held);
+    // Another tab, which comes and goes, and may vanish without a word.
+    const other = new BroadcastChannel("assistream http://server.test");
     const names = ["a", "b"].slice(0, chance(0.3) ? 2 : 1);
     const counts = new Map();
     for (const name of names) {
@@ -103,6 +107,8 @@ const trial = async (seed) => {
       () => page.hide(chance(0.5)),
       () => page.fire(pick(["online", "pageshow"])),
       () => server.ping(),
+      () => other.postMessage({ id: "other", streams: pick([0, 2, 5]), hidden: pick([0, page.now]), ask: chance(0.2) }),
+      () => { page.fire("pagehide"); page.hide(true); },
       () => { if (chance(0.2)) page.sleep(60_000); },
     ];
     const work = (most) => {
@@ -128,6 +134,7 @@ const trial = async (seed) => {
     // All is well again: everything ends, everything arrives.
     calm = true;
     page.hide(false);
+    page.fire("pageshow");
     // A hole shows at the next event.
     for (const thread of server.threads.values()) server.say(thread, "bye");
     for (let i = 0; i < 8; i++) {
@@ -143,9 +150,11 @@ const trial = async (seed) => {
     for (const { name, set, gone } of views)
       if (!gone) assert.deepEqual(set.last, server.threads.get(name).entries, "a view differs from the server");
     for (const view of views) view.stop.abort();
-    await page.pass(100);
+    // As long as a request may still be under way.
+    await page.pass(300);
     assert.equal(server.sources.size, 0, "a stream without a user");
     assert.equal(page.timers, 0, "a timer without a user");
+    assert.equal(page.channels, 1, "a channel without a user");
   } catch (error) {
     error.message = `trial ${seed}: ${error.message}`;
     throw error;
