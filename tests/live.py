@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import io
 import json
 import os
 import signal
@@ -63,6 +64,18 @@ def page():
 def pid():
     return jsonify(os.getpid())
 """
+
+
+def answered(request: urllib.request.Request | str) -> bytes:
+    """Gives the body of the answer. What it raises for a status of 400 or above holds its body, and no socket: one that
+    is left to the garbage collector fails whatever test is the next."""
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return bytes(answer.read())
+    except urllib.error.HTTPError as error:
+        with error:
+            body = io.BytesIO(error.read())
+        raise urllib.error.HTTPError(error.url, error.code, error.reason, error.headers, body) from None
 
 
 class Gunicorn:
@@ -140,14 +153,11 @@ class Gunicorn:
         """Gives the JSON answer. Raises ``urllib.error.HTTPError`` for a status of 400 or above."""
         data = None if body is None else json.dumps(body).encode()
         head = {"Content-Type": "application/json", **(headers or {})}
-        request = urllib.request.Request(self.url + path, data=data, method=method, headers=head)
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            text = answer.read()
+        text = answered(urllib.request.Request(self.url + path, data=data, method=method, headers=head))
         return json.loads(text) if text else None
 
     def get(self, path: str, *, parse: bool = True) -> Any:
-        with urllib.request.urlopen(self.url + path, timeout=60) as answer:
-            text = answer.read()
+        text = answered(self.url + path)
         return json.loads(text) if parse else text
 
     def thread(self) -> str:

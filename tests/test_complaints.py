@@ -124,7 +124,6 @@ def post(gunicorn: Gunicorn, path: str, content: str) -> int:
     try:
         gunicorn.request("POST", path, {"content": content})
     except urllib.error.HTTPError as error:
-        error.close()
         return error.code
     return 201
 

@@ -84,8 +84,8 @@ def refused(live: Gunicorn, path: str) -> tuple[int, str, int]:
     """Gives the status, the code and Retry-After of an error."""
     with pytest.raises(urllib.error.HTTPError) as found:
         live.get(path)
-    with found.value as answer:
-        return answer.code, json.load(answer)["error"]["code"], int(answer.headers["Retry-After"])
+    answer = found.value
+    return answer.code, json.load(answer)["error"]["code"], int(answer.headers["Retry-After"])
 
 
 def test_a_viewer_that_stops_reading_is_cut_and_another_of_the_thread_gets_everything(live: Gunicorn) -> None:

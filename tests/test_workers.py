@@ -646,7 +646,8 @@ def pause(houses: Paused, choose: random.Random, *, late: bool) -> int:
         for script in scripts:
             script.go(100)
         houses.members[:] = [first, second]
-        until(lambda: not first.runner._live and not second.runner._live, 30)
+        # A run that one worker left and the other did not take yet is nobody's for a moment.
+        until(lambda: all(is_over(houses, seat) for seat in seats), 30)
         stop.set()
         for job in jobs:
             job.join()
@@ -676,10 +677,18 @@ def _look_on(houses: Paused, seats: Sequence[StrictSeat], stop: threading.Event)
         houses.failures.append(error)
 
 
-def _check(houses: Paused, seat: StrictSeat, script: Words | Response) -> None:
+def stored(houses: Paused, seat: StrictSeat) -> list[Json]:
     found = houses.store.page(seat._thread_id, 200)
     assert found is not None
-    whole = [one.entry for one in found[0]]
+    return [one.entry for one in found[0]]
+
+
+def is_over(houses: Paused, seat: StrictSeat) -> bool:
+    return all(not entry["run"] or entry["run"]["status"] in TERMINAL for entry in stored(houses, seat))
+
+
+def _check(houses: Paused, seat: StrictSeat, script: Words | Response) -> None:
+    whole = stored(houses, seat)
     run, said = whole[1]["run"], text(whole[1])
     assert WORDS.startswith(said)
     if isinstance(script, Words):
