@@ -150,7 +150,7 @@ def test_a_database_that_is_read_and_not_written_to_makes_a_worker_unsteady_unti
         with locked_out(url, how):
             wait_until(lambda: not one.leases.is_steady())
             time.sleep(2 * LEASE)
-            # It was renewed in vain, and said so once.
+            # It was renewed in vain.
             assert one.left(run) < 0
             assert not one.leases.is_steady()
         shaken(one)
