@@ -81,16 +81,13 @@ def kept(url: str) -> Iterator[Kept]:
 
 
 def steady(kept: Kept) -> None:
-    wait_until(kept.leases.is_steady)
+    wait_until(kept.leases.is_steady, 30)
 
 
-def shaken(kept: Kept) -> None:
-    """Waits until it is not steady, and is so again only after as long as a lease is."""
-    wait_until(lambda: not kept.leases.is_steady())
-    since = time.monotonic()
-    steady(kept)
-    # The renewal that began it was at most so much before.
-    assert time.monotonic() - since >= LEASE - leases._RENEW_SECONDS - 0.05
+def shaken(kept: Kept, since: float) -> None:
+    """Waits until it is steady again after something that happened after ``since``: not before a lease is over."""
+    wait_until(lambda: kept.leases._since >= since and kept.leases.is_steady(), 30)
+    assert time.monotonic() - since >= LEASE
 
 
 def test_the_leases_of_those_runs_that_are_held_are_renewed_and_the_worker_is_known_until_it_stops(url: str) -> None:
@@ -153,9 +150,13 @@ def test_a_database_that_is_read_and_not_written_to_makes_a_worker_unsteady_unti
             # It was renewed in vain.
             assert one.left(run) < 0
             assert not one.leases.is_steady()
-        shaken(one)
+            since = time.monotonic()
+        shaken(one, since)
         assert one.left(run) > 0
-    assert [record.levelname for record in caplog.records if "cannot be renewed" in record.message] == ["ERROR"]
+    said = [record.message for record in caplog.records if "cannot be renewed" in record.message]
+    # A server that is made read-only may break off a statement first: another cause, which is said too.
+    assert said
+    assert len(said) == len(set(said))
 
 
 def test_a_dropped_connection_is_replaced(postgres_url: str) -> None:
@@ -176,17 +177,18 @@ def test_a_worker_that_was_held_up_is_not_steady(url: str, monkeypatch: pytest.M
     with kept(url) as one:
         steady(one)
         late = time.monotonic
+        since = late() + LEASE
         monkeypatch.setattr(time, "monotonic", lambda: late() + LEASE)
         assert not one.leases.is_steady()
-        shaken(one)
+        shaken(one, since)
 
 
 def test_a_database_whose_clock_was_set_makes_a_worker_unsteady(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with kept(url) as one:
         steady(one)
-        beat = ThreadStore.beat
+        beat, since = ThreadStore.beat, time.monotonic()
         monkeypatch.setattr(ThreadStore, "beat", lambda *given, **named: beat(*given, **named) + 60)
-        shaken(one)
+        shaken(one, since)
 
 
 def test_a_database_that_does_not_answer_holds_a_stop_up_for_seconds_only(
@@ -256,7 +258,7 @@ PATCHED = """
     run = start(kept.store, new_thread(kept.store)["id"], lease=1.0)[0]["id"]
     kept.held.append(run)
     kept.leases.start()
-    end = time.monotonic() + 10
+    end = time.monotonic() + 30
     while not kept.leases.is_steady():
         assert time.monotonic() < end
         time.sleep(0.05)
