@@ -64,8 +64,8 @@ class Keeper:
             if live.reply.over:
                 return None
             if anew:
-                # Nothing of this run is appended meanwhile, so what it is now is exact there.
-                live.place = self._log.end(live.thread_id)
+                # Nothing of this run is appended meanwhile, so what it is now is exact there, if nothing was missed.
+                live.place = None if self._teller.lacks(live.thread_id) else self._log.end(live.thread_id)
             live.dirty = False
             return live.now(), live.place
 

@@ -151,7 +151,8 @@ class Publisher:
                 if place is REFUSED:
                     live.leave()
                     continue
-                live.place = place or live.place
+                # Where it was missed no place is known as of which the text is exact, until the log began anew.
+                live.place = place
                 live.dirty, live.told = True, now
                 if not live.begun:
                     live.begun = True

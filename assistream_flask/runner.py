@@ -208,11 +208,11 @@ class Runner:
         run = entry["run"]
         return run is not None and run["status"] not in TERMINAL and run["id"] not in self._live
 
-    def retell(self) -> None:
-        """Begins the logs anew that lack something. Called every second or so."""
+    def retell(self, only: str | None = None) -> None:
+        """Begins the logs anew that lack something, or ``only`` that thread's. Called every second or so."""
         try:
-            for thread_id in self._teller.retell():
-                self.flush(thread_id)
+            for thread_id in self._teller.retell(only):
+                self._keep_anew(thread_id)
         except Away:
             # Whoever reads such a thread asks for it to be stored again.
             pass
@@ -506,11 +506,15 @@ class Runner:
     def flush(self, thread_id: str | None = None) -> None:
         """Stores the text that grew since it was last stored; of the thread ``thread_id``, all that is
         not over, as of the log's end."""
-        lives = list(self._live.values())
         if thread_id is None:
-            self._keeper.keep_all([live for live in lives if live.dirty])
-            return
-        for live in lives:
+            self._keeper.keep_all([live for live in list(self._live.values()) if live.dirty])
+        elif self._teller.lacks(thread_id):
+            self.retell(thread_id)
+        else:
+            self._keep_anew(thread_id)
+
+    def _keep_anew(self, thread_id: str) -> None:
+        for live in list(self._live.values()):
             if live.thread_id == thread_id:
                 self._keeper.keep(live, anew=True)
 
@@ -622,10 +626,12 @@ class Runner:
         if not self._teller.fence(held.run["thread_id"], Claim(held.run["id"], held.claim)):
             return place
         try:
-            if place is not None:
-                records, place = self._log.recover(held.run["thread_id"], place, held.run["id"])
-                for record in filter(pages.grows, records):
-                    events.apply(entry, record.name, record.data())
+            if place is None:
+                # Its last holder stored what it could not tell: nothing may be told behind what viewers have.
+                raise Lost
+            records, place = self._log.recover(held.run["thread_id"], place, held.run["id"])
+            for record in filter(pages.grows, records):
+                events.apply(entry, record.name, record.data())
         except (Lost, Away):
             # What is stored is all there is; viewers may have seen more.
             self._teller.untell(held.run["thread_id"])

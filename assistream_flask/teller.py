@@ -78,6 +78,10 @@ class Teller:
                 self._unkept.add(thread_id)
             self._untold[thread_id] = self._untold.get(thread_id, 0) + 1
 
+    def lacks(self, thread_id: str) -> bool:
+        """Whether the thread's log lacks something, or may."""
+        return thread_id in self._untold
+
     def is_done(self) -> bool:
         """Whether the logs lack nothing."""
         return not self._untold
@@ -101,9 +105,12 @@ class Teller:
                 self.untell(thread_id)
             yield
 
-    def retell(self) -> Iterator[str]:
-        """Begins the logs anew that lack something; gives each thread, for its runs to be stored as of the new log."""
+    def retell(self, only: str | None = None) -> Iterator[str]:
+        """Begins the logs anew that lack something, or ``only`` that thread's; gives each thread, for its runs to be
+        stored as of the new log."""
         for thread_id, missed in list(self._untold.items()):
+            if only not in (None, thread_id):
+                continue
             try:
                 for claim in self._unfenced.get(thread_id, []):
                     self._log.fence(thread_id, claim)

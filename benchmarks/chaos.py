@@ -100,7 +100,10 @@ class Chaos:
         """Who has which run, by the database."""
         while True:
             with contextlib.suppress(psycopg.Error, OSError):
-                for run_id, worker in await asyncio.to_thread(self._site.holders):
+                for run_id, worker, name in await asyncio.to_thread(self._site.holders):
+                    if name:
+                        # One that ends soon may never be asked who it is.
+                        self._ledger.pids[worker] = int(name.rpartition("/")[2])
                     held = self._ledger.runs.get(run_id)
                     if held is not None and worker not in held.workers:
                         held.workers.append(worker)

@@ -224,7 +224,8 @@ class View:
         if self._is_over(entry):
             self._tell(AFTER, entry["message"]["run_id"], f"{data['delta']}")
         events.apply(entry, name, data)
-        self._check_text(entry)
+        if not self._is_over(entry):
+            self._check_text(entry)
 
     def _is_over(self, entry: Json) -> bool:
         run = entry["run"]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import psycopg
+import redis
 
 from tests.live import Gunicorn
 from tests.postgres_server import PostgresServer
@@ -160,7 +161,7 @@ class Site:
         fault: Callable[[Planned], Coroutine[Any, Any, None]] = getattr(self, f"_do_{planned.kind}")
         try:
             await fault(planned)
-        except (OSError, psycopg.Error, AssertionError) as error:
+        except (OSError, psycopg.Error, redis.RedisError, AssertionError) as error:
             # Others are at work on the same machines.
             self._ledger.log(f"{planned.kind} failed: {error!r}"[:200])
 
@@ -257,9 +258,13 @@ class Site:
         )
         return [pid for (pid,) in rows]
 
-    def holders(self) -> list[tuple[str, str]]:
-        """The runs that are not over, and the workers that have them."""
-        return self._execute("SELECT id, worker FROM assistream_runs WHERE status IN ('queued', 'in_progress')")
+    def holders(self) -> list[tuple[str, str, str | None]]:
+        """The runs that are not over, and the workers that have them, with the names that these gave themselves."""
+        query = (
+            "SELECT r.id, r.worker, w.name FROM assistream_runs r LEFT JOIN assistream_workers w ON w.id = r.worker"
+            " WHERE r.status IN ('queued', 'in_progress')"
+        )
+        return self._execute(query)
 
     def stored(self, thread_id: str) -> list[tuple[str, Any]]:
         """The thread's messages as they are in the database."""

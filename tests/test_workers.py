@@ -782,6 +782,40 @@ def test_what_was_read_of_the_log_is_stored_before_the_log_begins_anew(
         assert text(houses.attach(thread_id)[0][1]) == "w0 w1 "
 
 
+def test_what_could_not_be_told_is_missing_for_nobody_when_the_run_is_handed_over(
+    redis_server: RedisServer, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **named: object) -> None:
+        raise Away
+
+    def says(runner: Runner) -> str:
+        return "".join(part["text"]["value"] for live in runner._live.values() for part in live.now()[1]["content"])
+
+    with contextlib.closing(Idle(database_url, redis_server.empty_url())) as houses:
+        thread_id = begun(houses)
+        first, second = (worker.member.runner for worker in houses.workers)
+        houses.members[:] = [houses.workers[1].member]
+        seat = StrictSeat(houses, thread_id)
+        with monkeypatch.context() as context:
+            for name in ("append_all", "restart"):
+                context.setattr(houses.workers[0].member.log._whole, name, refuse)  # type: ignore[attr-defined]
+            lasting = cast(Response, houses.scripts[-1])
+            lasting.go(4)
+            until(lambda: says(first) == "w0 w1 w2 ")
+            seat.read()
+            # Of which the log has two words: its reader wants the run stored as of that, and is to wait.
+            first.flush(thread_id)
+            first.leave()
+            first.stop(0)
+        second.sweep()
+        lasting.go()
+        until(lambda: says(second) == "w0 w1 w2 w3 ")
+        seat.read()
+        second.retell()
+        until(lambda: seat.caught_up() and text(seat.viewer.entries[1]) == "w0 w1 w2 w3 ")
+        seat.cut()
+
+
 def test_who_lost_a_run_leaves_the_log_to_who_took_it_over(
     redis_server: RedisServer, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
