@@ -19,14 +19,15 @@ from flask.blueprints import BlueprintSetupState
 from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
 
-from . import checks, database, doctor, events, server, sse, streams
+from . import checks, database, doctor, events, sse, streams
 from .assistants import Assistant, index
-from .complaints import Complaints
 from .errors import AssistreamError, ConfigurationError, RequestError
 from .events import Json
 from .live import Asked
 from .log import Away, Place
-from .once import PerProcess
+from .platform import gunicorn
+from .platform.log_throttle import Complaints
+from .platform.once import PerProcess
 from .relay import relay
 from .runner import Started
 from .runtime import Runtime, default_database
@@ -169,7 +170,7 @@ class _State:
         request. Elsewhere the first request makes it. Idempotent."""
         if self._begun != os.getpid():
             self._begun = os.getpid()
-            server.when_booted(self._runtimes.get)
+            gunicorn.when_booted(self._runtimes.get)
 
     def _adopt(self, owner: Owner, assistant_id: str) -> Asked | None:
         part = self.parts.get(owner.scope)
@@ -242,7 +243,7 @@ def _register(setup: BlueprintSetupState, part: _Part) -> None:
     if settings.database_url:
         database.check(settings.database_url)
     if not settings.redis_url:
-        server.check_alone()
+        gunicorn.check_alone()
     state.begin()
     if setup.url_prefix and setup.url_prefix != "/":
         # Below a prefix of our own every path is ours, and what the router refuses there is JSON too.
@@ -284,7 +285,7 @@ def _route(view: Callable[..., Response]) -> Callable[..., Response]:
 
 def _check_server() -> None:
     """Refuses what would fail in silence, and says so in the log too."""
-    fix = server.unfit(request.environ, bool(current_app.config.get("ASSISTREAM_REDIS_URL")))
+    fix = gunicorn.unfit(request.environ, bool(current_app.config.get("ASSISTREAM_REDIS_URL")))
     if fix is not None:
         _complaints().warn(_log, "assistream cannot serve as the server runs: %s", fix[1], level=logging.ERROR)
         # Not 503: trying again does not help.
@@ -641,13 +642,13 @@ def _streamed(call: _Call, start: Callable[[streams.Send], streams.Frames], begi
         raise RequestError(429, "too_many_streams", fix, retry_after=5)
     try:
         # Given up just before the second heartbeat after the first one that was not acknowledged.
-        peer = server.Peer(request.environ, settings.slow_seconds, 0.9 * settings.heartbeat_seconds)
+        peer = gunicorn.Peer(request.environ, settings.slow_seconds, 0.9 * settings.heartbeat_seconds)
         stream = start(peer.send)
         first = next(stream) if begin else b""
     except BaseException:
         runtime.leave_stream(call.owner)
         raise
-    g.assistream_body = server.Body(first, stream, peer, lambda: runtime.leave_stream(call.owner))
+    g.assistream_body = gunicorn.Body(first, stream, peer, lambda: runtime.leave_stream(call.owner))
     return _Streamed(g.assistream_body, headers=sse.HEADERS)
 
 
@@ -661,7 +662,7 @@ def _let_go(error: BaseException | None) -> None:
 class _Streamed(Response):
     def __call__(self, environ: Any, start_response: Any) -> Any:
         try:
-            return server.given(super().__call__(environ, start_response), self.response)
+            return gunicorn.given(super().__call__(environ, start_response), self.response)
         except BaseException:
             self.close()
             raise

@@ -29,10 +29,11 @@ import sqlalchemy as sa
 from gevent import monkey
 from sqlalchemy.exc import SQLAlchemyError
 
-from . import checks, schema, server, sse
+from . import checks, schema, sse
 from .errors import ConfigurationError, RequestError
 from .leases import SKEW_SECONDS
 from .log import needs
+from .platform import gunicorn
 from .settings import Settings
 from .threads import Answer, Owner, ThreadStore
 
@@ -364,7 +365,7 @@ def frames(environ: Mapping[str, Any], host: str, patient: Patient) -> Iterator[
 
 def _worker(environ: Mapping[str, Any], patched_before: bool) -> Iterator[Finding]:
     name = environ.get("SERVER_SOFTWARE") or "an unnamed server"
-    if workers := server.setting("workers"):
+    if workers := gunicorn.setting("workers"):
         name += f", {workers} worker{'s' if workers > 1 else ''}"
     if patched():
         yield Finding("ok", f"{name}, patched by gevent")
@@ -384,7 +385,7 @@ def _worker(environ: Mapping[str, Any], patched_before: bool) -> Iterator[Findin
 def _ends(environ: Mapping[str, Any], settings: Settings) -> Iterator[Finding]:
     if not environ.get("SERVER_SOFTWARE", "").startswith("gunicorn"):
         return
-    graceful = server.setting("graceful_timeout")
+    graceful = gunicorn.setting("graceful_timeout")
     if graceful is None:
         yield Finding(
             "warn",
@@ -400,8 +401,8 @@ def _ends(environ: Mapping[str, Any], settings: Settings) -> Iterator[Finding]:
             f"({settings.drain_seconds:g}) at a deploy",
             "run gunicorn with a longer --graceful-timeout, or shorten the drain",
         )
-    if most := server.setting("max_requests"):
-        if server.is_kept():
+    if most := gunicorn.setting("max_requests"):
+        if gunicorn.is_kept():
             yield Finding("ok", f"a worker that has served {most} requests (--max-requests) ends between answers")
         else:
             yield Finding(

@@ -10,9 +10,9 @@ from typing import Final
 
 from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 
-from .complaints import Complaints
 from .live import Live
 from .log import Log, Place
+from .platform.log_throttle import Complaints
 from .teller import Teller
 from .threads import State, ThreadStore
 

@@ -13,7 +13,7 @@ from gevent import get_hub, monkey
 from sqlalchemy.exc import SQLAlchemyError
 
 from . import database
-from .complaints import Complaints
+from .platform.log_throttle import Complaints
 from .threads import ThreadStore
 
 _log = logging.getLogger(__name__)

@@ -12,9 +12,9 @@ import openai
 from . import upstream
 from .assistants import Assistant
 from .events import Event, Json, Said
-from .interrupt import Interrupted, Interruptible
 from .log import Claim, Place
 from .pace import Seat
+from .platform.interrupt import Interrupted, Interruptible
 from .reply import Ahead, Reply
 from .threads import Owner, State
 from .upstream.gate import Turn

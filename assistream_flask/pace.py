@@ -16,7 +16,7 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 
 from gevent import monkey
 
-from .complaints import Complaints
+from .platform.log_throttle import Complaints
 from .upstream.gate import Gate
 
 _log = logging.getLogger(__name__)

@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final, cast
 
-from .complaints import Complaints
 from .errors import RunError, masked
 from .events import Event
-from .interrupt import Interrupted
 from .live import Live
 from .log import REFUSED, Told
 from .pace import Pacer
+from .platform.interrupt import Interrupted
+from .platform.log_throttle import Complaints
 from .teller import Teller
 from .upstream.parts import Part
 

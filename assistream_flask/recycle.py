@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from . import server
+from .platform import gunicorn
 
 # With others beside it, so long is waited for a moment without an answer.
 _PATIENCE_SECONDS: Final = 10.0
@@ -43,7 +43,7 @@ class Recycle:
     waits for its successor. ``clock`` gives seconds and is for tests.
     """
 
-    def __init__(self, tenure: server.Tenure, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, tenure: gunicorn.Tenure, clock: Callable[[], float] = time.monotonic) -> None:
         self._tenure, self._clock = tenure, clock
         self._guard = threading.Lock()
         self._crews: list[Crew] = []

@@ -14,9 +14,9 @@ from typing import Any
 from . import events, sse
 from .errors import RunError
 from .events import Event
-from .interrupt import Interrupted, Interruptible
+from .platform.gunicorn import serving
+from .platform.interrupt import Interrupted, Interruptible
 from .reply import Reply
-from .server import serving
 from .upstream import Upstream, translate
 from .upstream.parts import End, Part, merged
 

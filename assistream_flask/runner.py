@@ -14,16 +14,16 @@ import openai
 from sqlalchemy.exc import SQLAlchemyError
 
 from . import events, pages, upstream
-from .complaints import Complaints
 from .errors import MESSAGE_TOO_LONG, RequestError, RunError, masked
 from .events import TERMINAL, Event, Json
-from .interrupt import Interrupted
 from .keeper import Keeper
 from .leases import LEASE_SECONDS
 from .live import Asked, History, Live
 from .live import spawn as _spawn
 from .log import REFUSED, Away, Claim, Log, Lost, Place
 from .others import Others
+from .platform.interrupt import Interrupted
+from .platform.log_throttle import Complaints
 from .publisher import Publisher
 from .reply import Ahead, Reply
 from .schema import runs

@@ -14,13 +14,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from . import server
-from .complaints import Complaints
 from .events import new_id
 from .leases import Leases
 from .live import Asked
 from .log import Log
 from .log.memory import MemoryLog
+from .platform import gunicorn
+from .platform.log_throttle import Complaints
 from .recycle import Recycle
 from .runner import Runner
 from .settings import Settings
@@ -99,9 +99,9 @@ class Runtime:
 
     def start(self) -> None:
         """Starts what keeps the worker's house."""
-        self._recycle = server.kept(Recycle)
+        self._recycle = gunicorn.kept(Recycle)
         if self._recycle is not None:
-            has_others = self.log.shared and (server.setting("workers") or 1) > 1
+            has_others = self.log.shared and (gunicorn.setting("workers") or 1) > 1
             self._recycle.join(self.runner, self.settings.run_seconds, has_others)
         self.leases.start()
         for work in self._upkeep:
@@ -154,7 +154,7 @@ class Runtime:
             self._pauses.append(time.monotonic() - before - _LOOK_SECONDS)
             if self._recycle is not None:
                 self._recycle.look()
-            if not server.serving():
+            if not gunicorn.serving():
                 # At once: gunicorn lets the process end only when the last request has, however long that takes.
                 threading.Thread(target=self._end_work, daemon=True, name="assistream-stop").start()
                 return
@@ -192,7 +192,7 @@ class Runtime:
 
     def full(self) -> bool:
         """Whether the worker has as many streams as it can, so that commands still find a connection."""
-        most = self.settings.worker_streams or (server.setting("worker_connections") or 1_000_000) * 9 // 10
+        most = self.settings.worker_streams or (gunicorn.setting("worker_connections") or 1_000_000) * 9 // 10
         return self.open_streams >= most
 
     def leave_stream(self, caller: object) -> None:

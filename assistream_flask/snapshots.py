@@ -10,8 +10,8 @@ from typing import Final, NamedTuple, TypeAlias
 
 from . import events, sse
 from .log import Place
-from .once import Errand, Undone
 from .pages import Page
+from .platform.once import Errand, Undone
 
 _BYTES: Final = 524_288
 _APART_SECONDS: Final = 0.1

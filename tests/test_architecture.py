@@ -18,13 +18,30 @@ MODULES = sorted(HOUSE.rglob("*.py"))
 # A module may import those of its own folder's leaves and of lower floors. What stands on one floor
 # does not know of its neighbours.
 FLOORS: list[set[str]] = [
-    {"errors", "version", "interrupt", "once", "upstream.gate", "upstream.stencil", "upstream.stale"},
-    {"complaints"},
+    {
+        "platform",
+        "errors",
+        "version",
+        "platform.interrupt",
+        "platform.once",
+        "upstream.gate",
+        "upstream.stencil",
+        "upstream.stale",
+    },
+    {"platform.log_throttle"},
     {"sse", "events", "assistants", "settings", "schema", "migrations", "pace", "database", "upstream.lean"},
     {"checks", "log", "threads", "upstream.errors", "upstream.parts"},
     {"upstream.wire"},
     {"upstream.history"},
-    {"server", "log.tail", "log.needs", "upstream.assistants", "upstream.chat", "upstream.responses", "leases"},
+    {
+        "platform.gunicorn",
+        "log.tail",
+        "log.needs",
+        "upstream.assistants",
+        "upstream.chat",
+        "upstream.responses",
+        "leases",
+    },
     {"log.memory", "log.redis", "upstream.background"},
     {"upstream", "reply", "pages", "teller"},
     {"live", "snapshots"},

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from assistream_flask.complaints import Complaints
 from assistream_flask.log.redis import RedisLog
+from assistream_flask.platform.log_throttle import Complaints
 from tests.conftest import wait_until
 from tests.live import APP, Gunicorn, running
 from tests.redis_server import RedisServer

@@ -15,10 +15,10 @@ import pytest
 from assistream_flask import Assistant, events, lean, pace, publisher, reply, upstream
 from assistream_flask.errors import RunError
 from assistream_flask.events import Json
-from assistream_flask.interrupt import Interrupted, Interruptible
 from assistream_flask.live import Live, _feed
 from assistream_flask.log.memory import MemoryLog
 from assistream_flask.pace import Pacer, Seat
+from assistream_flask.platform.interrupt import Interrupted, Interruptible
 from assistream_flask.teller import Teller
 from assistream_flask.testing import OfflineServer, Reply
 from assistream_flask.testing._background import Stored

@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from assistream_flask import Assistant, recycle, server
+from assistream_flask import Assistant, recycle
+from assistream_flask.platform import gunicorn as server
 from assistream_flask.testing import OfflineServer
 from assistream_flask.threads import ThreadStore
 from tests.cluster import Cluster, clustered
@@ -323,7 +324,7 @@ def test_a_worker_ends_at_last_whatever_goes_on(worker: Worker) -> None:
 TURN = """
 import sys
 from types import SimpleNamespace
-from assistream_flask import server
+from assistream_flask.platform import gunicorn as server
 server.setting = {"workers": 3}.get
 server._START_SECONDS = 0.0
 tenure = server.Tenure(SimpleNamespace(max_requests=1))

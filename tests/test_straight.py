@@ -18,7 +18,8 @@ from tests.live import Gunicorn, running
 APP = """
 import collections, json, os, time
 from flask import Flask, jsonify, request
-from assistream_flask import Assistant, create_blueprint, server
+from assistream_flask import Assistant, create_blueprint
+from assistream_flask.platform import gunicorn as server
 from assistream_flask.testing import OfflineServer
 
 app = Flask(__name__)

@@ -8,8 +8,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 from .. import sse
-from ..complaints import Complaints
 from ..events import Event, dumps
+from ..platform.log_throttle import Complaints
 from . import GONE_SECONDS, REFUSED, Claim, Lost, Place, Record, Told
 from .tail import Cursor, Registry, Tail
 

@@ -26,8 +26,8 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from .. import sse
-from ..complaints import Complaints
 from ..events import Event, dumps
+from ..platform.log_throttle import Complaints
 from . import GONE_SECONDS, REFUSED, Away, Claim, Lost, Place, Record, Told, needs
 from .tail import READ_BYTES, Cursor, Registry, Tail
 

@@ -14,7 +14,7 @@ from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 from gevent import monkey
 
-from ..complaints import Complaints
+from ..platform.log_throttle import Complaints
 from . import Lost, Place, Record, Take, Taken
 
 _log = logging.getLogger(__name__)

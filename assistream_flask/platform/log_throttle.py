@@ -10,7 +10,7 @@ from typing import Final
 
 from gevent import monkey
 
-from .errors import masked
+from ..errors import masked
 
 _EVERY_SECONDS: Final = 60.0
 

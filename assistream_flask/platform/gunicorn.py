@@ -17,9 +17,9 @@ from typing import Any, Final, TypeVar
 
 from gevent.socket import socket as GeventSocket
 
-from . import sse
-from .errors import ConfigurationError
-from .log import Taken
+from .. import sse
+from ..errors import ConfigurationError
+from ..log import Taken
 
 _log = logging.getLogger(__name__)
 
