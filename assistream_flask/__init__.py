@@ -3,7 +3,7 @@
 from .assistants import Assistant
 from .blueprint import create_blueprint, event_response
 from .errors import AssistreamError, ConfigurationError
-from .upstream.lean import lean
+from .fast.chunk_reader import lean
 from .version import VERSION
 
 __all__ = ["Assistant", "AssistreamError", "ConfigurationError", "create_blueprint", "event_response", "lean"]

@@ -23,6 +23,8 @@ from . import checks, database, doctor, events, sse, streams
 from .assistants import Assistant, index
 from .errors import AssistreamError, ConfigurationError, RequestError
 from .events import Json
+from .fast import direct_send
+from .fast.chunk_reader import new_client
 from .live import Asked
 from .log import Away, Place
 from .platform import gunicorn
@@ -34,7 +36,6 @@ from .runtime import Runtime, default_database
 from .settings import Settings
 from .threads import Answer, AnsweredBefore, Owner, TooManyRuns, thread_object
 from .upstream.history import Names
-from .upstream.lean import new_client
 
 _log = logging.getLogger(__name__)
 
@@ -642,13 +643,13 @@ def _streamed(call: _Call, start: Callable[[streams.Send], streams.Frames], begi
         raise RequestError(429, "too_many_streams", fix, retry_after=5)
     try:
         # Given up just before the second heartbeat after the first one that was not acknowledged.
-        peer = gunicorn.Peer(request.environ, settings.slow_seconds, 0.9 * settings.heartbeat_seconds)
+        peer = direct_send.Peer(request.environ, settings.slow_seconds, 0.9 * settings.heartbeat_seconds)
         stream = start(peer.send)
         first = next(stream) if begin else b""
     except BaseException:
         runtime.leave_stream(call.owner)
         raise
-    g.assistream_body = gunicorn.Body(first, stream, peer, lambda: runtime.leave_stream(call.owner))
+    g.assistream_body = direct_send.Body(first, stream, peer, lambda: runtime.leave_stream(call.owner))
     return _Streamed(g.assistream_body, headers=sse.HEADERS)
 
 
@@ -662,7 +663,7 @@ def _let_go(error: BaseException | None) -> None:
 class _Streamed(Response):
     def __call__(self, environ: Any, start_response: Any) -> Any:
         try:
-            return gunicorn.given(super().__call__(environ, start_response), self.response)
+            return direct_send.given(super().__call__(environ, start_response), self.response)
         except BaseException:
             self.close()
             raise

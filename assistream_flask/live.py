@@ -12,12 +12,12 @@ import openai
 from . import upstream
 from .assistants import Assistant
 from .events import Event, Json, Said
+from .fast.batch_scheduler import Seat
+from .fast.read_gate import Turn
 from .log import Claim, Place
-from .pace import Seat
 from .platform.interrupt import Interrupted, Interruptible
 from .reply import Ahead, Reply
 from .threads import Owner, State
-from .upstream.gate import Turn
 from .upstream.history import Limit, Names, Shorten
 from .upstream.parts import Part, merged
 

@@ -9,9 +9,9 @@ from typing import Final, cast
 
 from .errors import RunError, masked
 from .events import Event
+from .fast.batch_scheduler import Pacer
 from .live import Live
 from .log import REFUSED, Told
-from .pace import Pacer
 from .platform.interrupt import Interrupted
 from .platform.log_throttle import Complaints
 from .teller import Teller

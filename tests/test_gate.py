@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import pytest
 
 from assistream_flask.events import Json
+from assistream_flask.fast.read_gate import Gate
 from assistream_flask.upstream import wire
-from assistream_flask.upstream.gate import Gate
 
 
 class Broke(Exception):

@@ -23,8 +23,8 @@ import openai
 import pytest
 
 from assistream_flask import lean
+from assistream_flask.fast.read_gate import Gate
 from assistream_flask.upstream import errors, wire
-from assistream_flask.upstream.gate import Gate
 
 CERTIFICATE = Path(__file__).with_name("localhost.pem")
 TRIALS = int(os.environ.get("ASSISTREAM_TRIALS", "80")) * 4

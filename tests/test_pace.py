@@ -12,12 +12,13 @@ from typing import Any
 import openai
 import pytest
 
-from assistream_flask import Assistant, events, lean, pace, publisher, reply, upstream
+from assistream_flask import Assistant, events, lean, publisher, reply, upstream
 from assistream_flask.errors import RunError
 from assistream_flask.events import Json
+from assistream_flask.fast import batch_scheduler
+from assistream_flask.fast.batch_scheduler import Pacer, Seat
 from assistream_flask.live import Live, _feed
 from assistream_flask.log.memory import MemoryLog
-from assistream_flask.pace import Pacer, Seat
 from assistream_flask.platform.interrupt import Interrupted, Interruptible
 from assistream_flask.teller import Teller
 from assistream_flask.testing import OfflineServer, Reply
@@ -113,7 +114,7 @@ def test_what_waits_for_a_tick_is_told_when_the_answer_ends(
     make_app: MakeApp, server: OfflineServer, client: openai.OpenAI | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(publisher, "_FEW", 0)
-    monkeypatch.setattr(pace, "_PATIENCE", 0.01)
+    monkeypatch.setattr(batch_scheduler, "_PATIENCE", 0.01)
     server.replies = [Reply(WORDS, fault="cut"), Reply(WORDS)]
     caller = Caller(make_app(client=client, pace_seconds=0.2))
     caller.run("tutor")
@@ -325,7 +326,7 @@ def waiting(pacer: Pacer[Reader], reader: Reader) -> threading.Thread:
 def test_what_there_is_to_read_is_read_a_turn_at_a_time_until_something_is_left_to_the_reader(
     pacer: MakePacer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pace, "_PATIENCE", 1000)
+    monkeypatch.setattr(batch_scheduler, "_PATIENCE", 1000)
     one, (ours, theirs) = pacer(0.01), socket.socketpair()
     with ours, theirs:
         reader = Reader(ours)
@@ -344,7 +345,7 @@ def test_what_there_is_to_read_is_read_a_turn_at_a_time_until_something_is_left_
     "how", ["nothing comes for long", "it is closed", "its number is another's", "the pacer is closed"]
 )
 def test_nobody_waits_for_ever(how: str, pacer: MakePacer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pace, "_PATIENCE", 0.05 if how == "nothing comes for long" else 1000)
+    monkeypatch.setattr(batch_scheduler, "_PATIENCE", 0.05 if how == "nothing comes for long" else 1000)
     one, (ours, theirs) = pacer(0.01), socket.socketpair()
     with ours, theirs:
         reader = Reader(ours)

@@ -44,8 +44,8 @@ from openai._streaming import ServerSentEvent, SSEDecoder
 
 from assistream_flask.errors import RunError
 from assistream_flask.events import Json
+from assistream_flask.fast.event_template import Stencil
 from assistream_flask.upstream import wire
-from assistream_flask.upstream.stencil import Stencil
 
 from .conftest import KEY
 

@@ -18,10 +18,10 @@ import openai
 from ..assistants import Assistant
 from ..errors import RunError
 from ..events import Json
+from ..fast.read_gate import Gate
 from . import assistants, background, chat, responses, stale, wire
 from .background import cancel
 from .errors import failure, of_exception, tells_failure
-from .gate import Gate
 from .history import Turn, Unmark, closed
 from .parts import Begun, End, Failed, Part, Translator
 

@@ -14,11 +14,11 @@ from pydantic_core import from_json
 
 from ..errors import RunError
 from ..events import Json
+from ..fast.chunk_reader import Connection
+from ..fast.event_template import Stencil
+from ..fast.read_gate import Gate
 from ..sse import Decoder
 from .errors import failure
-from .gate import Gate
-from .lean import Connection
-from .stencil import Stencil
 
 _LONGEST: Final = 1 << 20
 _HEARTBEATS: Final = frozenset({"ping", "heartbeat", "keepalive", "keep-alive", "keep_alive"})

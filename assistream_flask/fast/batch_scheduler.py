@@ -16,8 +16,8 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 
 from gevent import monkey
 
-from .platform.log_throttle import Complaints
-from .upstream.gate import Gate
+from ..platform.log_throttle import Complaints
+from .read_gate import Gate
 
 _log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ import httpcore2
 import httpx2
 import openai
 
-from .gate import READ_BYTES, Gate
+from .read_gate import READ_BYTES, Gate
 
 _HEAD_END: Final = re.compile(rb"\n\r?\n")
 _CHUNK: Final = re.compile(rb"([0-9a-fA-F]{1,7})\r\n")
