@@ -35,7 +35,7 @@ from .runner import Started
 from .runtime import Runtime, default_database
 from .settings import Settings
 from .threads import Answer, AnsweredBefore, Owner, TooManyRuns, thread_object
-from .upstream.history import Names
+from .upstream.items import Names
 
 _log = logging.getLogger(__name__)
 

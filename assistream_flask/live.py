@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import openai
 
-from . import upstream
 from .assistants import Assistant
 from .events import Event, Json, Said
 from .fast.batch_scheduler import Seat
@@ -18,8 +17,9 @@ from .log import Claim, Place
 from .platform.interrupt import Interrupted, Interruptible
 from .reply import Ahead, Reply
 from .threads import Owner, State
-from .upstream.history import Limit, Names, Shorten
-from .upstream.parts import Part, merged
+from .upstream import answer_stream
+from .upstream.deltas import Part, merged
+from .upstream.items import Limit, Names, Shorten
 
 
 class Asked(NamedTuple):
@@ -86,7 +86,7 @@ class Live:
         self.left = False
         self.ended = threading.Event()
         self.deadline = float("inf")
-        self.upstream: upstream.Upstream | None = None
+        self.upstream: answer_stream.Upstream | None = None
         # Of a background response: what another worker needs to go on, and what that one has already.
         self.state: Json | None = None
         self.ahead: Ahead | None = None
@@ -116,7 +116,7 @@ class Live:
         self.left, self.stop = True, None
         self.waits.interrupt()
 
-    def read(self, ours: upstream.Upstream) -> None:
+    def read(self, ours: answer_stream.Upstream) -> None:
         """Has its batches come from there."""
         self.upstream, self.seat, self.feeding = ours, Seat(), None
         ours.gate = self.seat

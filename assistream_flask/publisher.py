@@ -15,7 +15,7 @@ from .log import REFUSED, Told
 from .platform.interrupt import Interrupted
 from .platform.log_throttle import Complaints
 from .teller import Teller
-from .upstream.parts import Part
+from .upstream.deltas import Part
 
 _log = logging.getLogger(__name__)
 

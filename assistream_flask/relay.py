@@ -17,8 +17,8 @@ from .events import Event
 from .platform.gunicorn import serving
 from .platform.interrupt import Interrupted, Interruptible
 from .reply import Reply
-from .upstream import Upstream, translate
-from .upstream.parts import End, Part, merged
+from .upstream.answer_stream import Upstream, translate
+from .upstream.deltas import End, Part, merged
 
 _log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from . import events
 from .errors import STILL_LOADING, RunError
 from .events import Event, Json
-from .upstream.parts import Annotation, Begun, End, Failed, Part, Reasoning, Refusal, Text
+from .upstream.deltas import Annotation, Begun, End, Failed, Part, Reasoning, Refusal, Text
 
 
 class Reply:

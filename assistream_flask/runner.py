@@ -13,7 +13,7 @@ from typing import Final, NamedTuple, TypeVar
 import openai
 from sqlalchemy.exc import SQLAlchemyError
 
-from . import events, pages, upstream
+from . import events, pages
 from .errors import MESSAGE_TOO_LONG, RequestError, RunError, masked
 from .events import TERMINAL, Event, Json
 from .keeper import Keeper
@@ -30,9 +30,9 @@ from .schema import runs
 from .settings import Settings
 from .teller import Teller
 from .threads import LAPSED, RELEASED, Answer, Held, Owner, ThreadStore
-from .upstream import history
-from .upstream.history import Limit, Turn
-from .upstream.parts import Begun, End, Part
+from .upstream import answer_stream, items
+from .upstream.deltas import Begun, End, Part
+from .upstream.items import Limit, Turn
 
 _log = logging.getLogger(__name__)
 
@@ -300,7 +300,7 @@ class Runner:
         assert live.asked is not None
         assert live.state is not None
         try:
-            upstream.cancel(live.asked.client(), live.state)
+            answer_stream.cancel(live.asked.client(), live.state)
         except Exception as error:
             self._complaints.error(_log, error, "the background response of run %s may go on", live.id)
 
@@ -347,14 +347,14 @@ class Runner:
         own = list(dict.fromkeys((names.get(assistant.id, assistant.id), assistant.id)))
         stall = self._settings.stall_seconds
 
-        def ask() -> upstream.Upstream:
+        def ask() -> answer_stream.Upstream:
             try:
                 ours = client()
             except openai.OpenAIError as error:
                 raise RunError("upstream_unauthorized", said=f"no client could be made: {error}") from error
             if live.state is not None:
-                return upstream.resume(ours, assistant, live.state, stall, names=own)
-            return upstream.open(ours, assistant, turns, stall, own, key)
+                return answer_stream.resume(ours, assistant, live.state, stall, names=own)
+            return answer_stream.open(ours, assistant, turns, stall, own, key)
 
         live.close()
         live.read(live.waits.wait(ask))
@@ -439,8 +439,8 @@ class Runner:
         newest = live.limit.of(said)
         is_cut = is_cut or len(newest) < len(said)
         if shorten is not None:
-            newest = history.shortened(newest, shorten)
-        return history.turns_of(newest, assistant.id, names, is_cut=is_cut)
+            newest = items.shortened(newest, shorten)
+        return items.turns_of(newest, assistant.id, names, is_cut=is_cut)
 
     def _leave(self, live: Live) -> None:
         """Does no more for a run that another worker has, or may have."""

@@ -11,12 +11,13 @@ import httpx2
 import openai
 import pytest
 
-from assistream_flask import Assistant, upstream
+from assistream_flask import Assistant
 from assistream_flask.errors import RunError
 from assistream_flask.events import Json
 from assistream_flask.testing import OfflineServer, Reply
-from assistream_flask.upstream.history import Turn
-from assistream_flask.upstream.parts import Annotation, Begun, End, Reasoning, Refusal, Text
+from assistream_flask.upstream import answer_stream
+from assistream_flask.upstream.deltas import Annotation, Begun, End, Reasoning, Refusal, Text
+from assistream_flask.upstream.items import Turn
 
 from .conftest import KEY, quick_client, wait_until
 
@@ -71,7 +72,7 @@ def carried(state: Json | None) -> Json:
     return found
 
 
-def read(stream: upstream.Upstream, got: Got) -> str | None:
+def read(stream: answer_stream.Upstream, got: Got) -> str | None:
     """Reads to the end; gives the code of the failure."""
     try:
         for parts in stream:
@@ -83,15 +84,15 @@ def read(stream: upstream.Upstream, got: Got) -> str | None:
     return None
 
 
-def begin(client: openai.OpenAI, stall: float = 5) -> upstream.Upstream:
-    return upstream.open(client, ASSISTANT, TURNS, stall)
+def begin(client: openai.OpenAI, stall: float = 5) -> answer_stream.Upstream:
+    return answer_stream.open(client, ASSISTANT, TURNS, stall)
 
 
-def resume(client: openai.OpenAI, state: Json | None, stall: float = 5) -> upstream.Upstream:
-    return upstream.resume(client, ASSISTANT, carried(state), stall, every=0.01)
+def resume(client: openai.OpenAI, state: Json | None, stall: float = 5) -> answer_stream.Upstream:
+    return answer_stream.resume(client, ASSISTANT, carried(state), stall, every=0.01)
 
 
-def read_lists(stream: upstream.Upstream, got: Got, count: int) -> bool:
+def read_lists(stream: answer_stream.Upstream, got: Got, count: int) -> bool:
     """Reads so many lists, then leaves as a process does that ends; gives whether there were so many."""
     batches = iter(stream)
     try:
@@ -152,9 +153,9 @@ def test_a_mark_is_taken_off_whichever_process_tells_it(window: float) -> None:
     with OfflineServer(Reply("[Tutor]\nHello there, you."), delay=0.001, stream_window=window) as server:
         for count in range(1, 20):
             with quick_client(server) as client:
-                stream, got = upstream.open(client, ASSISTANT, TURNS, 5, names), Got()
+                stream, got = answer_stream.open(client, ASSISTANT, TURNS, 5, names), Got()
                 if read_lists(stream, got, count) and got.end is None:
-                    rest = upstream.resume(client, ASSISTANT, carried(stream.state()), 5, every=0.01, names=names)
+                    rest = answer_stream.resume(client, ASSISTANT, carried(stream.state()), 5, every=0.01, names=names)
                     assert read(rest, got) is None
             assert got.parts == {("Text", 0): "Hello there, you."}
 
@@ -164,13 +165,13 @@ def test_what_was_held_back_as_a_stream_broke_is_told_once() -> None:
     server = Habits([ANSWER[1], delta(0, 0, "[Tu"), delta(0, 0, "esday]")])
     server.events[-1]["response"] = whole
     with server.client() as client:
-        stream, got = upstream.open(client, ASSISTANT, TURNS, 5, ["Tutor"]), Got()
+        stream, got = answer_stream.open(client, ASSISTANT, TURNS, 5, ["Tutor"]), Got()
         batches = iter(stream)
         got.add(next(batches))
         # What is held is no list, so the stream is left behind the piece after it, and taken up before.
         state = carried(stream.state())
         stream.close()
-        rest = upstream.resume(client, ASSISTANT, state, 5, every=0.01, names=["Tutor"])
+        rest = answer_stream.resume(client, ASSISTANT, state, 5, every=0.01, names=["Tutor"])
         assert read(rest, got) is None
     assert got.parts == {("Text", 0): "[Tuesday]"}
 
@@ -220,7 +221,7 @@ def test_only_an_answer_in_the_background_is_asked_for_under_a_key_which_the_app
 ) -> None:
     left_out: Any = {"background": True, "extra_headers": {"Idempotency-Key": openai.Omit()}}
     for more in ({"background": True}, {}, left_out):
-        stream = upstream.open(client, Assistant("a", model="m", **more), TURNS, 5, key="run_1-0")
+        stream = answer_stream.open(client, Assistant("a", model="m", **more), TURNS, 5, key="run_1-0")
         assert any(isinstance(parts[-1], End) for parts in stream)
     assert [one.headers.get("idempotency-key") for one in server.requests] == ["run_1-0", None, None]
 
@@ -233,12 +234,12 @@ def test_the_id_is_known_before_any_text(server: OfflineServer, client: openai.O
     state = carried(stream.state())
     stream.close()
     assert client.responses.retrieve(state["response_id"]).status in ("queued", "in_progress")
-    upstream.cancel(client, state)
+    answer_stream.cancel(client, state)
 
 
 @pytest.mark.parametrize("dialect", ["responses", "chat"])
 def test_an_answer_in_the_foreground_has_no_state(server: OfflineServer, client: openai.OpenAI, dialect: str) -> None:
-    stream = upstream.open(client, Assistant("a", model="m", upstream=dialect), TURNS, 5)
+    stream = answer_stream.open(client, Assistant("a", model="m", upstream=dialect), TURNS, 5)
     for parts in stream:
         assert Begun() not in [part for part in parts if isinstance(part, Begun)]
         assert stream.state() is None
@@ -302,19 +303,19 @@ def test_a_cancelled_answer_ends_for_all_who_read_it(window: float) -> None:
         codes: list[str | None] = []
         thread = threading.Thread(target=lambda: codes.append(read(second, got)))
         thread.start()
-        upstream.cancel(client, carried(first.state()))
+        answer_stream.cancel(client, carried(first.state()))
         thread.join(10)
         assert codes == ["upstream_error"]
         with pytest.raises(RunError):
             list(lists)
         assert client.responses.retrieve(carried(first.state())["response_id"]).status == "cancelled"
-        upstream.cancel(client, carried(first.state()))
+        answer_stream.cancel(client, carried(first.state()))
 
 
 def test_cancelling_what_can_not_be_cancelled_is_only_logged(
     client: openai.OpenAI, caplog: pytest.LogCaptureFixture
 ) -> None:
-    upstream.cancel(client, {"response_id": "resp_none"})
+    answer_stream.cancel(client, {"response_id": "resp_none"})
     assert "was not cancelled" in caplog.text
 
 
@@ -548,7 +549,7 @@ def test_closing_ends_the_polling() -> None:
     server = Habits(ANSWER, streams=False)
     server.final = [httpx2.Response(200, json={"id": "resp_1", "status": "queued"})]
     with server.client() as client:
-        stream = upstream.resume(client, ASSISTANT, STATE, 5, every=600)
+        stream = answer_stream.resume(client, ASSISTANT, STATE, 5, every=600)
         codes: list[str | None] = []
         thread = threading.Thread(target=lambda: codes.append(read(stream, Got())))
         thread.start()

@@ -23,7 +23,7 @@ from assistream_flask.events import Event as Told
 from assistream_flask.events import Said
 from assistream_flask.log.redis import RedisLog
 from assistream_flask.testing import OfflineServer, Reply, Request
-from assistream_flask.upstream.history import closed, turns_of
+from assistream_flask.upstream.items import closed, turns_of
 from tests.cluster import APP, Cluster, clustered
 from tests.conftest import text, wait_until
 from tests.live import Event, Gunicorn, stream

@@ -15,7 +15,7 @@ import pytest
 
 from assistream_flask.events import Said
 from assistream_flask.testing import OfflineServer, Reply, Request, scripted
-from assistream_flask.upstream.history import closed, turns_of
+from assistream_flask.upstream.items import closed, turns_of
 from tests.cluster import APP, Cluster, clustered
 from tests.conftest import wait_until
 from tests.live import Gunicorn

@@ -16,7 +16,7 @@ from typing import Any, cast
 import pytest
 import redis
 
-from assistream_flask import events, sse, streams, upstream
+from assistream_flask import events, sse, streams
 from assistream_flask.assistants import Assistant
 from assistream_flask.events import Event
 from assistream_flask.live import Asked
@@ -26,8 +26,9 @@ from assistream_flask.log.redis import RedisLog
 from assistream_flask.runtime import Runtime
 from assistream_flask.settings import Settings
 from assistream_flask.threads import Owner, thread_object
-from assistream_flask.upstream.history import Turn
-from assistream_flask.upstream.parts import Text
+from assistream_flask.upstream import answer_stream
+from assistream_flask.upstream.deltas import Text
+from assistream_flask.upstream.items import Turn
 from tests.redis_server import RedisServer
 from tests.test_snapshots import Script, until
 
@@ -42,7 +43,7 @@ def _scripted(monkeypatch: pytest.MonkeyPatch) -> None:
         client.opened.set()
         return client
 
-    monkeypatch.setattr(upstream, "open", ask)
+    monkeypatch.setattr(answer_stream, "open", ask)
 
 
 class Watcher:

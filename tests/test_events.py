@@ -15,7 +15,7 @@ from assistream_flask import events
 from assistream_flask.errors import RUN_ERRORS, RunError
 from assistream_flask.events import Event, Json
 from assistream_flask.reply import Reply
-from assistream_flask.upstream.parts import Annotation, End, Part, Reasoning, Refusal, Text
+from assistream_flask.upstream.deltas import Annotation, End, Part, Reasoning, Refusal, Text
 
 
 @pytest.fixture(autouse=True)
@@ -278,7 +278,7 @@ class Given:
 
 @st.composite
 def scripts(draw: st.DrawFn) -> list[list[Part]]:
-    """Batches of parts whose indexes are dense in the order of arrival, as :class:`.parts.Slots` gives them."""
+    """Batches of parts whose indexes are dense in the order of arrival, as :class:`.deltas.Slots` gives them."""
     kinds: list[str] = []
     batches: list[list[Part]] = []
     for _ in range(draw(st.integers(0, 8))):

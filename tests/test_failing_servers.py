@@ -15,17 +15,17 @@ import httpx2
 import openai
 import pytest
 
-from assistream_flask import Assistant, lean, upstream
+from assistream_flask import Assistant, lean
 from assistream_flask.errors import RUN_ERRORS, RunError, masked
 from assistream_flask.testing import OfflineServer, Reply
-from assistream_flask.upstream import history
+from assistream_flask.upstream import answer_stream, items
+from assistream_flask.upstream.deltas import End, Text
 from assistream_flask.upstream.errors import failure
-from assistream_flask.upstream.parts import End, Text
 
 from .conftest import KEY, Caller, MakeApp, quick_client, text, wait_until
 from .http_helpers import request_of
 
-TURNS = [history.Turn("user", "Hi")]
+TURNS = [items.Turn("user", "Hi")]
 CHAT = b'data: {"choices":[{"delta":{"content":"fine"},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n'
 RESPONSE = (
     b'data: {"type":"response.output_text.delta","delta":"fine"}\n\n'
@@ -90,7 +90,7 @@ def reset(peer: socket.socket) -> None:
 
 
 def answer(client: openai.OpenAI, dialect: str = "chat", **more: Any) -> str:
-    stream = upstream.open(client, Assistant("a", model="m", upstream=dialect, **more), TURNS, 5)
+    stream = answer_stream.open(client, Assistant("a", model="m", upstream=dialect, **more), TURNS, 5)
     return "".join(part.value for parts in stream for part in parts if isinstance(part, Text))
 
 
@@ -198,7 +198,7 @@ def test_a_connection_that_stays_open_behind_the_last_word_is_left(serve: Serve,
     dialect = "responses" if body == RESPONSE else "chat"
     with openai.OpenAI(api_key=KEY, base_url=serve(what).url) as client:
         assistant = Assistant("a", model="m", upstream=dialect)
-        parts = [part for parts in upstream.open(client, assistant, TURNS, 60) for part in parts]
+        parts = [part for parts in answer_stream.open(client, assistant, TURNS, 60) for part in parts]
     assert parts == [Text(0, "fine"), End(None, None)]
     assert left.wait(20)
 
@@ -210,7 +210,7 @@ def test_an_answer_goes_on_behind_an_end_that_came_too_early(serve: Serve) -> No
         for word in ("one", " two", " three"):
             data = json.dumps({"choices": [{"delta": {"content": word}, "finish_reason": "stop"}]})
             peer.sendall(chunk(f"data: {data}\n\n".encode()))
-            threading.Event().wait(upstream.LATE_SECONDS * 0.6)
+            threading.Event().wait(answer_stream.LATE_SECONDS * 0.6)
         peer.sendall(chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n")
 
     with openai.OpenAI(api_key=KEY, base_url=serve(what).url) as client:
@@ -318,7 +318,7 @@ def test_an_answer_as_long_as_it_may_be_was_cut_whatever_its_server_says(
     with openai.OpenAI(
         api_key=KEY, base_url="http://model/v1", http_client=httpx2.Client(transport=transport)
     ) as client:
-        stream = upstream.open(client, Assistant("a", model="m", **more), TURNS, 5)
+        stream = answer_stream.open(client, Assistant("a", model="m", **more), TURNS, 5)
         ends = [part for parts in stream for part in parts if isinstance(part, End)]
     assert [end.reason for end in ends] == [reason]
 
@@ -398,7 +398,7 @@ def test_what_cannot_be_read_is_logged_once_a_run(caplog: pytest.LogCaptureFixtu
     ]
     for _ in range(2):
         caplog.clear()
-        parts = [part for parts in upstream.translate(iter(chunks)) for part in parts]
+        parts = [part for parts in answer_stream.translate(iter(chunks)) for part in parts]
         assert parts == [Text(0, "fine"), End(None, None)]
         assert [record.getMessage().count("hologram") for record in caplog.records] == [1]
 

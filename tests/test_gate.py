@@ -11,7 +11,7 @@ import pytest
 
 from assistream_flask.events import Json
 from assistream_flask.fast.read_gate import Gate
-from assistream_flask.upstream import wire
+from assistream_flask.upstream import event_reader
 
 
 class Broke(Exception):
@@ -78,7 +78,7 @@ def test_a_tick_looks_at_what_was_fed_and_does_not_wait_for_it() -> None:
 def test_what_came_before_an_event_that_is_none_is_said_also_where_it_was_taken_with_it() -> None:
     good: Json = {"type": "response.output_text.delta", "delta": "a"}
     gate = Gate()
-    batches = wire.read(iter([good, good, object()]), gate)
+    batches = event_reader.read(iter([good, good, object()]), gate)
     assert next(batches) == []
     gate.is_fed = True
     gate.feed()

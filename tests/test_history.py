@@ -19,7 +19,8 @@ from assistream_flask import Assistant, ConfigurationError
 from assistream_flask.events import Said
 from assistream_flask.testing import OfflineServer, Reply, Request
 from assistream_flask.threads import ThreadStore
-from assistream_flask.upstream.history import (
+from assistream_flask.upstream.deltas import End, Failed, Part, Reasoning, Text
+from assistream_flask.upstream.items import (
     AGAIN,
     BEGIN,
     GO_ON,
@@ -31,7 +32,6 @@ from assistream_flask.upstream.history import (
     shortened,
     turns_of,
 )
-from assistream_flask.upstream.parts import End, Failed, Part, Reasoning, Text
 
 from .conftest import OVER, Caller, MakeApp, text
 

@@ -24,7 +24,7 @@ import pytest
 
 from assistream_flask import lean
 from assistream_flask.fast.read_gate import Gate
-from assistream_flask.upstream import errors, wire
+from assistream_flask.upstream import errors, event_reader
 
 CERTIFICATE = Path(__file__).with_name("localhost.pem")
 TRIALS = int(os.environ.get("ASSISTREAM_TRIALS", "80")) * 4
@@ -68,7 +68,7 @@ def fetched(pieces: Sequence[bytes], *, quick: bool) -> Got:
     with client:
         try:
             with client.stream("POST", "http://server/") as response:
-                for data in wire._bytes(response, None) if quick else response.iter_bytes():
+                for data in event_reader._bytes(response, None) if quick else response.iter_bytes():
                     assert data
                     body += data
         except (httpx2.TransportError, httpcore2.ProtocolError, httpcore2.NetworkError) as caught:
@@ -278,7 +278,7 @@ def deltas(client: httpx2.Client, server: Wire) -> tuple[list[str], int]:
     """The deltas that a stream gives, and how often it stood at the gate; every second time it is read there."""
     stream = asked(client, server)
     gate, stops, found = Gate(), 0, list[str]()
-    for batch in wire.read(stream, gate):
+    for batch in event_reader.read(stream, gate):
         found += [data["delta"] for _, data in batch]
         if not batch:
             stops += 1
@@ -348,7 +348,7 @@ def test_one_look_at_the_gate_brings_all_that_has_arrived(tls: bool, closing: co
     client = closing.enter_context(lean(openai.DefaultHttpxClient(verify=server.context)))
     gate, told = Gate(), list[str]()
     with asked(client, server) as stream:
-        batches = wire.read(stream, gate)
+        batches = event_reader.read(stream, gate)
         assert next(batches) == []
         go.release(3)
         time.sleep(0.5)
@@ -368,7 +368,7 @@ def test_before_h11_reads_on_the_gate_says_so(tls: bool, closing: contextlib.Exi
 
     def read() -> None:
         with asked(client, server) as stream:
-            for batch in wire.read(stream, gate):
+            for batch in event_reader.read(stream, gate):
                 if not batch:
                     go.release()
                 told.extend([data["delta"] for _, data in batch] or ["go on" if gate.socket is None else "wait"])

@@ -12,7 +12,7 @@ from typing import Any
 import openai
 import pytest
 
-from assistream_flask import Assistant, events, lean, publisher, reply, upstream
+from assistream_flask import Assistant, events, lean, publisher, reply
 from assistream_flask.errors import RunError
 from assistream_flask.events import Json
 from assistream_flask.fast import batch_scheduler
@@ -23,8 +23,8 @@ from assistream_flask.platform.interrupt import Interrupted, Interruptible
 from assistream_flask.teller import Teller
 from assistream_flask.testing import OfflineServer, Reply
 from assistream_flask.testing._background import Stored
-from assistream_flask.upstream import background
-from assistream_flask.upstream.parts import Begun, Part, Text
+from assistream_flask.upstream import answer_stream, background
+from assistream_flask.upstream.deltas import Begun, Part, Text
 
 from .conftest import KEY, Caller, MakeApp, text, wait_until
 
@@ -182,10 +182,10 @@ def test_a_response_that_breaks_in_a_tick_goes_on_behind_what_that_tick_tells(
     make_app: MakeApp, server: OfflineServer, quick: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(publisher, "_FEW", 0)
-    iterate, grow = upstream.Upstream.__iter__, Live.grow
+    iterate, grow = answer_stream.Upstream.__iter__, Live.grow
     broken: list[bool] = []
 
-    def cut(self: upstream.Upstream) -> Iterator[list[Part]]:
+    def cut(self: answer_stream.Upstream) -> Iterator[list[Part]]:
         for parts in iterate(self):
             yield parts
             if parts and isinstance(parts[-1], Text):
@@ -198,7 +198,7 @@ def test_a_response_that_breaks_in_a_tick_goes_on_behind_what_that_tick_tells(
         time.sleep(0.4 if any(broken) else 0)
         return grow(self)
 
-    monkeypatch.setattr(upstream.Upstream, "__iter__", cut)
+    monkeypatch.setattr(answer_stream.Upstream, "__iter__", cut)
     monkeypatch.setattr(Live, "grow", slow)
     server.replies = Reply(WORDS, delay=0.02)
     caller = Caller(make_app([Assistant("tutor", model="m", background=True)], client=quick))
@@ -239,7 +239,7 @@ def test_others_have_their_turn_before_a_read_and_not_with_its_parts_in_hand(
 
 
 def test_what_is_known_of_a_response_is_kept_for_its_cancel_also_where_the_run_is_over(live: Live) -> None:
-    class Known(upstream.Upstream):
+    class Known(answer_stream.Upstream):
         def state(self) -> Json:
             return {"response_id": "resp_1"}
 
@@ -251,7 +251,7 @@ def test_what_is_known_of_a_response_is_kept_for_its_cancel_also_where_the_run_i
 
 
 def test_what_arrives_for_a_run_that_is_handed_over_is_left_to_the_next_worker_whole(live: Live) -> None:
-    class Known(upstream.Upstream):
+    class Known(answer_stream.Upstream):
         number = 0
 
         def state(self) -> Json:

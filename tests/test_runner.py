@@ -21,7 +21,7 @@ from assistream_flask import Assistant, lean, leases, runner
 from assistream_flask.runtime import Runtime
 from assistream_flask.testing import OfflineServer, Reply, Request
 from assistream_flask.threads import ThreadStore
-from assistream_flask.upstream.history import marked
+from assistream_flask.upstream.items import marked
 
 from .conftest import ASSISTANTS, KEY, OVER, Caller, MakeApp, text, wait_until
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, cast
 
 import pytest
 
-from assistream_flask import events, upstream
+from assistream_flask import events
 from assistream_flask.assistants import Assistant
 from assistream_flask.errors import RunError
 from assistream_flask.events import TERMINAL, Event, Json
@@ -25,8 +25,9 @@ from assistream_flask.log.memory import MemoryLog
 from assistream_flask.runner import Runner
 from assistream_flask.settings import Settings
 from assistream_flask.threads import Owner, State, ThreadStore, thread_object
-from assistream_flask.upstream.history import AGAIN, GO_ON, Turn, marked
-from assistream_flask.upstream.parts import Annotation, End, Part, Reasoning, Refusal, Text
+from assistream_flask.upstream import answer_stream
+from assistream_flask.upstream.deltas import Annotation, End, Part, Reasoning, Refusal, Text
+from assistream_flask.upstream.items import AGAIN, GO_ON, Turn, marked
 
 ME = Owner("blue", "me")
 TRIALS = int(os.environ.get("ASSISTREAM_TRIALS", "80"))
@@ -317,7 +318,7 @@ def _scripted(monkeypatch: pytest.MonkeyPatch) -> None:
         client.opened.set()
         return client
 
-    monkeypatch.setattr(upstream, "open", ask)
+    monkeypatch.setattr(answer_stream, "open", ask)
 
 
 @pytest.fixture(params=["file", "memory"])

@@ -12,11 +12,12 @@ import httpx2
 import openai
 import pytest
 
-from assistream_flask import Assistant, ConfigurationError, upstream
+from assistream_flask import Assistant, ConfigurationError
 from assistream_flask.errors import RUN_ERRORS, RunError
 from assistream_flask.testing import FAULTS, OfflineServer, Reply
-from assistream_flask.upstream.history import Turn
-from assistream_flask.upstream.parts import Annotation, End, Reasoning, Refusal, Text
+from assistream_flask.upstream import answer_stream
+from assistream_flask.upstream.deltas import Annotation, End, Reasoning, Refusal, Text
+from assistream_flask.upstream.items import Turn
 
 from .conftest import KEY, quick_client
 
@@ -65,7 +66,7 @@ class Got:
         return "".join(self.texts.values())
 
 
-def read(make: Callable[[], upstream.Upstream]) -> Got:
+def read(make: Callable[[], answer_stream.Upstream]) -> Got:
     got = Got()
     stream = None
     try:
@@ -116,7 +117,7 @@ def assistant(dialect: str, **arguments: Any) -> Assistant:
 def ask(
     client: openai.OpenAI, dialect: str, turns: tuple[Turn, ...] = (Turn("user", "Hi"),), stall: float = 5, **more: Any
 ) -> Got:
-    return read(lambda: upstream.open(client, assistant(dialect, **more), turns, stall))
+    return read(lambda: answer_stream.open(client, assistant(dialect, **more), turns, stall))
 
 
 def test_every_fault_has_its_code() -> None:
@@ -134,7 +135,7 @@ def test_text_arrives_whole_and_in_order(server: OfflineServer, client: openai.O
 
 def test_text_arrives_while_the_model_speaks(server: OfflineServer, client: openai.OpenAI, dialect: str) -> None:
     server.replies = Reply("one two three", fault="stall")
-    stream = upstream.open(client, assistant(dialect), [Turn("user", "Hi")], 20)
+    stream = answer_stream.open(client, assistant(dialect), [Turn("user", "Hi")], 20)
     said = ""
     for parts in stream:
         said += "".join(part.value for part in parts if isinstance(part, Text))
@@ -298,7 +299,7 @@ def test_the_request_holds_history_and_arguments_and_nothing_else(client: openai
 
 def test_an_assistant_of_the_assistants_api_may_be_named_apart(server: OfflineServer, client: openai.OpenAI) -> None:
     named = Assistant("tutor", upstream="assistants", assistant_id="asst_9", model="m2")
-    assert read(lambda: upstream.open(client, named, TURNS, 5)).code is None
+    assert read(lambda: answer_stream.open(client, named, TURNS, 5)).code is None
     assert server.requests[0].body["assistant_id"] == "asst_9"
     assert server.requests[0].body["model"] == "m2"
 
@@ -411,7 +412,9 @@ def test_reasoning_is_cleaned_as_text_is(speaks: str, one: str) -> None:
 @pytest.mark.parametrize("speaks", DIALECTS)
 def test_nothing_is_taken_from_behind_the_end(speaks: str) -> None:
     with canned(literal(speaks, '"ok"') + literal(speaks, '"late"')) as client:
-        parts = [part for batch in upstream.open(client, assistant(speaks), [Turn("user", "Hi")], 5) for part in batch]
+        parts = [
+            part for batch in answer_stream.open(client, assistant(speaks), [Turn("user", "Hi")], 5) for part in batch
+        ]
     assert [type(part) for part in parts] == [Text, End]
     assert parts[0] == Text(0, "ok")
 
@@ -450,7 +453,7 @@ RESPONSE_ITEM = {"type": "message", "content": [{"type": "output_text", "text": 
 )
 def test_a_response_is_told_once_however_a_server_tells_it(events: list[dict[str, Any]]) -> None:
     end = {"type": "response.completed", "response": {"status": "completed", "output": [RESPONSE_ITEM]}}
-    got = read(lambda: upstream.translate(iter([*events, end])))
+    got = read(lambda: answer_stream.translate(iter([*events, end])))
     assert got.texts == {0: "Hello."}
 
 
@@ -469,10 +472,10 @@ def test_a_response_is_told_once_however_a_server_tells_it(events: list[dict[str
 )
 def test_an_error_event_nested_or_flat_is_told_by_code_and_type(error: Any, code: str) -> None:
     nested = {"type": "error", "error": error}
-    assert read(lambda: upstream.translate(iter([nested]))).code == code
-    assert read(lambda: upstream.translate(iter([{"error": error}]))).code == code
+    assert read(lambda: answer_stream.translate(iter([nested]))).code == code
+    assert read(lambda: answer_stream.translate(iter([{"error": error}]))).code == code
     if isinstance(error, dict) and "type" not in error:
-        assert read(lambda: upstream.translate(iter([{**error, "type": "error"}]))).code == code
+        assert read(lambda: answer_stream.translate(iter([{**error, "type": "error"}]))).code == code
 
 
 @pytest.mark.parametrize("wrong", [None, 5, "text", [], [5], {"a": 1}, True])
@@ -497,7 +500,7 @@ def test_values_of_the_wrong_type_fail_the_run_and_nothing_else(wrong: Any) -> N
         {"type": wrong, "error": wrong},
     ]
     for event in events:
-        read(lambda event=event: upstream.translate(iter([event])))  # type: ignore[misc]
+        read(lambda event=event: answer_stream.translate(iter([event])))  # type: ignore[misc]
 
 
 # Streams of a developer's own
@@ -529,7 +532,7 @@ def test_any_iterator_of_any_dialect_is_recognized(
 ) -> None:
     server.replies = Reply(TEXT, fault=fault, usage=(1, 2))
     with own(client, dialect) as stream:
-        got = read(lambda: upstream.translate(FORMS[form](stream)))
+        got = read(lambda: answer_stream.translate(FORMS[form](stream)))
     assert got.texts == {0: TEXT}
     assert got.end == End(None, {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3})
 
@@ -541,7 +544,7 @@ def test_any_iterator_fails_with_the_code_of_its_fault(
 ) -> None:
     server.replies = Reply("one two three four five", fault=fault)
     with quick_client(server, timeout=0.3 if fault == "stall" else 5) as client, own(client, dialect) as stream:
-        got = read(lambda: upstream.translate(FORMS[form](stream)))
+        got = read(lambda: answer_stream.translate(FORMS[form](stream)))
     assert got.code == CODES[fault]
 
 
@@ -549,7 +552,7 @@ def test_a_stream_that_was_begun_already_goes_on(server: OfflineServer, client: 
     server.replies = Reply("one two three")
     with own(client, dialect) as stream:
         next(stream)
-        assert read(lambda: upstream.translate(stream)).text == "one two three"
+        assert read(lambda: answer_stream.translate(stream)).text == "one two three"
 
 
 def test_what_is_no_stream_of_events_is_a_type_error(server: OfflineServer, client: openai.OpenAI) -> None:
@@ -560,7 +563,7 @@ def test_what_is_no_stream_of_events_is_a_type_error(server: OfflineServer, clie
     wrongs: tuple[object, ...] = (None, 5, "text", b"text", {}, events(), whole, openai.OpenAI)
     for wrong in wrongs:
         with pytest.raises(TypeError, match=r"stream=True"):
-            upstream.translate(wrong)
+            answer_stream.translate(wrong)
 
 
 def test_the_error_of_a_broken_iterator_is_no_answer() -> None:
@@ -568,7 +571,7 @@ def test_the_error_of_a_broken_iterator_is_no_answer() -> None:
         yield {"type": "response.output_text.delta", "delta": "one"}
         raise RuntimeError("broken")
 
-    got = read(lambda: upstream.translate(events()))
+    got = read(lambda: answer_stream.translate(events()))
     assert (got.text, got.code) == ("one", "upstream_cut")
 
 
@@ -590,5 +593,5 @@ def test_a_thread_too_long_for_the_model_is_told_as_that(message: str) -> None:
         http_client=httpx2.Client(transport=httpx2.MockTransport(refuse)),
     ) as client:
         with pytest.raises(RunError) as failed:
-            upstream.open(client, Assistant("a", model="m"), [Turn("user", "Hi")], 1)
+            answer_stream.open(client, Assistant("a", model="m"), [Turn("user", "Hi")], 1)
         assert failed.value.code == "context_length_exceeded"

@@ -45,7 +45,7 @@ from openai._streaming import ServerSentEvent, SSEDecoder
 from assistream_flask.errors import RunError
 from assistream_flask.events import Json
 from assistream_flask.fast.event_template import Stencil
-from assistream_flask.upstream import wire
+from assistream_flask.upstream import event_reader
 
 from .conftest import KEY
 
@@ -127,7 +127,7 @@ class Parser(SSEDecoder):
 
     def __init__(self) -> None:
         super().__init__()
-        self.strays = wire._Decoder()
+        self.strays = event_reader._Decoder()
         self.had_strays = False
 
     def _decode_lines(self, lines: Iterator[bytes]) -> Iterator[ServerSentEvent]:
@@ -186,7 +186,7 @@ def events_of(name: str, text: str) -> list[tuple[str, Json]] | None:
         pass
     if name == "error":
         return [(name, {"message": text})]
-    if name in wire._HEARTBEATS:
+    if name in event_reader._HEARTBEATS:
         return [(name, {})]
     # Events that no blank line parts.
     found = [events_of(name, line) for line in text.split("\n")] if "\n" in text else [None]
@@ -218,7 +218,7 @@ def given(stream: Any, body: Body, *, joined: bool = False) -> Told:
     events: list[tuple[int, str, Json]] = []
     last, rests = 0, 0
     try:
-        for batch in wire.read(stream, joined=joined):
+        for batch in event_reader.read(stream, joined=joined):
             assert batch, "an empty list"
             # What no line end follows comes behind the last read.
             rests += last == body.reads
@@ -704,7 +704,7 @@ def test_the_kind_is_the_type_of_the_event_or_else_its_name(served: Served, name
 
 
 def read(served: Served, *chunks: bytes) -> list[tuple[str, Json]]:
-    return [event for batch in wire.read(served.stream(Body(chunks))) for event in batch]
+    return [event for batch in event_reader.read(served.stream(Body(chunks))) for event in batch]
 
 
 def parsed_by_the_sdk(served: Served, *chunks: bytes) -> list[object]:
@@ -930,12 +930,12 @@ def test_a_compressed_stream_is_read_as_what_it_was_compressed_from(served: Serv
     stream = f'event: a{end}data: {{"a":"é"}}{end}{end}'.encode() * 3
     packed = gzip.compress(stream)
     body = Body([packed[:15], packed[15:]], encoding="gzip")
-    assert [event for batch in wire.read(served.stream(body)) for event in batch] == [("a", {"a": "é"})] * 3
+    assert [event for batch in event_reader.read(served.stream(body)) for event in batch] == [("a", {"a": "é"})] * 3
 
 
 def test_what_came_before_the_connection_broke_is_given(served: Served) -> None:
     broken = httpx2.ReadError("the connection broke")
-    batches = wire.read(served.stream(Body([b"data: {}\n\ndata: {}\r\r", b"data: {}\r\n\r\nda"], broken)))
+    batches = event_reader.read(served.stream(Body([b"data: {}\n\ndata: {}\r\r", b"data: {}\r\n\r\nda"], broken)))
     assert next(batches) == [("", {})] * 2
     assert next(batches) == [("", {})]
     with pytest.raises(httpx2.ReadError) as caught:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, cast
 
 import pytest
 
-from assistream_flask import publisher, upstream
+from assistream_flask import publisher
 from assistream_flask import runner as runners
 from assistream_flask.assistants import Assistant
 from assistream_flask.errors import RequestError, RunError
@@ -31,8 +31,9 @@ from assistream_flask.runner import Runner
 from assistream_flask.schema import runs
 from assistream_flask.settings import Settings
 from assistream_flask.threads import Owner, ThreadStore
-from assistream_flask.upstream.history import Turn
-from assistream_flask.upstream.parts import Annotation, Begun, End, Failed, Part, Reasoning, Refusal, Text
+from assistream_flask.upstream import answer_stream
+from assistream_flask.upstream.deltas import Annotation, Begun, End, Failed, Part, Reasoning, Refusal, Text
+from assistream_flask.upstream.items import Turn
 from tests.conftest import text
 from tests.redis_server import RedisServer
 from tests.test_snapshots import STEPS, House, Member, Script, Seat, Tape, Viewer, random_script, trial, until
@@ -225,9 +226,9 @@ def _scripted(monkeypatch: pytest.MonkeyPatch) -> None:
 
         threading.Thread(target=work, daemon=True).start()
 
-    monkeypatch.setattr(upstream, "open", ask)
-    monkeypatch.setattr(upstream, "resume", resume)
-    monkeypatch.setattr(upstream, "cancel", lambda client, state: client.cancelled.set())
+    monkeypatch.setattr(answer_stream, "open", ask)
+    monkeypatch.setattr(answer_stream, "resume", resume)
+    monkeypatch.setattr(answer_stream, "cancel", lambda client, state: client.cancelled.set())
     monkeypatch.setattr(runners, "_spawn", spawn)
 
 

@@ -13,7 +13,7 @@ import openai
 
 from ..errors import RunError, masked
 from ..events import Json
-from . import wire
+from . import event_reader
 from .responses import ResponsesTranslator
 
 _log = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ def retrieve(client: openai.OpenAI, state: Json, stall: float) -> Any:
 
     Raises :class:`RunError`, or the SDK's error.
     """
-    options: Json = dict(wire.unpadded(client))
+    options: Json = dict(event_reader.unpadded(client))
     if state["sequence"] is not None:
         options["starting_after"] = state["sequence"]
     try:

@@ -13,10 +13,10 @@ import openai
 from ..assistants import Assistant
 from ..errors import RunError
 from ..events import Json
+from .deltas import STOP, TOOLS, End, Failed, Part, Slots, inner, is_said, listed, meaning, usage
 from .errors import failure, tells_failure
-from .history import Turn
-from .parts import STOP, TOOLS, End, Failed, Part, Slots, inner, is_said, listed, meaning, usage
-from .wire import DONE, unpadded
+from .event_reader import DONE, unpadded
+from .items import Turn
 
 _ORDINARY: Final = frozenset({"content", "role"})
 _STRANGE: Final = frozenset({"message", "messages", "text", "error"})

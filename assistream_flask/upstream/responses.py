@@ -14,10 +14,10 @@ import openai
 from ..assistants import Assistant
 from ..errors import RunError
 from ..events import Json
+from .deltas import End, Failed, Part, Slots, as_object, indexed, inner, listed, reason, usage, words
 from .errors import failure, tells_failure
-from .history import Turn
-from .parts import End, Failed, Part, Slots, as_object, indexed, inner, listed, reason, usage, words
-from .wire import unpadded
+from .event_reader import unpadded
+from .items import Turn
 
 _TEXT: Final = "response.output_text.delta"
 _TOOLS: Final = ("function_call", "custom_tool_call", "computer_call", "local_shell_call", "mcp_approval_request")

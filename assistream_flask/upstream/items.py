@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
 from ..errors import ConfigurationError
 from ..events import Said
-from .parts import Begun, Part, Reasoning, Text
+from .deltas import Begun, Part, Reasoning, Text
 
 BEGIN: Final = "Begin."
 """What an assistant is asked that speaks before any user did: servers refuse an empty history."""

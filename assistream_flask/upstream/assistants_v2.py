@@ -13,9 +13,9 @@ import openai
 from ..assistants import Assistant
 from ..errors import RunError
 from ..events import Json
+from .deltas import End, Failed, Part, Slots, as_object, indexed, inner, listed, reason, usage
 from .errors import failure, tells_failure
-from .history import Turn
-from .parts import End, Failed, Part, Slots, as_object, indexed, inner, listed, reason, usage
+from .items import Turn
 
 
 def create(client: openai.OpenAI, assistant: Assistant, turns: Sequence[Turn], stall: float) -> Any:

@@ -1,0 +1,333 @@
+"""An OpenAI stream in, parts of an answer out, whatever dialect the model server speaks.
+
+:func:`open` starts a run upstream; :func:`resume` goes on with one that another process began;
+:func:`translate` takes a stream that exists already. All give an :class:`Upstream`: an iterator of lists
+of parts, one list a network read. :func:`cancel` ends a background response.
+"""
+
+from __future__ import annotations
+
+import _thread
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final
+
+import openai
+
+from ..assistants import Assistant
+from ..errors import RunError
+from ..events import Json
+from ..fast.read_gate import Gate
+from . import assistants_v2, background, chat, event_reader, responses, stale_connection
+from .background import cancel
+from .deltas import Begun, End, Failed, Part, Translator
+from .errors import failure, of_exception, tells_failure
+from .items import Turn, Unmark, closed
+
+__all__ = ["Upstream", "cancel", "open", "resume", "translate"]
+
+_log = logging.getLogger(__name__)
+
+LATE_SECONDS: Final = 2.0
+"""So long a connection may be silent, but for heartbeats, behind the last word of an answer."""
+_TRIES: Final = 3
+
+_CREATE: dict[str, Callable[[openai.OpenAI, Assistant, Sequence[Turn], float], Any]] = {
+    "responses": responses.create,
+    "chat": chat.create,
+    "assistants": assistants_v2.create,
+}
+
+
+_TRANSLATOR: dict[str, Callable[[Assistant], Translator]] = {
+    "responses": lambda assistant: responses.ResponsesTranslator(assistant.most_tokens),
+    "chat": lambda _: chat.ChatTranslator(),
+    "assistants": lambda _: assistants_v2.AssistantsTranslator(),
+}
+
+
+class Upstream:
+    """An answer that arrives. Iterating gives lists of parts; the last part of an answer is an
+    :class:`.deltas.End`. Raises :class:`RunError` when the answer fails, a missing end included.
+
+    Go on iterating after the end: it reads the connection empty, so that it can be used again. ``unmark`` takes a mark
+    off the answer's beginning.
+    """
+
+    def __init__(
+        self,
+        stream: Any,
+        translator: Translator | None = None,
+        place: background.Place | None = None,
+        poll: background.Poll | None = None,
+        unmark: Unmark | None = None,
+    ) -> None:
+        self._stream, self._translator, self._place, self._poll = stream, translator, place, poll
+        self._unmark = unmark
+        self._note_place()
+        self.gate: Gate | None = None
+        """Where it is set, an empty list is given before each read that can be waited for there, and before the first
+        that can't, until the end."""
+        self._over = False
+        # How often something was said; whether somebody waits for the connection to close, and until when.
+        self._said = 0
+        self._expires = False
+        self._closed = threading.Event()
+
+    def state(self) -> Json | None:
+        """Gives what :func:`resume` needs to go on behind the last list, as JSON for nobody to change.
+
+        ``None`` unless this is a background response whose id is known (:class:`.deltas.Begun` says so). It costs
+        nothing, so ask with each list, in the thread that iterates, and keep it with what the list was added to:
+        in another thread it may be one list ahead of what that one was handed.
+        """
+        return self._state
+
+    def __iter__(self) -> Iterator[list[Part]]:
+        try:
+            yield from self._read()
+            if not self._over and self._poll is not None and self._end() is None:
+                yield from self._polled(self._poll)
+        except RunError:
+            if self._over:
+                return
+            if held := self._held():
+                yield held
+            raise
+        except Exception as error:
+            if self._over:
+                return
+            broken = of_exception(error, "upstream_cut")
+            # The SDK has one class for a connection that failed and one that broke later.
+            code = "upstream_cut" if broken.code == "upstream_unreachable" else broken.code
+            yield from self._settled(RunError(code, said=broken.said), error)
+            return
+        finally:
+            self._closed.set()
+        if not self._over:
+            yield from self._settled(RunError("upstream_ended_early"))
+
+    def _settled(self, otherwise: RunError, cause: Exception | None = None) -> Iterator[list[Part]]:
+        """The end of an answer whose stream is through. Raises ``otherwise`` where that is none."""
+        end = self._end()
+        if parts := [*self._held(), *([end] if isinstance(end, End) else [])]:
+            yield parts
+        if not isinstance(end, End):
+            raise (otherwise if end is None else end.error) from cause
+
+    def _end(self) -> End | Failed | None:
+        """What the answer is, should nothing more come."""
+        return self._translator.settled() if self._translator is not None else None
+
+    def _held(self) -> list[Part]:
+        """What was held back of the answer's beginning. That of one that can be resumed is in its state."""
+        return self._unmark.rest() if self._unmark is not None and self._state is None else []
+
+    def _read(self) -> Iterator[list[Part]]:
+        # A place is counted in events.
+        joined = self._place is None and self._translator is not None and self._translator.joins
+        for batch in event_reader.read(self._stream, self.gate, joined=joined) if self._stream is not None else ():
+            if self._over:
+                continue
+            if not batch:
+                yield []
+                continue
+            if joined and self._unmark is None and self._translator is not None:
+                texts = self._translator.texts(batch)
+                if texts is not None:
+                    if texts:
+                        yield texts
+                    continue
+            yield from self._told(batch)
+
+    def _told(self, batch: list[tuple[str, Json]]) -> Iterator[list[Part]]:
+        """What a read says. Raises the error of an answer that failed once all before it was given."""
+        parts: list[Part] = []
+        failed: RunError | None = None
+        try:
+            for kind, data in batch:
+                found, begins = self._parts(kind, data)
+                parts += found
+                if begins:
+                    self._note_place()
+                    yield [*parts, Begun()]
+                    parts = []
+                if parts and isinstance(parts[-1], End | Failed):
+                    break
+        except RunError as error:
+            # What came before it in the same read was said.
+            failed = error
+        parts = self._unmarked(parts)
+        if parts and isinstance(parts[-1], Failed):
+            failed = parts[-1].error
+            parts = parts[:-1]
+        self._over = bool(parts) and isinstance(parts[-1], End)
+        if self._over or self._end() is not None:
+            # Some have a reason for the end on each piece: of those the last word is known later.
+            self._expire(LATE_SECONDS if self._over or not parts else 3 * LATE_SECONDS)
+        if parts:
+            self._said += 1
+            self._note_place()
+            yield parts
+        if failed is not None:
+            raise failed
+
+    def _unmarked(self, parts: list[Part]) -> list[Part]:
+        if self._unmark is not None:
+            parts = self._unmark.take(parts)
+            if self._unmark.is_over and self._place is None:
+                # Its state is nobody's.
+                self._unmark = None
+        return parts
+
+    def _parts(self, kind: str, data: Json) -> tuple[list[Part], bool]:
+        """The parts of an event, and whether the answer begins with it."""
+        self._translator = self._translator or _translator(kind, data)
+        if self._translator is None or (self._place is not None and self._place.repeats(data)):
+            return [], False
+        found = self._translator.feed(kind, data)
+        return found, self._place is not None and self._place.passes(kind, data)
+
+    def _note_place(self) -> None:
+        place = self._place.state() if self._place is not None else None
+        if place is not None and self._unmark is not None:
+            place["mark"] = self._unmark.state()
+        self._state = place
+
+    def _expire(self, seconds: float) -> None:
+        """Ends a connection that stays open behind the last word: some servers send no end, and heartbeats for ever."""
+        if not self._expires:
+            self._expires = True
+            _thread.start_new_thread(self._wait_for_end, (seconds,))
+
+    def _wait_for_end(self, seconds: float) -> None:
+        said = -1
+        while said != self._said:
+            said = self._said
+            if self._closed.wait(seconds):
+                return
+        if not event_reader.hang_up(self._stream):
+            self.close()
+
+    def _polled(self, poll: background.Poll) -> Iterator[list[Part]]:
+        """The rest of a response that is streamed no more, once it is over."""
+        response = poll.wait()
+        self._place = background.Place(self._state, again=True, limit=poll.limit)
+        self._translator = self._place.translator
+        yield from self._told([(f"response.{response['status']}", {"response": response})])
+
+    def close(self) -> None:
+        """Closes the connection, and waits no longer for a polled response. Idempotent, from any greenlet or thread.
+
+        The model server sees it and stops, unless it answers in the background: see :func:`cancel`.
+        """
+        if self._poll is not None:
+            self._poll.close()
+        event_reader.close(self._stream)
+
+
+def open(
+    client: openai.OpenAI,
+    assistant: Assistant,
+    turns: Sequence[Turn],
+    stall: float,
+    names: Sequence[str] = (),
+    key: str = "",
+) -> Upstream:
+    """Asks ``assistant`` for the next message after ``turns``. ``stall`` is in seconds without a byte; ``names`` are
+    the assistant's own, a mark with which is taken off its answer. A background response is asked for under ``key``:
+    a server that knows an ``Idempotency-Key`` gives the same one again to whoever asks with it.
+
+    Raises :class:`RunError`.
+    """
+    turns = closed(turns, None if assistant.system_role else assistant.instructions)
+    try:
+        # The SDK would retry a POST that has no idempotency key: a run generated, and paid, twice.
+        quick = client.with_options(max_retries=0, default_headers=_once(assistant, key))
+        watch = stale_connection.Watch(quick)
+        tries = 0
+        while True:
+            try:
+                stream = _CREATE[assistant.upstream](quick, assistant, turns, stall)
+                break
+            except openai.APIConnectionError as error:
+                tries += 1
+                if tries > _TRIES or isinstance(error, openai.APITimeoutError) or not watch.was_stale():
+                    raise
+                _log.info("a connection that was kept was closed meanwhile: asked once more")
+    except Exception as error:
+        raise of_exception(error, "server_error") from error
+    unmark = Unmark(names) if names else None
+    if assistant.background:
+        place = background.Place(limit=assistant.most_tokens)
+        return Upstream(stream, place.translator, place, unmark=unmark)
+    return Upstream(stream, _TRANSLATOR[assistant.upstream](assistant), unmark=unmark)
+
+
+def _once(assistant: Assistant, key: str) -> dict[str, str]:
+    # Others are asked for once: what nobody can ask for again needs no key, and servers refuse some with a stream.
+    return {"Idempotency-Key": key} if key and assistant.background else {}
+
+
+def resume(
+    client: openai.OpenAI,
+    assistant: Assistant,
+    state: Json,
+    stall: float,
+    *,
+    every: float = 2.0,
+    names: Sequence[str] = (),
+) -> Upstream:
+    """Goes on with a background response behind ``state``, which :meth:`Upstream.state` gave in any process.
+
+    Nothing is given twice and nothing is left out. A server that numbers its events sends those that are new;
+    of one that does not, the response is read from its start and what was told already is dropped, by counting
+    the characters of each part. A response that the server streams no more (OpenAI's limit is five minutes), or
+    whose stream stops without an end, is asked for ``every`` so many seconds until it is over; the rest then comes
+    in one list, and failures of the network or the server that pass are waited out.
+
+    Raises :class:`RunError`: ``worker_lost`` when the server does not know the response (any more). ``stall`` is in
+    seconds without a byte.
+    """
+    quick = client.with_options(max_retries=0)
+    try:
+        stream = background.retrieve(quick, state, stall)
+    except RunError:
+        raise
+    except Exception as error:
+        raise of_exception(error, "server_error") from error
+    limit = assistant.most_tokens
+    place = background.Place(state, again=state["sequence"] is None, limit=limit)
+    poll = background.Poll(quick, state["response_id"], stall, every, limit)
+    # A worker of an older release takes no marks off.
+    unmark = Unmark(names, state["mark"]) if state.get("mark") else None
+    return Upstream(stream, place.translator, place, poll, unmark)
+
+
+def translate(stream: Any) -> Upstream:
+    """Takes any OpenAI stream: the SDK's ``Stream`` of the three dialects, or an iterator of its events.
+
+    Raises ``TypeError`` for what cannot be iterated, such as an async stream.
+    """
+    # An answer that came whole can be iterated too: stream=True was forgotten.
+    if not hasattr(stream, "__iter__") or isinstance(stream, openai.BaseModel | str | bytes | dict):
+        raise TypeError(
+            f"got {type(stream).__name__}: pass what client.responses.create(..., stream=True), "
+            "client.chat.completions.create(..., stream=True) or an Assistants run with stream=True gives "
+            "(the synchronous client's)"
+        )
+    return Upstream(stream)
+
+
+def _translator(kind: str, data: Json) -> Translator | None:
+    """Tells the dialect by an event, once one is known."""
+    if kind.startswith("thread."):
+        return assistants_v2.AssistantsTranslator()
+    if kind.startswith("response."):
+        return responses.ResponsesTranslator()
+    if "choices" in data:
+        return chat.ChatTranslator()
+    if tells_failure(kind, data):
+        raise failure(data)
+    return None
