@@ -19,7 +19,7 @@ from flask.blueprints import BlueprintSetupState
 from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
 
-from . import checks, database, doctor, events, sse, streams
+from . import checks, doctor, events, sse, streams
 from .assistants import Assistant, index
 from .errors import AssistreamError, ConfigurationError, RequestError
 from .events import Json
@@ -34,7 +34,8 @@ from .relay import relay
 from .runner import Started
 from .runtime import Runtime, default_database
 from .settings import Settings
-from .threads import Answer, AnsweredBefore, Owner, TooManyRuns, thread_object
+from .store import database
+from .store.sql import Answer, AnsweredBefore, Owner, TooManyRuns, thread_object
 from .upstream.items import Names
 
 _log = logging.getLogger(__name__)

@@ -29,13 +29,14 @@ import sqlalchemy as sa
 from gevent import monkey
 from sqlalchemy.exc import SQLAlchemyError
 
-from . import checks, schema, sse
+from . import checks, sse
 from .errors import ConfigurationError, RequestError
-from .leases import SKEW_SECONDS
 from .log import needs
 from .platform import gunicorn
 from .settings import Settings
-from .threads import Answer, Owner, ThreadStore
+from .store import tables
+from .store.leases import SKEW_SECONDS
+from .store.sql import Answer, Owner, ThreadStore
 
 HEADER: Final = "X-Assistream-Doctor"
 
@@ -221,8 +222,8 @@ def _database(url: sa.URL) -> str:
 def _store(store: ThreadStore) -> Finding:
     with store._read() as connection:
         version = ".".join(map(str, connection.dialect.server_version_info or ()))
-        tables = connection.scalar(sa.select(sa.func.max(schema.schema.c.version)))
-        return Finding("ok", f"database {_database(connection.engine.url)}: version {version}, schema {tables}")
+        newest = connection.scalar(sa.select(sa.func.max(tables.schema.c.version)))
+        return Finding("ok", f"database {_database(connection.engine.url)}: version {version}, schema {newest}")
 
 
 def _clock(skew: float) -> Finding:

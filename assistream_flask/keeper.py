@@ -13,8 +13,8 @@ from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 from .live import Live
 from .log import Log, Place
 from .platform.log_throttle import Complaints
+from .store.sql import State, ThreadStore
 from .teller import Teller
-from .threads import State, ThreadStore
 
 _log = logging.getLogger(__name__)
 

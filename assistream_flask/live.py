@@ -16,7 +16,7 @@ from .fast.read_gate import Turn
 from .log import Claim, Place
 from .platform.interrupt import Interrupted, Interruptible
 from .reply import Ahead, Reply
-from .threads import Owner, State
+from .store.sql import Owner, State
 from .upstream import answer_stream
 from .upstream.deltas import Part, merged
 from .upstream.items import Limit, Names, Shorten

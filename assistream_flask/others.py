@@ -7,8 +7,8 @@ import time
 from typing import Final, NamedTuple
 
 from .log import Log, Lost, Place
+from .store.sql import ThreadStore
 from .teller import Teller
-from .threads import ThreadStore
 
 _log = logging.getLogger(__name__)
 

@@ -17,7 +17,6 @@ from . import events, pages
 from .errors import MESSAGE_TOO_LONG, RequestError, RunError, masked
 from .events import TERMINAL, Event, Json
 from .keeper import Keeper
-from .leases import LEASE_SECONDS
 from .live import Asked, History, Live
 from .live import spawn as _spawn
 from .log import REFUSED, Away, Claim, Log, Lost, Place
@@ -26,10 +25,11 @@ from .platform.interrupt import Interrupted
 from .platform.log_throttle import Complaints
 from .publisher import Publisher
 from .reply import Ahead, Reply
-from .schema import runs
 from .settings import Settings
+from .store.leases import LEASE_SECONDS
+from .store.sql import LAPSED, RELEASED, Answer, Held, Owner, ThreadStore
+from .store.tables import runs
 from .teller import Teller
-from .threads import LAPSED, RELEASED, Answer, Held, Owner, ThreadStore
 from .upstream import answer_stream, items
 from .upstream.deltas import Begun, End, Part
 from .upstream.items import Limit, Turn

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Final
 
 from .events import new_id
-from .leases import Leases
 from .live import Asked
 from .log import Log
 from .log.memory import MemoryLog
@@ -25,7 +24,8 @@ from .recycle import Recycle
 from .runner import Runner
 from .settings import Settings
 from .snapshots import Room, Snapshots
-from .threads import Owner, ThreadStore
+from .store.leases import Leases
+from .store.sql import Owner, ThreadStore
 
 _log = logging.getLogger(__name__)
 

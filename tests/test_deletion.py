@@ -25,7 +25,7 @@ from assistream_flask.log.memory import MemoryLog
 from assistream_flask.log.redis import RedisLog
 from assistream_flask.runtime import Runtime
 from assistream_flask.settings import Settings
-from assistream_flask.threads import Owner, thread_object
+from assistream_flask.store.sql import Owner, thread_object
 from assistream_flask.upstream import answer_stream
 from assistream_flask.upstream.deltas import Text
 from assistream_flask.upstream.items import Turn

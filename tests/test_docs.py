@@ -258,7 +258,9 @@ def test_gunicorn_takes_more_workers_where_redis_has_their_log(
 def test_the_wheel_has_the_static_files_and_the_types(built: list[str], name: str) -> None:
     assert f"assistream_flask/static/{name}" in built
     assert "assistream_flask/py.typed" in built
-    migrations = {path.relative_to(ROOT).as_posix() for path in (ROOT / "assistream_flask/migrations").rglob("*.py")}
+    migrations = {
+        path.relative_to(ROOT).as_posix() for path in (ROOT / "assistream_flask/store/migrations").rglob("*.py")
+    }
     assert migrations
     assert migrations <= set(built)
     assert not [one for one in built if one.startswith(("tests", "example_app"))]

@@ -25,8 +25,8 @@ from flask import Flask
 
 from assistream_flask import Assistant, create_blueprint, doctor
 from assistream_flask.settings import Settings
+from assistream_flask.store.sql import Answer
 from assistream_flask.testing import OfflineServer
-from assistream_flask.threads import Answer
 
 from .conftest import KEY, MakeApp, wait_until
 from .live import Gunicorn

@@ -17,8 +17,8 @@ from flask import current_app
 
 from assistream_flask import Assistant, ConfigurationError
 from assistream_flask.events import Said
+from assistream_flask.store.sql import ThreadStore
 from assistream_flask.testing import OfflineServer, Reply, Request
-from assistream_flask.threads import ThreadStore
 from assistream_flask.upstream.deltas import End, Failed, Part, Reasoning, Text
 from assistream_flask.upstream.items import (
     AGAIN,

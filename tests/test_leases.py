@@ -18,10 +18,10 @@ from types import SimpleNamespace
 import pytest
 import sqlalchemy as sa
 
-from assistream_flask import leases
-from assistream_flask.leases import Leases
-from assistream_flask.schema import runs, workers
-from assistream_flask.threads import ThreadStore
+from assistream_flask.store import leases
+from assistream_flask.store.leases import Leases
+from assistream_flask.store.sql import ThreadStore
+from assistream_flask.store.tables import runs, workers
 from tests.conftest import wait_until
 from tests.outages import CUT, locked_out
 from tests.postgres_server import PostgresServer
@@ -247,8 +247,8 @@ PATCHED = """
     gevent.monkey.patch_all()
     import os, sys, threading, time
     import gevent
-    from assistream_flask import leases
-    from assistream_flask.schema import runs
+    from assistream_flask.store import leases
+    from assistream_flask.store.tables import runs
     from tests.test_leases import Kept
     from tests.test_store import new_thread, start
 

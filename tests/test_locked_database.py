@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from sqlalchemy.exc import OperationalError, SQLAlchemyError, TimeoutError
 
-from assistream_flask import database
-from assistream_flask.threads import ThreadStore
+from assistream_flask.store import database
+from assistream_flask.store.sql import ThreadStore
 from tests.conftest import wait_until
 from tests.live import Gunicorn, running, stream
 from tests.test_store import ME, at_once, new_thread

@@ -15,8 +15,8 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
-from assistream_flask import migrations, schema
-from assistream_flask.threads import ThreadStore
+from assistream_flask.store import migrations, tables
+from assistream_flask.store.sql import ThreadStore
 
 from . import schema_1
 from .test_store import FUTURE, ME, at_once, entries, new_thread, over, start, user
@@ -65,20 +65,20 @@ def old_run(run_id: str, message_id: str) -> dict[str, Any]:
 
 def contents(engine: sa.Engine) -> dict[str, list[Any]]:
     """All rows, as the first release reads them."""
-    tables = (schema_1.threads, schema_1.messages, schema_1.runs, schema_1.answers)
+    older = (schema_1.threads, schema_1.messages, schema_1.runs, schema_1.answers)
     with engine.connect() as connection:
-        return {table.name: [tuple(row) for row in connection.execute(sa.select(table))] for table in tables}
+        return {table.name: [tuple(row) for row in connection.execute(sa.select(table))] for table in older}
 
 
 def recorded(engine: sa.Engine) -> tuple[list[int], list[str]]:
     """The version as we record it, and as Alembic does."""
     with engine.connect() as connection:
-        ours = connection.execute(sa.select(schema.schema.c.version)).scalars().all()
+        ours = connection.execute(sa.select(tables.schema.c.version)).scalars().all()
         theirs = connection.exec_driver_sql("SELECT version_num FROM assistream_alembic").scalars().all()
     return list(ours), list(theirs)
 
 
-NEWEST = [schema.VERSION], [f"{schema.VERSION:04}"]
+NEWEST = [tables.VERSION], [f"{tables.VERSION:04}"]
 
 
 def differences(engine: sa.Engine, metadata: sa.MetaData) -> list[Any]:
@@ -90,13 +90,13 @@ def differences(engine: sa.Engine, metadata: sa.MetaData) -> list[Any]:
 
 def test_the_newest_revision_is_the_schemas_version() -> None:
     revisions = ScriptDirectory(str(Path(migrations.__file__).parent))
-    assert revisions.get_heads() == [f"{schema.VERSION:04}"]
+    assert revisions.get_heads() == [f"{tables.VERSION:04}"]
 
 
 def test_a_new_database_is_the_newest_and_recorded_as_such(url: str, engine: sa.Engine) -> None:
     ThreadStore(url).close()
     assert recorded(engine) == NEWEST
-    assert differences(engine, schema.metadata) == []
+    assert differences(engine, tables.metadata) == []
 
 
 def test_the_first_revision_is_what_the_first_release_made(engine: sa.Engine) -> None:
@@ -108,14 +108,14 @@ def test_the_first_revision_is_what_the_first_release_made(engine: sa.Engine) ->
 def test_an_old_database_is_upgraded_when_a_store_opens_it_and_loses_no_row(
     url: str, engine: sa.Engine, rows: dict[str, list[Any]]
 ) -> None:
-    assert differences(engine, schema.metadata) != []
+    assert differences(engine, tables.metadata) != []
     for _ in range(2):
         ThreadStore(url).close()
         assert recorded(engine) == NEWEST
-        assert differences(engine, schema.metadata) == []
+        assert differences(engine, tables.metadata) == []
         assert contents(engine) == rows
     with engine.connect() as connection:
-        assert connection.execute(sa.select(schema.runs.c.upstream)).scalars().all() == [None]
+        assert connection.execute(sa.select(tables.runs.c.upstream)).scalars().all() == [None]
 
 
 def test_an_upgraded_database_does_all_that_a_new_one_does(url: str, rows: dict[str, list[Any]]) -> None:
@@ -158,7 +158,7 @@ def test_workers_that_open_an_old_database_at_once_upgrade_it_once(
 
 OPEN = """
 import sys
-from assistream_flask.threads import ThreadStore
+from assistream_flask.store.sql import ThreadStore
 print("ready", flush=True)
 sys.stdin.readline()
 ThreadStore(sys.argv[1]).close()
@@ -223,7 +223,7 @@ def test_the_apps_own_use_of_alembic_and_of_logging_is_left_alone(
 
 
 def test_alembic_is_imported_for_an_upgrade_only(tmp_path: Path) -> None:
-    look = "import sys; from assistream_flask.threads import ThreadStore; ThreadStore(sys.argv[1]).close()"
+    look = "import sys; from assistream_flask.store.sql import ThreadStore; ThreadStore(sys.argv[1]).close()"
     url = f"sqlite:///{tmp_path / 'new.sqlite3'}"
     command = [sys.executable, "-c", f"{look}; assert 'alembic' not in sys.modules", url]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import BrowserContext
 
-from assistream_flask.threads import ThreadStore
+from assistream_flask.store.sql import ThreadStore
 
 from .conftest import Caller, MakeApp, wait_until
 from .live import Gunicorn, running, stream

@@ -23,9 +23,9 @@ import pytest
 import sqlalchemy as sa
 
 from assistream_flask.log.redis import RedisLog
-from assistream_flask.schema import runs
+from assistream_flask.store.sql import ThreadStore
+from assistream_flask.store.tables import runs
 from assistream_flask.testing import OfflineServer, Reply, Request
-from assistream_flask.threads import ThreadStore
 from tests.cluster import Cluster, clustered
 from tests.conftest import wait_until
 from tests.live import Event, Gunicorn

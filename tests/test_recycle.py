@@ -19,8 +19,8 @@ import pytest
 
 from assistream_flask import Assistant, recycle
 from assistream_flask.platform import gunicorn as server
+from assistream_flask.store.sql import ThreadStore
 from assistream_flask.testing import OfflineServer
-from assistream_flask.threads import ThreadStore
 from tests.cluster import Cluster, clustered
 from tests.conftest import OVER, Caller, MakeApp, wait_until
 from tests.live import Gunicorn, running

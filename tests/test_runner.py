@@ -17,10 +17,11 @@ import pytest
 from flask import current_app
 from sqlalchemy.exc import OperationalError
 
-from assistream_flask import Assistant, lean, leases, runner
+from assistream_flask import Assistant, lean, runner
 from assistream_flask.runtime import Runtime
+from assistream_flask.store import leases
+from assistream_flask.store.sql import ThreadStore
 from assistream_flask.testing import OfflineServer, Reply, Request
-from assistream_flask.threads import ThreadStore
 from assistream_flask.upstream.items import marked
 
 from .conftest import ASSISTANTS, KEY, OVER, Caller, MakeApp, text, wait_until

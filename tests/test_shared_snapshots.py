@@ -16,7 +16,7 @@ from assistream_flask import snapshots
 from assistream_flask.log import Place
 from assistream_flask.pages import Page
 from assistream_flask.snapshots import Room, Snapshots
-from assistream_flask.threads import ThreadStore
+from assistream_flask.store.sql import ThreadStore
 from tests.conftest import Caller, MakeApp, wait_until
 from tests.test_runtime import at_once
 

@@ -24,7 +24,7 @@ from assistream_flask.log import REFUSED, Claim, Log, Lost, Place, Subscription
 from assistream_flask.log.memory import MemoryLog
 from assistream_flask.runner import Runner
 from assistream_flask.settings import Settings
-from assistream_flask.threads import Owner, State, ThreadStore, thread_object
+from assistream_flask.store.sql import Owner, State, ThreadStore, thread_object
 from assistream_flask.upstream import answer_stream
 from assistream_flask.upstream.deltas import Annotation, End, Part, Reasoning, Refusal, Text
 from assistream_flask.upstream.items import AGAIN, GO_ON, Turn, marked

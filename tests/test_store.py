@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from assistream_flask import database, events, schema
+from assistream_flask import events
 from assistream_flask.errors import ConfigurationError
 from assistream_flask.events import Json, Said, text_of, text_part
-from assistream_flask.threads import (
+from assistream_flask.store import database, tables
+from assistream_flask.store.sql import (
     LAPSED,
     RELEASED,
     Answer,
@@ -135,14 +136,14 @@ def test_the_schema_is_created_at_first_use_and_its_version_recorded_once(lastin
         ThreadStore(lasting).close()
     store = ThreadStore(lasting)
     with store._read() as connection:
-        assert connection.execute(sa.select(schema.schema)).all() == [(schema.VERSION,)]
+        assert connection.execute(sa.select(tables.schema)).all() == [(tables.VERSION,)]
     store.close()
 
 
 def test_a_newer_schema_is_refused_with_what_to_do(lasting: str) -> None:
     store = ThreadStore(lasting)
     with store._write() as connection:
-        connection.execute(schema.schema.update().values(version=schema.VERSION + 1))
+        connection.execute(tables.schema.update().values(version=tables.VERSION + 1))
     thread = new_thread(store)
     with pytest.raises(ConfigurationError, match="upgrade assistream"):
         ThreadStore(lasting)
@@ -222,9 +223,9 @@ def test_the_database_itself_deletes_what_hangs_on_a_thread(store: ThreadStore) 
     thread_id = new_thread(store)["id"]
     store.add(ME, thread_id, user(thread_id), [pair(thread_id)])
     with store._write() as connection:
-        connection.execute(schema.threads.delete())
+        connection.execute(tables.threads.delete())
     with store._read() as connection:
-        for table in (schema.messages, schema.runs):
+        for table in (tables.messages, tables.runs):
             assert connection.execute(sa.select(sa.func.count()).select_from(table)).scalar() == 0
 
 
@@ -233,7 +234,7 @@ def test_the_number_of_a_deleted_thread_is_not_used_again(store: ThreadStore) ->
     store.delete_thread(first)
     second = new_thread(store)["id"]
     with store._read() as connection:
-        assert connection.execute(sa.select(schema.threads.c.number)).scalar_one() == 2
+        assert connection.execute(sa.select(tables.threads.c.number)).scalar_one() == 2
     assert store.owns(ME, second)
 
 
@@ -411,7 +412,7 @@ def test_adds_at_once_get_positions_without_gap_or_doubling(store: ThreadStore) 
 
     assert all(isinstance(found, int) for found in at_once(8, add))
     with store._read() as connection:
-        positions = connection.execute(sa.select(schema.messages.c.position).order_by(sa.text("1"))).scalars()
+        positions = connection.execute(sa.select(tables.messages.c.position).order_by(sa.text("1"))).scalars()
         assert list(positions) == list(range(1, 161))
     roles = [one["message"]["role"] for one in entries(store, thread_id)]
     assert roles == ["user", "assistant"] * 80
@@ -506,7 +507,7 @@ def test_held_gives_the_runs_that_are_not_over_with_all_their_worker_needs(store
     whole = (run, message, [step], 2, ME, "g7", "sequential", "0a-3", upstream, 0, "w1", 0, "host/7")
     assert tuple(held)[:-1] == whole
     assert held.overdue > 1e9
-    assert store.held(schema.runs.c.worker != "w1") == []
+    assert store.held(tables.runs.c.worker != "w1") == []
 
 
 def left(store: ThreadStore) -> dict[str, float]:
@@ -550,7 +551,7 @@ def test_leases_are_by_the_databases_clock(store: ThreadStore, monkeypatch: pyte
 
 def seen(store: ThreadStore, run: Json) -> Held:
     """The run as a worker reads it that might take it over."""
-    [held] = store.held(schema.runs.c.id == run["id"])
+    [held] = store.held(tables.runs.c.id == run["id"])
     return held
 
 
@@ -577,7 +578,7 @@ def test_a_run_whose_holder_came_back_since_it_was_read_is_not_claimed(store: Th
     run, message = start(store, thread_id)
     store.renew("w1", [run["id"]], -1)
     with store._write() as connection:
-        connection.execute(schema.runs.update().values(lease=5.0))
+        connection.execute(tables.runs.update().values(lease=5.0))
     read = seen(store, run)
     match back:
         case "renews":
@@ -598,8 +599,8 @@ def test_a_run_is_claimed_from_a_holder_that_is_not_heard_of_and_by_a_worker_tha
     def heard_of(worker: str, seconds: float) -> None:
         store.beat(worker, "host/7", is_shared=True)
         with store._write() as connection:
-            ago = schema.workers.update().where(schema.workers.c.id == worker)
-            connection.execute(ago.values(seen=schema.workers.c.seen - seconds))
+            ago = tables.workers.update().where(tables.workers.c.id == worker)
+            connection.execute(ago.values(seen=tables.workers.c.seen - seconds))
 
     def claims(held: Held, worker: str) -> bool:
         return store.claim(held, worker, 3600) is not None
@@ -607,7 +608,7 @@ def test_a_run_is_claimed_from_a_holder_that_is_not_heard_of_and_by_a_worker_tha
     thread_id = new_thread(store)["id"]
     lapsed, released = (start(store, thread_id, lease=0)[0] for _ in range(2))
     with store._write() as connection:
-        connection.execute(schema.runs.update().where(schema.runs.c.id == lapsed["id"]).values(lease=5.0))
+        connection.execute(tables.runs.update().where(tables.runs.c.id == lapsed["id"]).values(lease=5.0))
     read = seen(store, lapsed)
     heard_of("w1", 3500)
     assert not claims(read, "w2")
@@ -619,7 +620,7 @@ def test_a_run_is_claimed_from_a_holder_that_is_not_heard_of_and_by_a_worker_tha
     heard_of("w2", 1700)
     assert claims(read, "w2")
     with store._write() as connection:
-        connection.execute(schema.runs.update().where(schema.runs.c.id == lapsed["id"]).values(lease=5.0))
+        connection.execute(tables.runs.update().where(tables.runs.c.id == lapsed["id"]).values(lease=5.0))
     assert claims(seen(store, lapsed), "w2")
 
 
@@ -629,7 +630,7 @@ def test_who_claims_a_run_gets_what_its_last_holder_stored_until_then(store: Thr
     run["status"] = "in_progress"
     store.save("w1", run, message, [], "0a-1")
     with store._write() as connection:
-        connection.execute(schema.runs.update().values(lease=5.0))
+        connection.execute(tables.runs.update().values(lease=5.0))
     read = seen(store, run)
     message["content"] = [events.text_part("w0 w1")]
     assert store.save_grown("w1", [(run, message, [], "0a-9", None, 0)]) == {run["id"]}
@@ -647,7 +648,7 @@ def test_the_other_workers_are_those_that_were_heard_of_a_moment_ago(store: Thre
         store.beat(worker, f"host/{worker}", is_shared=False)
     assert store.others("w1", 5) == ["host/w2", "host/w3"]
     with store._write() as connection:
-        connection.execute(schema.workers.update().where(schema.workers.c.id == "w3").values(seen=database.Now() - 6))
+        connection.execute(tables.workers.update().where(tables.workers.c.id == "w3").values(seen=database.Now() - 6))
     assert store.others("w1", 5) == ["host/w2"]
     store.retire("w2")
     assert store.others("w1", 5) == []
@@ -682,7 +683,7 @@ def test_a_worker_that_died_is_buried_by_one_when_its_runs_are_over_and_its_late
         store.save("dead", {**over(run, message)[0], "completed_at": at}, message, [], None)
     run, message = start(store, busy, worker="busy")
     with store._write() as connection:
-        connection.execute(schema.workers.update().where(schema.workers.c.id != "lives").values(seen=5.0))
+        connection.execute(tables.workers.update().where(tables.workers.c.id != "lives").values(seen=5.0))
     found = at_once(4, lambda _: store.bury(60, 1000))
     assert sorted(found, key=len) == [[], [], [], [late]]  # type: ignore[arg-type]
     assert store.bury(60, 1000) == []
@@ -732,7 +733,7 @@ def test_a_run_waits_for_those_before_it_in_its_thread_but_not_for_its_own_group
 WRITER = """
 import sys
 from assistream_flask import events
-from assistream_flask.threads import Owner, ThreadStore
+from assistream_flask.store.sql import Owner, ThreadStore
 url, thread_id = sys.argv[1:]
 store = ThreadStore(url)
 print("ready", flush=True)
@@ -828,7 +829,7 @@ def test_a_limit_that_the_operator_set_stays_and_ends_a_wait(postgres_url: str) 
     store = ThreadStore(f"{postgres_url}&options=-clock_timeout%3D100&connect_timeout=7")
     thread_id = new_thread(store)["id"]
     with store._write() as connection:
-        connection.execute(sa.select(schema.threads).with_for_update())
+        connection.execute(sa.select(tables.threads).with_for_update())
         with pytest.raises(sa.exc.SQLAlchemyError, match="lock timeout"):
             store.add(ME, thread_id, user(thread_id))
     assert store.add(ME, thread_id, user(thread_id)) == 1
@@ -842,8 +843,8 @@ def test_what_another_transaction_holds_is_left_for_the_next_time_where_many_row
     thread_id = new_thread(store)["id"]
     one, two = (start(store, thread_id, answer=Answer(key, "", 202, {}))[0]["id"] for key in "ab")
     with store._write() as connection:
-        connection.execute(sa.select(schema.runs).where(schema.runs.c.id == two).with_for_update())
-        connection.execute(sa.select(schema.answers).where(schema.answers.c.key == "b").with_for_update())
+        connection.execute(sa.select(tables.runs).where(tables.runs.c.id == two).with_for_update())
+        connection.execute(sa.select(tables.answers).where(tables.answers.c.key == "b").with_for_update())
         store.renew("w1", [one, two], 50_000)
         assert left(store) == {one: 50, two: 4}
         store.release("w1")
@@ -874,7 +875,7 @@ import sys, time
 import gevent
 import sqlalchemy as sa
 from assistream_flask import events
-from assistream_flask.threads import Owner, ThreadStore, thread_object
+from assistream_flask.store.sql import Owner, ThreadStore, thread_object
 
 store, owner = ThreadStore(sys.argv[1], pool=10), Owner("blue", "me")
 
@@ -919,8 +920,8 @@ EARLY = """
 import sys
 import sqlalchemy
 from assistream_flask.errors import ConfigurationError
-from assistream_flask import database
-from assistream_flask.threads import ThreadStore
+from assistream_flask.store import database
+from assistream_flask.store.sql import ThreadStore
 database.check("postgres://host/database")
 assert "psycopg" not in sys.modules
 if sys.argv[2] == "early":

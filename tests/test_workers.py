@@ -22,15 +22,15 @@ from assistream_flask import runner as runners
 from assistream_flask.assistants import Assistant
 from assistream_flask.errors import RequestError, RunError
 from assistream_flask.events import TERMINAL, Event, Json
-from assistream_flask.leases import LEASE_SECONDS
 from assistream_flask.live import Asked
 from assistream_flask.log import Away, Log, Place, Told
 from assistream_flask.log import redis as redis_log
 from assistream_flask.log.redis import RedisLog
 from assistream_flask.runner import Runner
-from assistream_flask.schema import runs
 from assistream_flask.settings import Settings
-from assistream_flask.threads import Owner, ThreadStore
+from assistream_flask.store.leases import LEASE_SECONDS
+from assistream_flask.store.sql import Owner, ThreadStore
+from assistream_flask.store.tables import runs
 from assistream_flask.upstream import answer_stream
 from assistream_flask.upstream.deltas import Annotation, Begun, End, Failed, Part, Reasoning, Refusal, Text
 from assistream_flask.upstream.items import Turn

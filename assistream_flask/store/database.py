@@ -18,7 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
-from .errors import ConfigurationError
+from ..errors import ConfigurationError
 
 WRITE: Final = "assistream_write"
 """The execution option of a transaction that writes."""

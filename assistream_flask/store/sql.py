@@ -15,10 +15,10 @@ from typing import Any, Final, NamedTuple
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Row
 
-from . import database, migrations, schema
-from .errors import ConfigurationError
-from .events import TERMINAL, Json, Said, entry, text_of
-from .schema import answers, messages, runs, threads, workers
+from ..errors import ConfigurationError
+from ..events import TERMINAL, Json, Said, entry, text_of
+from . import database, migrations, tables
+from .tables import answers, messages, runs, threads, workers
 
 _MESSAGE = [column for column in messages.c if column.name != "position"]
 _RUN = list(runs.c)[: list(runs.c).index(runs.c.steps)]
@@ -201,19 +201,19 @@ class ThreadStore:
         with self._write() as connection:
             # Of workers that start at once the first does it, and the others find it done.
             _take_turns(connection, "schema")
-            recorded = sa.inspect(connection).has_table(schema.schema.name)
-            newest = sa.select(sa.func.max(schema.schema.c.version))
+            recorded = sa.inspect(connection).has_table(tables.schema.name)
+            newest = sa.select(sa.func.max(tables.schema.c.version))
             found = connection.execute(newest).scalar() if recorded else None
             if found is None:
-                schema.metadata.create_all(connection)
-                connection.execute(schema.schema.insert().values(version=schema.VERSION))
-                migrations.stamp(connection, schema.VERSION)
-            elif found < schema.VERSION:
+                tables.metadata.create_all(connection)
+                connection.execute(tables.schema.insert().values(version=tables.VERSION))
+                migrations.stamp(connection, tables.VERSION)
+            elif found < tables.VERSION:
                 migrations.upgrade(connection, found)
-                connection.execute(schema.schema.update().values(version=schema.VERSION))
-            elif found > schema.VERSION:
+                connection.execute(tables.schema.update().values(version=tables.VERSION))
+            elif found > tables.VERSION:
                 raise ConfigurationError(
-                    f"the database has schema version {found}, this assistream knows {schema.VERSION}: "
+                    f"the database has schema version {found}, this assistream knows {tables.VERSION}: "
                     "upgrade assistream, or use another ASSISTREAM_DATABASE_URL"
                 )
 
@@ -420,7 +420,7 @@ class ThreadStore:
 
     def held(self, *where: sa.ColumnElement[bool]) -> list[Held]:
         """Gives the runs that are not over, oldest first, of those that ``where`` (a condition on
-        :data:`.schema.runs`) selects."""
+        :data:`.tables.runs`) selects."""
         with self._read() as connection:
             return self._held(connection, *where)
 

@@ -12,9 +12,9 @@ from typing import Final
 from gevent import get_hub, monkey
 from sqlalchemy.exc import SQLAlchemyError
 
+from ..platform.log_throttle import Complaints
 from . import database
-from .platform.log_throttle import Complaints
-from .threads import ThreadStore
+from .sql import ThreadStore
 
 _log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Alembic runs this file for each command that :mod:`assistream_flask.migrations` gives it."""
+"""Alembic runs this file for each command that :mod:`assistream_flask.store.migrations` gives it."""
 
 from __future__ import annotations
 
