@@ -26,7 +26,7 @@ from .events import Json
 from .fast import direct_send
 from .fast.chunk_reader import new_client
 from .live import Asked
-from .log import Away, Place
+from .log.protocol import Away, Place
 from .platform import gunicorn
 from .platform.log_throttle import Complaints
 from .platform.once import PerProcess

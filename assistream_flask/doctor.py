@@ -31,7 +31,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from . import checks, sse
 from .errors import ConfigurationError, RequestError
-from .log import needs
+from .log import redis_requirements
 from .platform import gunicorn
 from .settings import Settings
 from .store import tables
@@ -264,8 +264,8 @@ def _redis(url: str) -> Iterator[Finding]:
     try:
         with closing(client):
             took, about = _looked_at(client)
-    except (redis.RedisError, needs.Unfit) as error:
-        what, _, fix = needs.advice(error).partition(": ")
+    except (redis.RedisError, redis_requirements.Unfit) as error:
+        what, _, fix = redis_requirements.advice(error).partition(": ")
         yield Finding(
             "FAIL",
             f"{name} cannot be used: {what or _why(error, parts.password)}",
@@ -288,11 +288,11 @@ def _redis(url: str) -> Iterator[Finding]:
 
 def _looked_at(redis: Any) -> tuple[float, dict[str, Any]]:
     """Gives how long a round trip takes, in milliseconds, and what that Redis tells of itself. Raises
-    :class:`.needs.Unfit`, and what the client raises."""
+    :class:`.redis_requirements.Unfit`, and what the client raises."""
     line = redis.connection_pool.make_connection()
     try:
         line.connect()
-        needs.check(line, f"assistream:{line.db or 0}:none")
+        redis_requirements.check(line, f"assistream:{line.db or 0}:none")
     finally:
         line.disconnect()
     redis.ping()

@@ -11,7 +11,7 @@ from typing import Final
 from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 
 from .live import Live
-from .log import Log, Place
+from .log.protocol import Log, Place
 from .platform.log_throttle import Complaints
 from .store.sql import State, ThreadStore
 from .teller import Teller

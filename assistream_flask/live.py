@@ -13,7 +13,7 @@ from .assistants import Assistant
 from .events import Event, Json, Said
 from .fast.batch_scheduler import Seat
 from .fast.read_gate import Turn
-from .log import Claim, Place
+from .log.protocol import Claim, Place
 from .platform.interrupt import Interrupted, Interruptible
 from .reply import Ahead, Reply
 from .store.sql import Owner, State

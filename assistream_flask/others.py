@@ -6,7 +6,7 @@ import logging
 import time
 from typing import Final, NamedTuple
 
-from .log import Log, Lost, Place
+from .log.protocol import Log, Lost, Place
 from .store.sql import ThreadStore
 from .teller import Teller
 

@@ -6,7 +6,7 @@ from collections.abc import Container
 
 from . import events
 from .events import TERMINAL, Json
-from .log import Log, Lost, Place, Record
+from .log.protocol import Log, Lost, Place, Record
 from .store.sql import ThreadStore
 
 Page = tuple[list[Json], bool, Place]

@@ -11,7 +11,7 @@ from .errors import RunError, masked
 from .events import Event
 from .fast.batch_scheduler import Pacer
 from .live import Live
-from .log import REFUSED, Told
+from .log.protocol import REFUSED, Told
 from .platform.interrupt import Interrupted
 from .platform.log_throttle import Complaints
 from .teller import Teller

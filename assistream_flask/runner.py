@@ -19,7 +19,7 @@ from .events import TERMINAL, Event, Json
 from .keeper import Keeper
 from .live import Asked, History, Live
 from .live import spawn as _spawn
-from .log import REFUSED, Away, Claim, Log, Lost, Place
+from .log.protocol import REFUSED, Away, Claim, Log, Lost, Place
 from .others import Others
 from .platform.interrupt import Interrupted
 from .platform.log_throttle import Complaints

@@ -16,8 +16,8 @@ from typing import Final
 
 from .events import new_id
 from .live import Asked
-from .log import Log
 from .log.memory import MemoryLog
+from .log.protocol import Log
 from .platform import gunicorn
 from .platform.log_throttle import Complaints
 from .recycle import Recycle

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Final, NamedTuple, TypeAlias
 
 from . import events, sse
-from .log import Place
+from .log.protocol import Place
 from .pages import Page
 from .platform.once import Errand, Undone
 

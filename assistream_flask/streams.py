@@ -14,7 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from . import events, sse
 from .errors import RequestError
 from .events import TERMINAL
-from .log import Away, Lost, Place, Record, Subscription, Taken
+from .log.protocol import Away, Lost, Place, Record, Subscription, Taken
 from .runtime import Runtime
 
 _ENDS: Final = frozenset(f"thread.run.{status}" for status in TERMINAL)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from .events import Event
-from .log import Away, Claim, Log, Place, Told
+from .log.protocol import Away, Claim, Log, Place, Told
 from .store.database import Unsettled
 
 

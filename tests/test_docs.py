@@ -263,6 +263,9 @@ def test_the_wheel_has_the_static_files_and_the_types(built: list[str], name: st
     }
     assert migrations
     assert migrations <= set(built)
+    scripts = {path.relative_to(ROOT).as_posix() for path in (ROOT / "assistream_flask/log/lua").iterdir()}
+    assert scripts
+    assert scripts <= set(built)
     assert not [one for one in built if one.startswith(("tests", "example_app"))]
 
 

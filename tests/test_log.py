@@ -12,9 +12,10 @@ from typing import Any, Protocol
 import pytest
 
 from assistream_flask.events import Event
-from assistream_flask.log import REFUSED, Claim, Log, Lost, Place, Record, Subscription, Taken, Told, memory, tail
+from assistream_flask.log import memory, thread_buffer
 from assistream_flask.log import redis as redis_log
 from assistream_flask.log.memory import MemoryLog
+from assistream_flask.log.protocol import REFUSED, Claim, Log, Lost, Place, Record, Subscription, Taken, Told
 from assistream_flask.log.redis import RedisLog
 from tests.redis_server import DOCUMENTED, RedisServer
 
@@ -800,7 +801,7 @@ def test_10000_attaches_while_appending_miss_and_repeat_nothing(make: MakeLog) -
 def test_a_reader_is_woken_once_by_an_event_whatever_its_time_outs_were(
     make: MakeLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tail, "_SWEEP_SECONDS", 0.02)
+    monkeypatch.setattr(thread_buffer, "_SWEEP_SECONDS", 0.02)
     log = make()
     reader = log.subscribe("t", log.end("t"))
     # A long wait that an event ends, then short ones until the long one would have ended.
@@ -972,7 +973,7 @@ def test_any_interleaving_of_appends_trims_attaches_and_cuts_is_as_the_model_say
 
 
 def test_what_is_kept_is_nothing_that_the_garbage_collector_looks_at_again() -> None:
-    kept = tail.Tail("epoch")
+    kept = thread_buffer.Tail("epoch")
     kept.add(1.0, [("thread.message.delta", key, b"frame") for key in ("run_1", None)])
     gc.collect()
     assert not any(map(gc.is_tracked, kept.records))

@@ -15,8 +15,8 @@ import pytest
 import redis
 
 from assistream_flask.events import Event
-from assistream_flask.log import REFUSED, Away, Claim, Lost, Place, Told
 from assistream_flask.log import redis as redis_log
+from assistream_flask.log.protocol import REFUSED, Away, Claim, Lost, Place, Told
 from assistream_flask.log.redis import RedisLog
 from assistream_flask.teller import Teller
 from tests.conftest import wait_until
@@ -262,7 +262,7 @@ def test_a_worker_of_the_older_release_appends_beside_this_one_also_where_a_run_
     start = log.append(THREAD, [event(1)], Claim("run_1", 0))
     log.fence(THREAD, Claim("run_1", 1))
     with contextlib.closing(log.subscribe(THREAD, start)) as viewer, redis.Redis.from_url(own_redis.url) as client:
-        old = client.register_script(redis_log._COMMON + OLD_APPEND)
+        old = client.register_script(redis_log.lua("common") + OLD_APPEND)
         body = redis_log._body(event(2))
         [place] = old(["assistream:0:" + THREAD], [600_000, 10_000, 8 << 20, 1, body])
         assert place.decode() == f"{start.epoch}-2"

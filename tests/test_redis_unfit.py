@@ -16,8 +16,9 @@ from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
 from assistream_flask.events import Event
-from assistream_flask.log import Away, needs
 from assistream_flask.log import redis as redis_log
+from assistream_flask.log import redis_requirements
+from assistream_flask.log.protocol import Away
 from assistream_flask.log.redis import RedisLog
 from tests.conftest import Caller, MakeApp, wait_until
 from tests.redis_server import DOCUMENTED, RedisServer, running_redis
@@ -85,7 +86,7 @@ def test_all_that_scripts_and_client_ask_for_is_what_the_docs_allow() -> None:
     scripts = [text for name, text in vars(redis_log).items() if isinstance(text, str) and "redis.call" in text]
     called = set(re.findall(r"redis\.call\('(\w+)'(?:, '(USAGE)')?", "".join(scripts)))
     assert {f"+{'|'.join(filter(None, one)).lower()}" for one in called} <= set(RIGHTS)
-    assert set(needs.RULE.split()) == set(RIGHTS)
+    assert set(redis_requirements.RULE.split()) == set(RIGHTS)
 
 
 @pytest.mark.parametrize("right", RIGHTS)
@@ -99,7 +100,7 @@ def test_a_user_that_lacks_a_right_is_told_which_and_what_it_is_told_mends_that(
         told = re.search(r"as its admin run `ACL SETUSER <user> (.*)`$", line)
         assert told is not None, line
         # Without SELECT it cannot even try the others.
-        assert told[1] == (needs.RULE if right == "+select" else right)
+        assert told[1] == (redis_requirements.RULE if right == "+select" else right)
         assert told[0] in refusal(log)
         output = examine(redis_url=url)
         assert len(failures(output)) == 1
@@ -115,7 +116,7 @@ def test_a_right_that_is_taken_away_later_is_told_too(
     with logging_to(redis_server.url_of(DOCUMENTED, 6)) as log:
         wait_until(lambda: works(log))
         redis_server.ask("ACL", "SETUSER", "user6", "-xadd")
-        with pytest.raises(Away, match=re.escape(f"ACL SETUSER <user> {needs.RULE}")) as told:
+        with pytest.raises(Away, match=re.escape(f"ACL SETUSER <user> {redis_requirements.RULE}")) as told:
             log.append(THREAD, [Event("e", {"n": 1})])
         assert errors(caplog) == [f"Redis cannot be used: {told.value}"]
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from assistream_flask import snapshots
-from assistream_flask.log import Place
+from assistream_flask.log.protocol import Place
 from assistream_flask.pages import Page
 from assistream_flask.snapshots import Room, Snapshots
 from assistream_flask.store.sql import ThreadStore

@@ -23,8 +23,8 @@ from assistream_flask.assistants import Assistant
 from assistream_flask.errors import RequestError, RunError
 from assistream_flask.events import TERMINAL, Event, Json
 from assistream_flask.live import Asked
-from assistream_flask.log import Away, Log, Place, Told
 from assistream_flask.log import redis as redis_log
+from assistream_flask.log.protocol import Away, Log, Place, Told
 from assistream_flask.log.redis import RedisLog
 from assistream_flask.runner import Runner
 from assistream_flask.settings import Settings

@@ -13,7 +13,7 @@ from typing import Any, Final, TypeVar
 from gevent.socket import socket as GeventSocket
 
 from .. import sse
-from ..log import Taken
+from ..log.protocol import Taken
 
 T = TypeVar("T")
 

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from .. import sse
 from ..events import Event, dumps
 from ..platform.log_throttle import Complaints
-from . import GONE_SECONDS, REFUSED, Claim, Lost, Place, Record, Told
-from .tail import Cursor, Registry, Tail
+from .cursor import Cursor
+from .protocol import GONE_SECONDS, REFUSED, Claim, Lost, Place, Record, Told
+from .thread_buffer import Registry, Tail
 
 
 class MemoryLog:

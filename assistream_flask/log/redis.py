@@ -7,7 +7,8 @@ the offsets show: then the stream is read, and where that has a gap too the plac
 
 Of a thread that is gone the stream is its last event alone, with a second field, and nothing comes after it.
 
-Commands: https://redis.io/docs/latest/commands/ (Redis 7 or newer, not a cluster); what is used is in :mod:`.needs`.
+Commands: https://redis.io/docs/latest/commands/ (Redis 7 or newer, not a cluster); what is used is
+in :mod:`.redis_requirements`, and the scripts are in ``lua/``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Final, TypeVar
+from importlib import resources
+from typing import Any, Final
 
 import redis
 from redis.backoff import NoBackoff
@@ -28,8 +30,10 @@ from redis.retry import Retry
 from .. import sse
 from ..events import Event, dumps
 from ..platform.log_throttle import Complaints
-from . import GONE_SECONDS, REFUSED, Away, Claim, Lost, Place, Record, Told, needs
-from .tail import READ_BYTES, Cursor, Registry, Tail
+from . import redis_requirements
+from .cursor import READ_BYTES, Cursor
+from .protocol import GONE_SECONDS, REFUSED, Away, Claim, Lost, Place, Record, Told
+from .thread_buffer import Registry, Tail
 
 _log = logging.getLogger(__name__)
 
@@ -47,172 +51,10 @@ _AGAIN_SECONDS: Final = 0.5
 _QUEUE_SECONDS: Final = 15
 _KEEP: Final = 512
 
-_COMMON: Final = """
-local function last(key)
-    local found = redis.call('XREVRANGE', key, '+', '-', 'COUNT', 1)[1]
-    if found then
-        local epoch, offset = string.match(found[1], '^(%d+)%-(%d+)$')
-        return epoch, offset, found[2][3] == 'gone'
-    end
-end
-local function now()
-    local time = redis.call('TIME')
-    return tonumber(time[1]) * 1000000 + tonumber(time[2])
-end
--- What was told is kept for a while beside the stream: who has a run may be gone, and have stored less. The first
--- entry says what it goes on from, and of which runs something is missing before.
-local function restart(key, ttl, keep, holes)
-    local old, _, gone = last(key)
-    if gone then return old end
-    local past, told = key .. ':past', {}
-    if keep and old then told = redis.call('XREVRANGE', key, '+', '-', 'COUNT', 1000) end
-    local epoch = now()
-    if old and epoch <= tonumber(old) then epoch = tonumber(old) + 1 end
-    epoch = string.format('%.0f', epoch)
-    redis.call('DEL', key)
-    if #told > 0 then
-        redis.call('XADD', key, epoch .. '-0', 'e', '', 'from', old, 'holes', holes or '')
-        for n = #told, 1, -1 do
-            redis.call('XADD', past, 'MAXLEN', '=', 2000, told[n][1], unpack(told[n][2]))
-        end
-        redis.call('PEXPIRE', past, 60000)
-    else
-        redis.call('XADD', key, epoch .. '-0', 'e', '')
-        redis.call('DEL', past)
-    end
-    redis.call('PEXPIRE', key, ttl)
-    redis.call('PUBLISH', key, epoch .. '-1')
-    return epoch
-end
-"""
 
-# Keys: streams. Arguments: time to live, most events, most bytes, how long a claim is known, the locks; for each stream
-# the thread and its lock as it was taken, or nothing, the key of the run's claim, or nothing, and its number, how many
-# events, and they. Gives where each ends, "" for one that is refused, and nil for one that takes no more, or whose lock
-# was lost: who reads has what was stored by then.
-_APPEND: Final = """
-local ttl, most, next, found = ARGV[1], tonumber(ARGV[3]), 6, {}
-local function lost(thread, mine)
-    return mine ~= '' and tonumber(redis.call('ZSCORE', ARGV[5], thread) or '0') ~= tonumber(mine)
-end
-local function refused(key, number)
-    if key == '' then return false end
-    local known = tonumber(redis.call('GET', key) or '0')
-    -- After all was lost, who has the run makes it known again.
-    if known < number then redis.call('SET', key, number, 'PX', ARGV[4]) end
-    return known > number
-end
-local function append(key, next, count)
-    local bytes = 0
-    local epoch, offset, gone = last(key)
-    if gone then return false end
-    if not epoch then epoch, offset = restart(key, ttl), 0 end
-    offset = tonumber(offset)
-    local prefix = epoch .. '-'
-    for n = 1, count do
-        local body = ARGV[next + n]
-        bytes = bytes + #body
-        redis.call('XADD', key, 'MAXLEN', '=', ARGV[2], prefix .. string.format('%.0f', offset + n), 'e', body)
-    end
-    if bytes > 8192 or offset % 256 + count >= 256 then
-        while redis.call('MEMORY', 'USAGE', key) > most and redis.call('XLEN', key) > 1 do
-            redis.call('XTRIM', key, 'MAXLEN', '=', math.floor(redis.call('XLEN', key) / 2))
-        end
-    end
-    redis.call('PEXPIRE', key, ttl)
-    redis.call('PUBLISH', key,
-        prefix .. string.format('%.0f\\n', offset + 1) .. table.concat(ARGV, '\\0', next + 1, next + count))
-    return prefix .. string.format('%.0f', offset + count)
-end
-for i, key in ipairs(KEYS) do
-    local count = tonumber(ARGV[next + 4])
-    if lost(ARGV[next], ARGV[next + 1]) then
-        found[i] = false
-    elseif refused(ARGV[next + 2], tonumber(ARGV[next + 3])) then
-        found[i] = ''
-    else
-        found[i] = append(key, next + 4, count)
-    end
-    next = next + count + 5
-end
-return found
-"""
-
-# Key: a run's claim. Arguments: its number, how long it is known.
-_FENCE: Final = """
-if tonumber(redis.call('GET', KEYS[1]) or '0') < tonumber(ARGV[1]) then
-    redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
-end
-"""
-
-# Keys: streams. Argument: time to live. Gives where each ends.
-_ENDS: Final = """
-local found = {}
-for i, key in ipairs(KEYS) do
-    local epoch, offset, gone = last(key)
-    if not epoch then epoch, offset = restart(key, ARGV[1]), '0' end
-    if not gone then redis.call('PEXPIRE', key, ARGV[1]) end
-    found[i] = epoch .. '-' .. offset
-end
-return found
-"""
-
-# Keys: the stream. Arguments: time to live, the last event. One that was there leaves no byte of it in the new stream.
-# In a full Redis too, as a script may go on that has deleted. A message of no event says where the stream begins now.
-_FORGET: Final = """
-local key, epoch, offset, gone = KEYS[1], last(KEYS[1])
-if gone then return end
-if not epoch then epoch, offset = restart(key, ARGV[1]), 0 end
-local place = epoch .. '-' .. string.format('%.0f', offset + 1)
-redis.call('DEL', key)
-redis.call('DEL', key .. ':past')
-redis.call('XADD', key, place, 'e', ARGV[2], 'gone', '')
-redis.call('PEXPIRE', key, ARGV[1])
-redis.call('PUBLISH', key, place .. '\\n' .. ARGV[2])
-redis.call('PUBLISH', key, place .. '\\n')
-"""
-
-_RESTART: Final = "return restart(KEYS[1], ARGV[1], ARGV[2] == '1', ARGV[3])"
-
-# Keys: the locks, the stream. Arguments: the thread, the lock's and the stream's time to live.
-_LOCK: Final = """
-local at, held = now(), redis.call('ZSCORE', KEYS[1], ARGV[1])
-if held then
-    if tonumber(held) > at then return '' end
-    restart(KEYS[2], ARGV[3], true)
-end
-local mine = string.format('%.0f', at + tonumber(ARGV[2]))
-redis.call('ZADD', KEYS[1], mine, ARGV[1])
-return mine
-"""
-
-# Keys: the locks, the stream. Arguments: the thread, the stream's time to live. Gives where it ends.
-_QUIET: Final = """
-if redis.call('ZSCORE', KEYS[1], ARGV[1]) then return '' end
-local epoch, offset = last(KEYS[2])
-if not epoch then epoch, offset = restart(KEYS[2], ARGV[2]), '0' end
-return epoch .. '-' .. offset
-"""
-
-# Keys: the locks, the stream. Arguments: the thread, the lock as it was taken, the stream's time to live.
-# Who lost the lock may have told what others had already, or in another order than the store's.
-_UNLOCK: Final = """
-if tonumber(redis.call('ZSCORE', KEYS[1], ARGV[1]) or '0') == tonumber(ARGV[2]) then
-    redis.call('ZREM', KEYS[1], ARGV[1])
-else
-    restart(KEYS[2], ARGV[3], true)
-end
-"""
-
-# Who holds a lock that ran out may have stored what it told nobody.
-_LEFT: Final = """
-for _, thread in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now(), 'LIMIT', 0, 100)) do
-    restart(ARGV[1] .. thread, ARGV[2], true)
-    redis.call('ZREM', KEYS[1], thread)
-end
-"""
-
-T = TypeVar("T")
+def lua(name: str) -> str:
+    """Read the script ``lua/<name>.lua``. Each but ``common`` calls functions of that one, which goes before it."""
+    return resources.files(__package__).joinpath("lua", f"{name}.lua").read_text("utf-8")
 
 
 class _Viewed(Tail):
@@ -291,11 +133,12 @@ class RedisLog:
         base = f"assistream:{self._redis.connection_pool.connection_kwargs.get('db') or 0}"
         self._prefix, self._locked, self._signal = f"{base}:", f"{base}-locks", f"{base}-signal".encode()
         self._claims = f"{base}-claim:"
+        common = lua("common")
         self._append, self._fence, self._ends, self._restart, self._lock, self._quiet, self._unlock, self._left = (
-            self._redis.register_script(_COMMON + text)
-            for text in (_APPEND, _FENCE, _ENDS, _RESTART, _LOCK, _QUIET, _UNLOCK, _LEFT)
+            self._redis.register_script(common + lua(name))
+            for name in ("append", "fence", "ends", "restart", "lock", "quiet", "unlock", "restart_expired")
         )
-        self._forget = self._redis.register_script(_COMMON + _FORGET)
+        self._forget = self._redis.register_script(common + lua("forget"))
         self._threads = Registry(lambda: _Viewed(min(_KEEP, max_events)), time.monotonic, self._complaints)
         self._locks = Registry(lambda: Tail("0"), time.monotonic)
         self._attend: Callable[[str], None] = lambda thread_id: None
@@ -499,7 +342,7 @@ class RedisLog:
                     self._hear(line.read_response())
             except Exception as error:
                 # Whatever it is: a read that close() ends fails in many ways, and who stops listening is deaf for good.
-                self._fix = self._say("heard", error, needs.advice(error))
+                self._fix = self._say("heard", error, redis_requirements.advice(error))
             finally:
                 with self._sending:
                     self._line = None
@@ -511,7 +354,7 @@ class RedisLog:
     def _meet(self, line: Any) -> None:
         """A Redis that started anew, or took another's place, may have an older state, and would give places out
         again that viewers have: all logs begin anew."""
-        self._run_id = needs.check(line, f"{self._prefix}none")
+        self._run_id = redis_requirements.check(line, f"{self._prefix}none")
         met = self._redis.get(f"{self._prefix}met")
         if met not in (None, self._run_id.encode()):
             for key in self._redis.scan_iter(f"{self._prefix}thread_*", count=1000):
@@ -616,7 +459,7 @@ class RedisLog:
             # What close() takes a connection from fails in many ways.
             if not (self._closed.is_set() or isinstance(error, (redis.RedisError, OSError))):
                 raise
-            known = needs.advice(error)
+            known = redis_requirements.advice(error)
             # Who listens has tried everything.
             fix = self._say("used", error, known and (self._fix or known))
             if not isinstance(error, redis.ResponseError):

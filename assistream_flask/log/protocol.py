@@ -1,0 +1,194 @@
+"""The per-thread event log: one contract, an implementation a module.
+
+An id ``<epoch>-<offset>`` names a place in one thread's log. Offsets grow by one an event.
+The epoch is random and new whenever the log of a thread begins anew, so a place in a lost
+log can never be taken for a place in the next.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
+from enum import Enum
+from typing import Final, NamedTuple, Protocol, TypeAlias
+
+from ..events import Event, Json
+
+_PLACE = re.compile(r"([0-9a-f]{1,32})-(0|[1-9][0-9]{0,17})")
+
+
+class Place(NamedTuple):
+    """A place in a thread's log: after the event with this offset, or before the first one at 0."""
+
+    epoch: str
+    offset: int
+
+    def __str__(self) -> str:
+        return f"{self.epoch}-{self.offset}"
+
+    @classmethod
+    def parse(cls, text: str | None) -> Place | None:
+        """Gives the place that ``text`` names, ``None`` where it names none."""
+        match = _PLACE.fullmatch(text or "")
+        return cls(match[1], int(match[2])) if match else None
+
+
+REFUSED: Final = Place("", -1)
+"""In place of a place: nothing was appended, as the run is another's by now."""
+
+
+class Claim(NamedTuple):
+    """Who appends what a run grows by: its ``number``th holder, the first of which is 0."""
+
+    run_id: str
+    number: int
+
+
+class Told(NamedTuple):
+    """Events for a thread's log; those of a run's holder with its ``claim``, those of who has the thread's lock as
+    ``locked``."""
+
+    thread_id: str
+    events: Sequence[Event]
+    claim: Claim | None = None
+    locked: bool = False
+
+
+class Record(NamedTuple):
+    """One event in the log. ``frame`` is its SSE frame, encoded once for all readers."""
+
+    place: Place
+    name: str
+    key: str | None
+    frame: bytes
+
+    def data(self) -> Json:
+        """Gives the event's JSON object."""
+        start = self.frame.index(b"\ndata: ") + 7
+        found: Json = json.loads(self.frame[start : self.frame.index(b"\n", start)])
+        return found
+
+
+class Lost(Exception):
+    """The log no longer has, or never had, what comes after the asked-for place: read a snapshot."""
+
+
+class Away(Exception):
+    """The log cannot be reached. Whether what was to be written is in it is not known. The message, where there is one,
+    says why and what to do, and is fit for the public."""
+
+
+GONE_SECONDS: Final = 60
+"""How long a log that has forgotten its thread takes nothing for it: longer than any worker tells before it looks
+whether its runs are still there."""
+
+
+class Taken(Enum):
+    """What became of records: nothing, all that is to be done, or their reader has to do the rest."""
+
+    NO, WHOLE, PART = range(3)
+
+
+Take: TypeAlias = Callable[[list[Record]], Taken]
+"""Takes records, or not. It must not wait."""
+
+
+class Subscription(Protocol):
+    """A reader's cursor in one thread's log. Replay and live are one sequence, so no event is
+    missed or repeated between them."""
+
+    def read(self, timeout: float, take: Take | None = None) -> list[Record]:
+        """Gives the records after the last ones given, waiting up to ``timeout`` seconds for one;
+        none after that. Raises :class:`Lost` when records were trimmed before they were read.
+
+        While it waits, ``take`` may be called with the next records, by who brings them: what it takes is not given.
+        """
+        ...
+
+    def close(self) -> None:
+        """Lets go of the log. Idempotent."""
+        ...
+
+
+class Log(Protocol):
+    """What a log does for the runner and the routes. Whatever reaches out may raise :class:`Away`."""
+
+    shared: bool
+    """Whether other workers read and write it too."""
+
+    def append(self, thread_id: str, events: Sequence[Event], claim: Claim | None = None) -> Place:
+        """Appends ``events`` as one write; gives the place after the last of them, or :data:`REFUSED`; the end of one
+        that takes no more."""
+        ...
+
+    def append_all(self, told: Sequence[Told]) -> Sequence[Place | None]:
+        """Appends the events of several threads, as one write where that is cheaper; gives for each what
+        :meth:`append` gives; ``None`` for one that takes no more, see :meth:`forget`, and where the lock was lost."""
+        ...
+
+    def forget(self, thread_id: str, last: Event) -> None:
+        """Appends ``last`` and keeps nothing but that, in no worker. For :data:`GONE_SECONDS` nothing comes after it,
+        and the log does not begin anew; then that is gone too."""
+        ...
+
+    def fence(self, thread_id: str, claim: Claim) -> None:
+        """Has what earlier holders of the run append refused from now on, however late it comes."""
+        ...
+
+    def end(self, thread_id: str) -> Place:
+        """Gives the place after the newest event; begins a log where there is none."""
+        ...
+
+    def quiet(self, thread_id: str) -> Place | None:
+        """Gives what :meth:`end` gives, ``None`` while somebody holds the thread's lock."""
+        ...
+
+    def since(self, thread_id: str, place: Place) -> list[Record]:
+        """Gives all records after ``place``. Raises :class:`Lost` when that can't be proven."""
+        ...
+
+    def recover(self, thread_id: str, place: Place, run_id: str) -> tuple[list[Record], Place]:
+        """Gives all records of the run after ``place``, and the end, also where the log began anew since: what a run
+        that was lost told and did not store. Raises :class:`Lost` when that can't be proven."""
+        ...
+
+    def subscribe(self, thread_id: str, place: Place) -> Subscription:
+        """Gives a cursor after ``place``. Raises :class:`Lost` when that can't be proven."""
+        ...
+
+    def lock(self, thread_id: str) -> AbstractContextManager[object]:
+        """Whoever stores a change and appends its event holds this, so that events come in the order of the
+        store. Where its holder died in between, the log begins anew; one that was only late appends nothing then, as
+        viewers were given what is stored."""
+        ...
+
+    def viewed(self) -> list[str]:
+        """Gives the threads that somebody reads here."""
+        ...
+
+    def restart(self, thread_id: str, *, keep: bool = False, holes: Collection[str] = ()) -> None:
+        """Begins the thread's log anew: every reader is :class:`Lost`, every viewer gets a snapshot. :meth:`recover`
+        reads on across it where ``keep`` says so, but of the runs ``holes``, of which something is missing before."""
+        ...
+
+    def signal(self, thread_id: str) -> None:
+        """Asks the workers that run runs of the thread to look at it: at cancels, and at what to store."""
+        ...
+
+    def listen(self, attend: Callable[[str], None]) -> None:
+        """Has ``attend`` called, which must not wait, with each thread that a worker signals."""
+        ...
+
+    def tend(self) -> None:
+        """Drops what is older or more than the log keeps. Called every few seconds."""
+        ...
+
+    def wake(self) -> None:
+        """Ends all waits of readers, now and later: the worker leaves. All else still works."""
+        ...
+
+    def close(self) -> None:
+        """Wakes all readers and lets go of everything."""
+        ...
