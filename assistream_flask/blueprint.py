@@ -25,14 +25,14 @@ from .errors import AssistreamError, ConfigurationError, RequestError
 from .events import Json
 from .fast import direct_send
 from .fast.chunk_reader import new_client
-from .live import Asked
 from .log.protocol import Away, Place
 from .platform import gunicorn
 from .platform.log_throttle import Complaints
 from .platform.once import PerProcess
 from .relay import relay
-from .runner import Started
-from .runtime import Runtime, default_database
+from .runs.active_run import Asked
+from .runs.executor import Started
+from .runs.runtime import Runtime, default_database
 from .settings import Settings
 from .store import database
 from .store.sql import Answer, AnsweredBefore, Owner, TooManyRuns, thread_object

@@ -16,7 +16,7 @@ from .errors import RunError
 from .events import Event
 from .platform.gunicorn import serving
 from .platform.interrupt import Interrupted, Interruptible
-from .reply import Reply
+from .runs.message_accumulator import Reply
 from .upstream.answer_stream import Upstream, translate
 from .upstream.deltas import End, Part, merged
 

@@ -15,7 +15,7 @@ from . import events, sse
 from .errors import RequestError
 from .events import TERMINAL
 from .log.protocol import Away, Lost, Place, Record, Subscription, Taken
-from .runtime import Runtime
+from .runs.runtime import Runtime
 
 _ENDS: Final = frozenset(f"thread.run.{status}" for status in TERMINAL)
 

@@ -24,6 +24,7 @@ FLOORS: list[set[str]] = [
         "upstream",
         "store",
         "log",
+        "runs",
         "errors",
         "version",
         "platform.interrupt",
@@ -59,11 +60,11 @@ FLOORS: list[set[str]] = [
     },
     {"log.cursor"},
     {"log.memory", "log.redis", "upstream.background"},
-    {"upstream.answer_stream", "reply", "pages", "teller"},
-    {"live", "snapshots"},
-    {"publisher", "keeper", "others"},
-    {"runner", "relay", "doctor", "recycle"},
-    {"runtime"},
+    {"upstream.answer_stream", "runs.message_accumulator", "runs.snapshot", "runs.log_appender"},
+    {"runs.active_run", "runs.shared_snapshots"},
+    {"runs.delta_publisher", "runs.checkpointer", "runs.other_workers"},
+    {"runs.executor", "relay", "doctor", "runs.shutdown"},
+    {"runs.runtime"},
     {"streams"},
     {"blueprint"},
     {""},
@@ -162,7 +163,7 @@ def test_neither_sse_nor_events_nor_errors_knows_openai() -> None:
             "log.memory",
             "store.sql",
             "store.tables",
-            "reply",
+            "runs.message_accumulator",
         ):
             assert not [module for module, _ in imports(path) if module.split(".")[0] == "openai"], path
 

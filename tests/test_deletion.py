@@ -19,11 +19,11 @@ import redis
 from assistream_flask import events, sse, streams
 from assistream_flask.assistants import Assistant
 from assistream_flask.events import Event
-from assistream_flask.live import Asked
 from assistream_flask.log.memory import MemoryLog
 from assistream_flask.log.protocol import Place, Taken
 from assistream_flask.log.redis import RedisLog
-from assistream_flask.runtime import Runtime
+from assistream_flask.runs.active_run import Asked
+from assistream_flask.runs.runtime import Runtime
 from assistream_flask.settings import Settings
 from assistream_flask.store.sql import Owner, thread_object
 from assistream_flask.upstream import answer_stream

@@ -13,7 +13,7 @@ from flask import Flask, Response, stream_with_context
 from werkzeug.test import EnvironBuilder
 
 from assistream_flask import event_response
-from assistream_flask.runtime import Runtime
+from assistream_flask.runs.runtime import Runtime
 from assistream_flask.testing import OfflineServer, Reply
 from tests.conftest import Caller, MakeApp, quick_client, wait_until
 from tests.live import running

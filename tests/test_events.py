@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from assistream_flask import events
 from assistream_flask.errors import RUN_ERRORS, RunError
 from assistream_flask.events import Event, Json
-from assistream_flask.reply import Reply
+from assistream_flask.runs.message_accumulator import Reply
 from assistream_flask.upstream.deltas import Annotation, End, Part, Reasoning, Refusal, Text
 
 

@@ -10,7 +10,7 @@ import pytest
 from flask import Flask
 from werkzeug.test import TestResponse
 
-from assistream_flask import runtime
+from assistream_flask.runs import runtime
 from assistream_flask.testing import OfflineServer, Reply
 
 from .conftest import Caller, MakeApp, text, wait_until

@@ -12,15 +12,16 @@ from typing import Any
 import openai
 import pytest
 
-from assistream_flask import Assistant, events, lean, publisher, reply
+from assistream_flask import Assistant, events, lean
 from assistream_flask.errors import RunError
 from assistream_flask.events import Json
 from assistream_flask.fast import batch_scheduler
 from assistream_flask.fast.batch_scheduler import Pacer, Seat
-from assistream_flask.live import Live, _feed
 from assistream_flask.log.memory import MemoryLog
 from assistream_flask.platform.interrupt import Interrupted, Interruptible
-from assistream_flask.teller import Teller
+from assistream_flask.runs import delta_publisher, message_accumulator
+from assistream_flask.runs.active_run import Live, _feed
+from assistream_flask.runs.log_appender import Teller
 from assistream_flask.testing import OfflineServer, Reply
 from assistream_flask.testing._background import Stored
 from assistream_flask.upstream import answer_stream, background
@@ -46,13 +47,13 @@ def client(request: pytest.FixtureRequest, quick: openai.OpenAI) -> openai.OpenA
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many events were told each time, from now on."""
     told: list[int] = []
-    tell = publisher.Publisher._tell
+    tell = delta_publisher.Publisher._tell
 
-    def count(self: publisher.Publisher, grown: Any) -> None:
+    def count(self: delta_publisher.Publisher, grown: Any) -> None:
         told.append(sum(len(events) for _, events in grown))
         tell(self, grown)
 
-    monkeypatch.setattr(publisher.Publisher, "_tell", count)
+    monkeypatch.setattr(delta_publisher.Publisher, "_tell", count)
     return told
 
 
@@ -60,7 +61,7 @@ def test_many_answers_at_once_are_told_whole_and_in_fewer_events(
     make_app: MakeApp, server: OfflineServer, client: openai.OpenAI | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = counted(monkeypatch)
-    monkeypatch.setattr(publisher, "_FEW", 0)
+    monkeypatch.setattr(delta_publisher, "_FEW", 0)
     server.replies = Reply(WORDS, delay=0.01)
     callers = [Caller(make_app(client=client, pace_seconds=0.1))]
     callers += [Caller(callers[0].client.application) for _ in range(14)]
@@ -86,7 +87,7 @@ def test_a_few_answers_are_told_as_they_come(
 def test_a_flood_is_told_in_turns_also_where_answers_are_few(
     make_app: MakeApp, server: OfflineServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publisher, "_FLOODED", 0)
+    monkeypatch.setattr(delta_publisher, "_FLOODED", 0)
     told = counted(monkeypatch)
     words = WORDS * 40
     server.replies = Reply(words)
@@ -99,7 +100,7 @@ def test_a_flood_is_told_in_turns_also_where_answers_are_few(
 def test_the_first_words_of_each_are_told_at_once_and_a_cancel_does_not_wait_for_a_tick(
     make_app: MakeApp, server: OfflineServer, client: openai.OpenAI | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publisher, "_FEW", 0)
+    monkeypatch.setattr(delta_publisher, "_FEW", 0)
     server.replies = Reply("one two three", fault="stall")
     caller = Caller(make_app(client=client, pace_seconds=1000))
     (run,) = caller.run("tutor")
@@ -113,7 +114,7 @@ def test_the_first_words_of_each_are_told_at_once_and_a_cancel_does_not_wait_for
 def test_what_waits_for_a_tick_is_told_when_the_answer_ends(
     make_app: MakeApp, server: OfflineServer, client: openai.OpenAI | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publisher, "_FEW", 0)
+    monkeypatch.setattr(delta_publisher, "_FEW", 0)
     monkeypatch.setattr(batch_scheduler, "_PATIENCE", 0.01)
     server.replies = [Reply(WORDS, fault="cut"), Reply(WORDS)]
     caller = Caller(make_app(client=client, pace_seconds=0.2))
@@ -129,7 +130,7 @@ def test_what_waits_for_a_tick_is_told_when_the_answer_ends(
 def test_one_that_fails_in_a_tick_fails_alone(
     make_app: MakeApp, server: OfflineServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publisher, "_FEW", 0)
+    monkeypatch.setattr(delta_publisher, "_FEW", 0)
     grow = Live.grow
 
     def broken(self: Live) -> Any:
@@ -150,7 +151,7 @@ def test_one_that_fails_in_a_tick_fails_alone(
 def test_a_response_that_is_asked_for_again_and_again_is_waited_for_by_its_reader_and_not_in_a_tick(
     make_app: MakeApp, server: OfflineServer, client: openai.OpenAI | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publisher, "_FEW", 0)
+    monkeypatch.setattr(delta_publisher, "_FEW", 0)
     follow, ask = Stored.follow, background.Poll._ask
     asked: list[bool] = []
 
@@ -181,7 +182,7 @@ def test_a_response_that_is_asked_for_again_and_again_is_waited_for_by_its_reade
 def test_a_response_that_breaks_in_a_tick_goes_on_behind_what_that_tick_tells(
     make_app: MakeApp, server: OfflineServer, quick: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publisher, "_FEW", 0)
+    monkeypatch.setattr(delta_publisher, "_FEW", 0)
     iterate, grow = answer_stream.Upstream.__iter__, Live.grow
     broken: list[bool] = []
 
@@ -214,13 +215,13 @@ def test_a_response_that_breaks_in_a_tick_goes_on_behind_what_that_tick_tells(
 @pytest.fixture
 def live() -> Live:
     run = events.run("thread_1", "tutor", "m")
-    one = Live(reply.Reply(run, events.message("thread_1", "assistant", []), []), None, 0, None, None)
+    one = Live(message_accumulator.Reply(run, events.message("thread_1", "assistant", []), []), None, 0, None, None)
     one.seat = Seat()
     return one
 
 
-def alone() -> publisher.Publisher:
-    return publisher.Publisher(Teller(MemoryLog()), 0.01, lambda: 0, lambda live, parts: True)
+def alone() -> delta_publisher.Publisher:
+    return delta_publisher.Publisher(Teller(MemoryLog()), 0.01, lambda: 0, lambda live, parts: True)
 
 
 def test_others_have_their_turn_before_a_read_and_not_with_its_parts_in_hand(

@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 
-from assistream_flask import Assistant, recycle
+from assistream_flask import Assistant
 from assistream_flask.platform import gunicorn as server
+from assistream_flask.runs import shutdown
 from assistream_flask.store.sql import ThreadStore
 from assistream_flask.testing import OfflineServer
 from tests.cluster import Cluster, clustered
@@ -219,12 +220,12 @@ class Clock:
         return self.now
 
 
-def of(worker: Worker, *crews: Crew, has_others: bool, clock: Clock | None = None) -> recycle.Recycle:
+def of(worker: Worker, *crews: Crew, has_others: bool, clock: Clock | None = None) -> shutdown.Recycle:
     """As of a worker that has served as many requests as it may."""
     worker.nr = 10
     found = None
     for crew in crews:
-        found = server.kept(partial(recycle.Recycle, clock=clock or Clock()))
+        found = server.kept(partial(shutdown.Recycle, clock=clock or Clock()))
         assert found is not None
         found.join(crew, 600, has_others)
     assert found is not None
@@ -244,10 +245,10 @@ def test_gunicorns_own_limit_is_out_of_the_way_and_counts_still(worker: Worker) 
 
 def test_where_gunicorn_does_not_count_as_it_is_known_to_its_limit_stays(worker: Worker) -> None:
     del worker.nr
-    assert server.kept(recycle.Recycle) is None
+    assert server.kept(shutdown.Recycle) is None
     assert worker.max_requests == 10
     worker.nr, worker.alive = 10, False
-    assert server.kept(recycle.Recycle) is None
+    assert server.kept(shutdown.Recycle) is None
 
 
 def test_the_apps_of_a_worker_all_have_to_be_done(worker: Worker) -> None:

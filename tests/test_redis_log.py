@@ -18,7 +18,7 @@ from assistream_flask.events import Event
 from assistream_flask.log import redis as redis_log
 from assistream_flask.log.protocol import REFUSED, Away, Claim, Lost, Place, Told
 from assistream_flask.log.redis import RedisLog
-from assistream_flask.teller import Teller
+from assistream_flask.runs.log_appender import Teller
 from tests.conftest import wait_until
 from tests.redis_server import RedisServer
 

@@ -20,7 +20,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import OperationalError
 
 from assistream_flask import blueprint
-from assistream_flask.runtime import Runtime
+from assistream_flask.runs.runtime import Runtime
 from assistream_flask.testing import OfflineServer
 from tests.cluster import APP, clustered
 from tests.conftest import Caller, MakeApp, quick_client, wait_until

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from assistream_flask import snapshots
 from assistream_flask.log.protocol import Place
-from assistream_flask.pages import Page
-from assistream_flask.snapshots import Room, Snapshots
+from assistream_flask.runs import shared_snapshots
+from assistream_flask.runs.shared_snapshots import Room, Snapshots
+from assistream_flask.runs.snapshot import Page
 from assistream_flask.store.sql import ThreadStore
 from tests.conftest import Caller, MakeApp, wait_until
 from tests.test_runtime import at_once
@@ -159,7 +159,7 @@ def test_who_is_stopped_while_it_reads_for_others_or_waits_to_holds_up_nobody(
             raise Killed
 
     if where == "waits":
-        monkeypatch.setattr(snapshots, "time", SimpleNamespace(sleep=kill, monotonic=time.monotonic))
+        monkeypatch.setattr(shared_snapshots, "time", SimpleNamespace(sleep=kill, monotonic=time.monotonic))
     found = list[str]()
 
     def ask() -> None:
@@ -182,7 +182,7 @@ def test_who_is_stopped_while_it_reads_for_others_or_waits_to_holds_up_nobody(
 def test_pages_of_a_crowd_to_many_threads_are_read_a_few_at_once_and_stuck_ones_stop_nobody_for_good(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(snapshots, "_WAIT_SECONDS", 0.5)
+    monkeypatch.setattr(shared_snapshots, "_WAIT_SECONDS", 0.5)
     inside, most, go = 0, 0, threading.Event()
     guard = threading.Lock()
 

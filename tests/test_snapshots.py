@@ -19,10 +19,10 @@ from assistream_flask import events
 from assistream_flask.assistants import Assistant
 from assistream_flask.errors import RunError
 from assistream_flask.events import TERMINAL, Event, Json
-from assistream_flask.live import Asked
 from assistream_flask.log.memory import MemoryLog
 from assistream_flask.log.protocol import REFUSED, Claim, Log, Lost, Place, Subscription
-from assistream_flask.runner import Runner
+from assistream_flask.runs.active_run import Asked
+from assistream_flask.runs.executor import Runner
 from assistream_flask.settings import Settings
 from assistream_flask.store.sql import Owner, State, ThreadStore, thread_object
 from assistream_flask.upstream import answer_stream

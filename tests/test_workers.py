@@ -17,16 +17,16 @@ from typing import Any, NamedTuple, cast
 
 import pytest
 
-from assistream_flask import publisher
-from assistream_flask import runner as runners
 from assistream_flask.assistants import Assistant
 from assistream_flask.errors import RequestError, RunError
 from assistream_flask.events import TERMINAL, Event, Json
-from assistream_flask.live import Asked
 from assistream_flask.log import redis as redis_log
 from assistream_flask.log.protocol import Away, Log, Place, Told
 from assistream_flask.log.redis import RedisLog
-from assistream_flask.runner import Runner
+from assistream_flask.runs import delta_publisher
+from assistream_flask.runs import executor as runners
+from assistream_flask.runs.active_run import Asked
+from assistream_flask.runs.executor import Runner
 from assistream_flask.settings import Settings
 from assistream_flask.store.leases import LEASE_SECONDS
 from assistream_flask.store.sql import Owner, ThreadStore
@@ -249,7 +249,7 @@ def test_whatever_the_workers_do_every_viewer_ends_with_the_whole(
 def test_whatever_they_do_at_a_pace_every_viewer_ends_with_the_whole(
     redis_server: RedisServer, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publisher, "_FEW", 0)
+    monkeypatch.setattr(delta_publisher, "_FEW", 0)
     with contextlib.closing(Houses(database_url, redis_server.empty_url())) as houses:
         did = sum(trial(houses, seeded(houses, f"pace/{number}")) for number in range(TRIALS))
     assert did >= 10 * TRIALS

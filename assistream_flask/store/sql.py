@@ -133,7 +133,7 @@ class Stored(NamedTuple):
 
 
 class Held(NamedTuple):
-    """A run that is not over, with what its worker needs: see :mod:`.runner`."""
+    """A run that is not over, with what its worker needs: see :mod:`..runs.executor`."""
 
     run: Json
     message: Json

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Container
 
-from . import events
-from .events import TERMINAL, Json
-from .log.protocol import Log, Lost, Place, Record
-from .store.sql import ThreadStore
+from .. import events
+from ..events import TERMINAL, Json
+from ..log.protocol import Log, Lost, Place, Record
+from ..store.sql import ThreadStore
 
 Page = tuple[list[Json], bool, Place]
 

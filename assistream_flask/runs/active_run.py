@@ -9,17 +9,17 @@ from typing import NamedTuple
 
 import openai
 
-from .assistants import Assistant
-from .events import Event, Json, Said
-from .fast.batch_scheduler import Seat
-from .fast.read_gate import Turn
-from .log.protocol import Claim, Place
-from .platform.interrupt import Interrupted, Interruptible
-from .reply import Ahead, Reply
-from .store.sql import Owner, State
-from .upstream import answer_stream
-from .upstream.deltas import Part, merged
-from .upstream.items import Limit, Names, Shorten
+from ..assistants import Assistant
+from ..events import Event, Json, Said
+from ..fast.batch_scheduler import Seat
+from ..fast.read_gate import Turn
+from ..log.protocol import Claim, Place
+from ..platform.interrupt import Interrupted, Interruptible
+from ..store.sql import Owner, State
+from ..upstream import answer_stream
+from ..upstream.deltas import Part, merged
+from ..upstream.items import Limit, Names, Shorten
+from .message_accumulator import Ahead, Reply
 
 
 class Asked(NamedTuple):

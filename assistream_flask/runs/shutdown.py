@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from .platform import gunicorn
+from ..platform import gunicorn
 
 # With others beside it, so long is waited for a moment without an answer.
 _PATIENCE_SECONDS: Final = 10.0

@@ -14,18 +14,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from .events import new_id
-from .live import Asked
-from .log.memory import MemoryLog
-from .log.protocol import Log
-from .platform import gunicorn
-from .platform.log_throttle import Complaints
-from .recycle import Recycle
-from .runner import Runner
-from .settings import Settings
-from .snapshots import Room, Snapshots
-from .store.leases import Leases
-from .store.sql import Owner, ThreadStore
+from ..events import new_id
+from ..log.memory import MemoryLog
+from ..log.protocol import Log
+from ..platform import gunicorn
+from ..platform.log_throttle import Complaints
+from ..settings import Settings
+from ..store.leases import Leases
+from ..store.sql import Owner, ThreadStore
+from .active_run import Asked
+from .executor import Runner
+from .shared_snapshots import Room, Snapshots
+from .shutdown import Recycle
 
 _log = logging.getLogger(__name__)
 
@@ -223,7 +223,7 @@ def _log_of(settings: Settings, complaints: Complaints) -> Log:
             complaints=complaints,
         )
     # Redis's client is an extra.
-    from .log.redis import RedisLog
+    from ..log.redis import RedisLog
 
     return RedisLog(
         settings.redis_url,

@@ -6,9 +6,9 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
-from .events import Event
-from .log.protocol import Away, Claim, Log, Place, Told
-from .store.database import Unsettled
+from ..events import Event
+from ..log.protocol import Away, Claim, Log, Place, Told
+from ..store.database import Unsettled
 
 
 class Teller:

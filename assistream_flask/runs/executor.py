@@ -13,26 +13,27 @@ from typing import Final, NamedTuple, TypeVar
 import openai
 from sqlalchemy.exc import SQLAlchemyError
 
-from . import events, pages
-from .errors import MESSAGE_TOO_LONG, RequestError, RunError, masked
-from .events import TERMINAL, Event, Json
-from .keeper import Keeper
-from .live import Asked, History, Live
-from .live import spawn as _spawn
-from .log.protocol import REFUSED, Away, Claim, Log, Lost, Place
-from .others import Others
-from .platform.interrupt import Interrupted
-from .platform.log_throttle import Complaints
-from .publisher import Publisher
-from .reply import Ahead, Reply
-from .settings import Settings
-from .store.leases import LEASE_SECONDS
-from .store.sql import LAPSED, RELEASED, Answer, Held, Owner, ThreadStore
-from .store.tables import runs
-from .teller import Teller
-from .upstream import answer_stream, items
-from .upstream.deltas import Begun, End, Part
-from .upstream.items import Limit, Turn
+from .. import events
+from ..errors import MESSAGE_TOO_LONG, RequestError, RunError, masked
+from ..events import TERMINAL, Event, Json
+from ..log.protocol import REFUSED, Away, Claim, Log, Lost, Place
+from ..platform.interrupt import Interrupted
+from ..platform.log_throttle import Complaints
+from ..settings import Settings
+from ..store.leases import LEASE_SECONDS
+from ..store.sql import LAPSED, RELEASED, Answer, Held, Owner, ThreadStore
+from ..store.tables import runs
+from ..upstream import answer_stream, items
+from ..upstream.deltas import Begun, End, Part
+from ..upstream.items import Limit, Turn
+from . import snapshot
+from .active_run import Asked, History, Live
+from .active_run import spawn as _spawn
+from .checkpointer import Keeper
+from .delta_publisher import Publisher
+from .log_appender import Teller
+from .message_accumulator import Ahead, Reply
+from .other_workers import Others
 
 _log = logging.getLogger(__name__)
 
@@ -184,17 +185,17 @@ class Runner:
         limit: int,
         before: str | None = None,
         room: Callable[[], AbstractContextManager[object]] = nullcontext,
-    ) -> pages.Page | None:
+    ) -> snapshot.Page | None:
         """Gives a page of entries, whether there are older ones, and the place in the log as of which
         the page is exact; ``None`` when ``before`` is no message of the thread. It is read in ``room``."""
         for tries in range(40):
             try:
                 with room():
-                    found = pages.read(self._store, self._log, thread_id, limit, before, self._live)
+                    found = snapshot.read(self._store, self._log, thread_id, limit, before, self._live)
                 if not self._log.shared and any(map(self._is_foreign, found[0] if found else ())):
                     self._foreign.add(thread_id)
                 return found
-            except pages.Moved:
+            except snapshot.Moved:
                 pass
             except Lost:
                 # Whoever has the run stores what it is now.
@@ -630,7 +631,7 @@ class Runner:
                 # Its last holder stored what it could not tell: nothing may be told behind what viewers have.
                 raise Lost
             records, place = self._log.recover(held.run["thread_id"], place, held.run["id"])
-            for record in filter(pages.grows, records):
+            for record in filter(snapshot.grows, records):
                 events.apply(entry, record.name, record.data())
         except (Lost, Away):
             # What is stored is all there is; viewers may have seen more.
@@ -638,7 +639,7 @@ class Runner:
         held.steps[:] = entry["steps"]
         return place
 
-    # The end of a worker: see :class:`.recycle.Crew`
+    # The end of a worker: see :class:`.shutdown.Crew`
 
     def is_busy(self) -> bool:
         return any(

@@ -7,15 +7,15 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final, cast
 
-from .errors import RunError, masked
-from .events import Event
-from .fast.batch_scheduler import Pacer
-from .live import Live
-from .log.protocol import REFUSED, Told
-from .platform.interrupt import Interrupted
-from .platform.log_throttle import Complaints
-from .teller import Teller
-from .upstream.deltas import Part
+from ..errors import RunError, masked
+from ..events import Event
+from ..fast.batch_scheduler import Pacer
+from ..log.protocol import REFUSED, Told
+from ..platform.interrupt import Interrupted
+from ..platform.log_throttle import Complaints
+from ..upstream.deltas import Part
+from .active_run import Live
+from .log_appender import Teller
 
 _log = logging.getLogger(__name__)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from . import events
-from .errors import STILL_LOADING, RunError
-from .events import Event, Json
-from .upstream.deltas import Annotation, Begun, End, Failed, Part, Reasoning, Refusal, Text
+from .. import events
+from ..errors import STILL_LOADING, RunError
+from ..events import Event, Json
+from ..upstream.deltas import Annotation, Begun, End, Failed, Part, Reasoning, Refusal, Text
 
 
 class Reply:

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final, NamedTuple, TypeAlias
 
-from . import events, sse
-from .log.protocol import Place
-from .pages import Page
-from .platform.once import Errand, Undone
+from .. import events, sse
+from ..log.protocol import Place
+from ..platform.once import Errand, Undone
+from .snapshot import Page
 
 _BYTES: Final = 524_288
 _APART_SECONDS: Final = 0.1

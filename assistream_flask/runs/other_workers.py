@@ -6,9 +6,9 @@ import logging
 import time
 from typing import Final, NamedTuple
 
-from .log.protocol import Log, Lost, Place
-from .store.sql import ThreadStore
-from .teller import Teller
+from ..log.protocol import Log, Lost, Place
+from ..store.sql import ThreadStore
+from .log_appender import Teller
 
 _log = logging.getLogger(__name__)
 

@@ -10,11 +10,11 @@ from typing import Final
 
 from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 
-from .live import Live
-from .log.protocol import Log, Place
-from .platform.log_throttle import Complaints
-from .store.sql import State, ThreadStore
-from .teller import Teller
+from ..log.protocol import Log, Place
+from ..platform.log_throttle import Complaints
+from ..store.sql import State, ThreadStore
+from .active_run import Live
+from .log_appender import Teller
 
 _log = logging.getLogger(__name__)
 
