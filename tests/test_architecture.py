@@ -25,6 +25,7 @@ FLOORS: list[set[str]] = [
         "store",
         "log",
         "runs",
+        "web",
         "errors",
         "version",
         "platform.interrupt",
@@ -45,7 +46,7 @@ FLOORS: list[set[str]] = [
         "store.database",
         "fast.chunk_reader",
     },
-    {"checks", "log.protocol", "store.sql", "upstream.errors", "upstream.deltas"},
+    {"web.validation", "log.protocol", "store.sql", "upstream.errors", "upstream.deltas"},
     {"upstream.event_reader"},
     {"upstream.items"},
     {
@@ -63,10 +64,10 @@ FLOORS: list[set[str]] = [
     {"upstream.answer_stream", "runs.message_accumulator", "runs.snapshot", "runs.log_appender"},
     {"runs.active_run", "runs.shared_snapshots"},
     {"runs.delta_publisher", "runs.checkpointer", "runs.other_workers"},
-    {"runs.executor", "relay", "doctor", "runs.shutdown"},
+    {"runs.executor", "web.event_response", "web.doctor", "runs.shutdown"},
     {"runs.runtime"},
-    {"streams"},
-    {"blueprint"},
+    {"web.event_streams"},
+    {"web.blueprint"},
     {""},
 ]
 
@@ -150,7 +151,7 @@ def test_only_the_blueprint_imports_flask() -> None:
         for module, _ in imports(path)
         if module.split(".")[0] in ("flask", "werkzeug")
     }
-    assert found == {"blueprint"}
+    assert found == {"web.blueprint"}
 
 
 def test_neither_sse_nor_events_nor_errors_knows_openai() -> None:

@@ -16,7 +16,7 @@ from typing import Any, cast
 import pytest
 import redis
 
-from assistream_flask import events, sse, streams
+from assistream_flask import events, sse
 from assistream_flask.assistants import Assistant
 from assistream_flask.events import Event
 from assistream_flask.log.memory import MemoryLog
@@ -29,6 +29,7 @@ from assistream_flask.store.sql import Owner, thread_object
 from assistream_flask.upstream import answer_stream
 from assistream_flask.upstream.deltas import Text
 from assistream_flask.upstream.items import Turn
+from assistream_flask.web import event_streams
 from tests.redis_server import RedisServer
 from tests.test_snapshots import Script, until
 
@@ -59,9 +60,9 @@ class Watcher:
     ) -> None:
         runtime, self._choose, self._said = choose.choice(workers.all), choose, b""
         if runs is None:
-            self._frames = streams.view(runtime, thread_id, place, self._send)
+            self._frames = event_streams.view(runtime, thread_id, place, self._send)
         else:
-            self._frames = streams.follow(runtime, thread_id, None, runs, place, self._send)
+            self._frames = event_streams.follow(runtime, thread_id, None, runs, place, self._send)
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 

@@ -23,10 +23,11 @@ import pytest
 from click.testing import CliRunner
 from flask import Flask
 
-from assistream_flask import Assistant, create_blueprint, doctor
+from assistream_flask import Assistant, create_blueprint
 from assistream_flask.settings import Settings
 from assistream_flask.store.sql import Answer
 from assistream_flask.testing import OfflineServer
+from assistream_flask.web import doctor
 
 from .conftest import KEY, MakeApp, wait_until
 from .live import Gunicorn

@@ -381,7 +381,7 @@ def test_a_failed_run_has_one_line_in_the_log_with_what_the_server_said(
 
 
 def test_a_stream_of_ones_own_says_in_the_log_why_it_failed(caplog: pytest.LogCaptureFixture) -> None:
-    from assistream_flask.relay import relay
+    from assistream_flask.web.event_response import relay
 
     failed = {"type": "response.failed", "response": {"error": {"code": "server_error", "message": "out of memory"}}}
     frames = b"".join(relay(iter([failed]), 10))

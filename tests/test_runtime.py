@@ -19,9 +19,9 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.exc import OperationalError
 
-from assistream_flask import blueprint
 from assistream_flask.runs.runtime import Runtime
 from assistream_flask.testing import OfflineServer
+from assistream_flask.web import blueprint
 from tests.cluster import APP, clustered
 from tests.conftest import Caller, MakeApp, quick_client, wait_until
 from tests.live import ROOT, Gunicorn
@@ -147,7 +147,8 @@ def test_who_is_stopped_while_it_makes_the_runtime_holds_up_nobody(
 FORK = """
 import os, sys, threading, time
 from flask import Flask
-from assistream_flask import Assistant, blueprint, create_blueprint
+from assistream_flask import Assistant, create_blueprint
+from assistream_flask.web import blueprint
 
 app = Flask("forked")
 app.config.update(SECRET_KEY="k", ASSISTREAM_DATABASE_URL="sqlite:///" + sys.argv[1])

@@ -29,14 +29,15 @@ import sqlalchemy as sa
 from gevent import monkey
 from sqlalchemy.exc import SQLAlchemyError
 
-from . import checks, sse
-from .errors import ConfigurationError, RequestError
-from .log import redis_requirements
-from .platform import gunicorn
-from .settings import Settings
-from .store import tables
-from .store.leases import SKEW_SECONDS
-from .store.sql import Answer, Owner, ThreadStore
+from .. import sse
+from ..errors import ConfigurationError, RequestError
+from ..log import redis_requirements
+from ..platform import gunicorn
+from ..settings import Settings
+from ..store import tables
+from ..store.leases import SKEW_SECONDS
+from ..store.sql import Answer, Owner, ThreadStore
+from . import validation
 
 HEADER: Final = "X-Assistream-Doctor"
 
@@ -603,7 +604,7 @@ def _judge(
     else:
         yield Finding("ok", "event streams are not compressed")
     try:
-        checks.same_origin(origin, report["host"], settings.allowed_origins.split())
+        validation.same_origin(origin, report["host"], settings.allowed_origins.split())
         yield Finding("ok", "the app sees the host that browsers see")
     except RequestError:
         yield Finding(

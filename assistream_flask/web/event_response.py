@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-from . import events, sse
-from .errors import RunError
-from .events import Event
-from .platform.gunicorn import serving
-from .platform.interrupt import Interrupted, Interruptible
-from .runs.message_accumulator import Reply
-from .upstream.answer_stream import Upstream, translate
-from .upstream.deltas import End, Part, merged
+from .. import events, sse
+from ..errors import RunError
+from ..events import Event
+from ..platform.gunicorn import serving
+from ..platform.interrupt import Interrupted, Interruptible
+from ..runs.message_accumulator import Reply
+from ..upstream.answer_stream import Upstream, translate
+from ..upstream.deltas import End, Part, merged
 
 _log = logging.getLogger(__name__)
 

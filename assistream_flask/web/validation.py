@@ -7,9 +7,9 @@ import re
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
-from . import events
-from .errors import RequestError
-from .events import Json
+from .. import events
+from ..errors import RequestError
+from ..events import Json
 
 
 def invalid(message: str) -> RequestError:

@@ -11,11 +11,11 @@ from typing import Final
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from . import events, sse
-from .errors import RequestError
-from .events import TERMINAL
-from .log.protocol import Away, Lost, Place, Record, Subscription, Taken
-from .runs.runtime import Runtime
+from .. import events, sse
+from ..errors import RequestError
+from ..events import TERMINAL
+from ..log.protocol import Away, Lost, Place, Record, Subscription, Taken
+from ..runs.runtime import Runtime
 
 _ENDS: Final = frozenset(f"thread.run.{status}" for status in TERMINAL)
 

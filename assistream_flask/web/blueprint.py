@@ -19,24 +19,25 @@ from flask.blueprints import BlueprintSetupState
 from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
 
-from . import checks, doctor, events, sse, streams
-from .assistants import Assistant, index
-from .errors import AssistreamError, ConfigurationError, RequestError
-from .events import Json
-from .fast import direct_send
-from .fast.chunk_reader import new_client
-from .log.protocol import Away, Place
-from .platform import gunicorn
-from .platform.log_throttle import Complaints
-from .platform.once import PerProcess
-from .relay import relay
-from .runs.active_run import Asked
-from .runs.executor import Started
-from .runs.runtime import Runtime, default_database
-from .settings import Settings
-from .store import database
-from .store.sql import Answer, AnsweredBefore, Owner, TooManyRuns, thread_object
-from .upstream.items import Names
+from .. import events, sse
+from ..assistants import Assistant, index
+from ..errors import AssistreamError, ConfigurationError, RequestError
+from ..events import Json
+from ..fast import direct_send
+from ..fast.chunk_reader import new_client
+from ..log.protocol import Away, Place
+from ..platform import gunicorn
+from ..platform.log_throttle import Complaints
+from ..platform.once import PerProcess
+from ..runs.active_run import Asked
+from ..runs.executor import Started
+from ..runs.runtime import Runtime, default_database
+from ..settings import Settings
+from ..store import database
+from ..store.sql import Answer, AnsweredBefore, Owner, TooManyRuns, thread_object
+from ..upstream.items import Names
+from . import doctor, event_streams, validation
+from .event_response import relay
 
 _log = logging.getLogger(__name__)
 
@@ -272,7 +273,7 @@ def _route(view: Callable[..., Response]) -> Callable[..., Response]:
         part = state.parts[request.blueprint or ""]
         if request.method not in ("GET", "HEAD"):
             allowed = state.runtime().settings.allowed_origins.split()
-            checks.same_origin(request.headers.get("Origin"), request.host, allowed)
+            validation.same_origin(request.headers.get("Origin"), request.host, allowed)
         call = _Call(part, state.runtime(), _caller(part, request.blueprint or ""))
         thread_id = values.get("thread_id")
         if thread_id is not None:
@@ -304,7 +305,7 @@ def _caller(part: _Part, scope: str) -> Owner | None:
         raise RequestError(401, "unauthenticated", "This app does not know who you are. Sign in first.")
     named = str(named)
     # What the column holds; a name is an id, and one that is cut or cleaned could be another's.
-    fits = len(named) <= 255 and checks.storable(named)
+    fits = len(named) <= 255 and validation.storable(named)
     return Owner(scope, named if fits else hashlib.sha256(named.encode("utf-8", "surrogatepass")).hexdigest())
 
 
@@ -405,14 +406,14 @@ def _body(runtime: Runtime, allowed: Sequence[str], required: Sequence[str] = ()
         raise RequestError(
             413, "message_too_long", f"The body has more than the {limit} bytes that are allowed. Send a shorter one."
         ) from None
-    return checks.body(raw, request.mimetype, allowed, required)
+    return validation.body(raw, request.mimetype, allowed, required)
 
 
 def _argument(name: str) -> str | None:
     try:
         return request.args.get(name)
     except UnicodeDecodeError:
-        raise checks.invalid("The query is not UTF-8. Percent-encode it.") from None
+        raise validation.invalid("The query is not UTF-8. Percent-encode it.") from None
 
 
 def _before() -> str | None:
@@ -423,7 +424,7 @@ def _before() -> str | None:
 
 def _limit() -> int:
     text = _argument("limit")
-    return checks.limit("50" if text is None else text)
+    return validation.limit("50" if text is None else text)
 
 
 class _Once:
@@ -434,7 +435,7 @@ class _Once:
 
     def __init__(self, call: _Call, owner: Owner) -> None:
         self._store, self._owner = call.runtime.store, owner
-        self.key = checks.idempotency_key(request.headers.get("Idempotency-Key"))
+        self.key = validation.idempotency_key(request.headers.get("Idempotency-Key"))
         body = request.get_data(cache=True)
         # The part of the path that names the route and its objects; a prefix may change.
         route = json.dumps([request.endpoint, request.view_args])
@@ -460,7 +461,7 @@ class _Once:
 
 
 def _helper(**_: str) -> Response:
-    response = send_from_directory(os.path.join(os.path.dirname(__file__), "static"), "assistream.js")
+    response = send_from_directory(os.path.join(os.path.dirname(os.path.dirname(__file__)), "static"), "assistream.js")
     response.mimetype = "text/javascript"
     response.headers["X-Content-Type-Options"] = "nosniff"
     return response
@@ -475,7 +476,11 @@ def _create_thread(call: _Call) -> Response:
     owner = _someone(call)
     once = _Once(call, owner)
     thread = thread_object(
-        {"id": events.new_id("thread"), "created_at": events.now(), "metadata": checks.metadata(body.get("metadata"))}
+        {
+            "id": events.new_id("thread"),
+            "created_at": events.now(),
+            "metadata": validation.metadata(body.get("metadata")),
+        }
     )
     answer = once.before()
     if answer is None:
@@ -511,7 +516,7 @@ def _messages(call: _Call, thread_id: str) -> Response:
 
 def _add_message(call: _Call, thread_id: str) -> Response:
     body = _body(call.runtime, ["content"], ["content"])
-    content = checks.content(body["content"], call.runtime.settings.max_message_chars)
+    content = validation.content(body["content"], call.runtime.settings.max_message_chars)
     given = _start(call, thread_id, content, [], "parallel", 201, lambda started: started.message or {})
     return _json(given.body, 201)
 
@@ -521,9 +526,9 @@ def _create_runs(call: _Call, thread_id: str) -> Response:
     settings = call.runtime.settings
     content = None
     if body.get("content") is not None:
-        content = checks.content(body["content"], settings.max_message_chars)
-    mode = checks.mode(body.get("mode", "parallel"))
-    ids = checks.assistant_ids(body["assistant_ids"], min(settings.max_assistants, settings.max_runs))
+        content = validation.content(body["content"], settings.max_message_chars)
+    mode = validation.mode(body.get("mode", "parallel"))
+    ids = validation.assistant_ids(body["assistant_ids"], min(settings.max_assistants, settings.max_runs))
     known = call.part.assistants()
     if unknown := [one for one in ids if one not in known]:
         raise RequestError(
@@ -537,12 +542,12 @@ def _create_runs(call: _Call, thread_id: str) -> Response:
     def start() -> Answer:
         return _start(call, thread_id, content, asked, mode, 202, answer)
 
-    def follow(send: streams.Send) -> streams.Frames:
+    def follow(send: event_streams.Send) -> event_streams.Frames:
         given = start()
         message = given.body["message"]
         runs = {run["id"] for run in given.body["runs"]}
         message_id = message["message"]["id"] if message else None
-        return streams.follow(call.runtime, thread_id, message_id, runs, Place.parse(given.place), send)
+        return event_streams.follow(call.runtime, thread_id, message_id, runs, Place.parse(given.place), send)
 
     if any(kind.lower() == "text/event-stream" and quality for kind, quality in request.accept_mimetypes):
         return _streamed(call, follow)
@@ -627,10 +632,14 @@ def _doctor(**_: str) -> Response:
 
 def _events(call: _Call, thread_id: str) -> Response:
     asked = request.headers.get("Last-Event-ID") or _argument("last_event_id")
-    return _streamed(call, lambda send: streams.view(call.runtime, thread_id, Place.parse(asked), send), begin=True)
+    return _streamed(
+        call, lambda send: event_streams.view(call.runtime, thread_id, Place.parse(asked), send), begin=True
+    )
 
 
-def _streamed(call: _Call, start: Callable[[streams.Send], streams.Frames], begin: bool = False) -> Response:
+def _streamed(
+    call: _Call, start: Callable[[event_streams.Send], event_streams.Frames], begin: bool = False
+) -> Response:
     """Answers with a stream; one that is to ``begin`` before the headers can still be answered with an error."""
     runtime, settings = call.runtime, call.runtime.settings
     if request.method == "HEAD":
