@@ -1,4 +1,7 @@
-"""assistream: OpenAI streams as Server-Sent Events, for Flask under gunicorn and gevent."""
+"""assistream: OpenAI streams as Server-Sent Events, for Flask under gunicorn and gevent.
+
+Here is what an app imports, beside :mod:`assistream_flask.testing`; all else is the package's own.
+"""
 
 from .assistants import Assistant
 from .errors import AssistreamError, ConfigurationError

@@ -1,10 +1,14 @@
-"""The house: who may import whom, and what an import may do."""
+"""The house: which room may import which, what an import may do, and the picture of it in the docs."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
+import os
+import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,62 +18,14 @@ import assistream_flask
 
 HOUSE = Path(assistream_flask.__file__).parent
 MODULES = sorted(HOUSE.rglob("*.py"))
+PICTURE = HOUSE.parent / "docs/explanation/rooms.md"
 
-# A module may import those of its own folder's leaves and of lower floors. What stands on one floor
-# does not know of its neighbours.
-FLOORS: list[set[str]] = [
-    {
-        "platform",
-        "fast",
-        "upstream",
-        "store",
-        "log",
-        "runs",
-        "web",
-        "errors",
-        "version",
-        "platform.interrupt",
-        "platform.once",
-        "fast.read_gate",
-        "fast.event_template",
-        "upstream.stale_connection",
-    },
-    {"platform.log_throttle"},
-    {
-        "sse",
-        "events",
-        "assistants",
-        "settings",
-        "store.tables",
-        "store.migrations",
-        "fast.batch_scheduler",
-        "store.database",
-        "fast.chunk_reader",
-    },
-    {"web.validation", "log.protocol", "store.sql", "upstream.errors", "upstream.deltas"},
-    {"upstream.event_reader"},
-    {"upstream.items"},
-    {
-        "platform.gunicorn",
-        "fast.direct_send",
-        "log.thread_buffer",
-        "log.redis_requirements",
-        "upstream.assistants_v2",
-        "upstream.chat",
-        "upstream.responses",
-        "store.leases",
-    },
-    {"log.cursor"},
-    {"log.memory", "log.redis", "upstream.background"},
-    {"upstream.answer_stream", "runs.message_accumulator", "runs.snapshot", "runs.log_appender"},
-    {"runs.active_run", "runs.shared_snapshots"},
-    {"runs.delta_publisher", "runs.checkpointer", "runs.other_workers"},
-    {"runs.executor", "web.event_response", "web.doctor", "runs.shutdown"},
-    {"runs.runtime"},
-    {"web.event_streams"},
-    {"web.blueprint"},
-    {""},
-]
+# The rule: a module imports from its own room and from those before it in this list, and in no circle. A room is a
+# folder; "words" are the modules beside the folders, which every room may know, and "face" is what apps import.
+WORDS, FACE = "words", "face"
+ROOMS = (WORDS, "platform", "log", "fast", "upstream", "store", "runs", "web", FACE)
+# The offline server imports none of them, and none of them imports it.
+ALONE = "testing"
 
 
 def name_of(path: Path) -> str:
@@ -77,11 +33,19 @@ def name_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-NAMES = {name_of(path) for path in MODULES}
+def room_of(name: str) -> str:
+    if not name:
+        return FACE
+    first = name.split(".")[0]
+    return first if (HOUSE / first).is_dir() else WORDS
+
+
+NAMES = {name_of(path): path for path in MODULES}
 
 
 def imports(path: Path) -> Iterator[tuple[str, int]]:
-    """Gives full names of imported modules, ours as ``assistream_flask...``, wherever in the file."""
+    """Gives full names of imported modules, ours as ``assistream_flask...``, wherever in the file: within functions and
+    for types only too."""
     package = ["assistream_flask", *path.relative_to(HOUSE).parts[:-1]]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -102,46 +66,134 @@ def ours(path: Path) -> Iterator[tuple[str, int]]:
             yield module.removeprefix("assistream_flask").removeprefix("."), line
 
 
-def floor(name: str) -> int:
-    return next(at for at, names in enumerate(FLOORS) if name in names)
+def for_types(path: Path) -> set[int]:
+    """The lines of imports that are for types only."""
+    blocks = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.If)]
+    return {inner.lineno for node in blocks if ast.unparse(node.test) == "TYPE_CHECKING" for inner in node.body}
 
 
-def test_every_module_has_its_floor() -> None:
-    # Alembic runs the files in migrations by themselves.
-    core = {name for name in NAMES if name.split(".")[0] != "testing" and not name.startswith("store.migrations.")}
-    assert core == set().union(*FLOORS)
+GRAPH = {name: sorted({other for other, _ in ours(path)}) for name, path in NAMES.items()}
 
 
-def test_imports_point_downward_only() -> None:
+def docstring(name: str) -> str:
+    return ast.get_docstring(ast.parse(NAMES[name].read_text())) or ""
+
+
+def sentences(text: str) -> list[str]:
+    return re.findall(r"\S.*?[.!?](?=\s|$)", text, re.DOTALL)
+
+
+def test_every_module_is_in_a_room() -> None:
+    assert {room_of(name) for name in NAMES} == {*ROOMS, ALONE}
+
+
+def test_a_room_imports_from_those_before_it_only() -> None:
     wrong = [
-        f"{name_of(path)}:{line} imports {other}"
-        for path in MODULES
-        if name_of(path).split(".")[0] != "testing"
+        f"{name}:{line} imports {other}"
+        for name, path in NAMES.items()
+        if room_of(name) != ALONE
         for other, line in ours(path)
-        if floor(other) >= floor(name_of(path))
+        if ROOMS.index(room_of(other)) > ROOMS.index(room_of(name))
     ]
     assert wrong == []
 
 
+def test_modules_import_each_other_in_no_circle() -> None:
+    # The classes of the offline server name each other's types.
+    alone = {name: path for name, path in NAMES.items() if room_of(name) == ALONE}
+    there = {name: [one for one, line in ours(path) if line not in for_types(path)] for name, path in alone.items()}
+    try:
+        graphlib.TopologicalSorter({**GRAPH, **there}).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+def test_every_folder_says_in_two_sentences_what_is_in_it() -> None:
+    folders = {name for name, path in NAMES.items() if path.name == "__init__.py"}
+    assert {path.parent for path in MODULES} == {NAMES[name].parent for name in folders}
+    rooms = {room for room in ROOMS if room not in (WORDS, FACE)}
+    assert {name: len(sentences(docstring(name))) for name in rooms} == dict.fromkeys(rooms, 2)
+    # A room has nothing else there: to import a module of it is to import no other.
+    assert [name for name in rooms if len(ast.parse(NAMES[name].read_text()).body) != 1] == []
+    assert [name for name in folders - rooms if len(sentences(docstring(name))) < 2] == []
+
+
 def test_imports_among_ourselves_stand_at_the_top_where_they_cannot_hide_a_circle() -> None:
     for path in MODULES:
-        top = {node.lineno for node in ast.parse(path.read_text()).body}
-        guarded = {
-            inner.lineno
-            for node in ast.parse(path.read_text()).body
-            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-            for inner in node.body
-        }
+        top = {node.lineno for node in ast.parse(path.read_text()).body} | for_types(path)
         # What needs an extra is imported when it is asked for.
-        hidden = [other for other, line in ours(path) if line not in top | guarded]
+        hidden = [other for other, line in ours(path) if line not in top]
         assert set(hidden) <= {"log.redis"}, path
 
 
 def test_the_offline_server_stands_alone_and_the_rest_does_not_know_it() -> None:
     for path in MODULES:
-        inside = name_of(path).split(".")[0] == "testing"
+        inside = room_of(name_of(path)) == ALONE
         for other, line in ours(path):
-            assert (other.split(".")[0] == "testing") == inside, f"{path}:{line}"
+            assert (room_of(other) == ALONE) == inside, f"{path}:{line}"
+
+
+# The picture
+
+
+def first_line(name: str) -> str:
+    return sentences(docstring(name))[0].replace("\n", " ").rstrip(".")
+
+
+def needs_of(room: str) -> set[str]:
+    """The rooms that a room imports from."""
+    return {room_of(other) for name, others in GRAPH.items() if room_of(name) == room for other in others} - {room}
+
+
+def picture() -> str:
+    """The page of the docs, made from the imports and the docstrings."""
+    drawn = [room for room in ROOMS if room not in (WORDS, FACE)]
+    arrows = [f"  {room} --> {other}" for room in reversed(drawn) for other in drawn if other in needs_of(room)]
+    lines = [
+        "# The rooms",
+        "",
+        "<!-- Made by tests/test_architecture.py: ASSISTREAM_WRITE_ROOMS=1 has it write this file. -->",
+        "",
+        "`assistream_flask` is a handful of rooms, each a folder. A module imports from its own room and from those",
+        "below it, never from one above, and no modules import each other in a circle. `tests/test_architecture.py`",
+        "has the order of the rooms, and holds every import to it, those within functions included. This page is made",
+        "from the imports and the docstrings by the same test.",
+        "",
+        "```mermaid",
+        "graph TD",
+        *arrows,
+        "```",
+        "",
+        f"Every room may import the modules that stand beside the folders, too. `{ALONE}` imports nothing of the",
+        "rest, and nothing imports it.",
+    ]
+    for room in [*reversed(drawn), WORDS, ALONE]:
+        names = sorted(name for name in NAMES if room_of(name) == room and name != room)
+        title = "Beside the folders" if room == WORDS else f"{room}/"
+        lines += ["", f"## {title}", ""]
+        if room != WORDS:
+            said = " ".join(" ".join(sentences(docstring(room))[:2]).split())
+            lines += [*textwrap.wrap(said, 120), ""]
+        lines.append("```")
+        for name in names:
+            lines.append(f"{name.removeprefix(room + '.')}: {first_line(name)}")
+            others = [other for other in GRAPH[name] if room_of(other) != WORDS or room == WORDS]
+            if others:
+                lines += textwrap.wrap(
+                    "imports " + ", ".join(others), 110, initial_indent=" " * 4, subsequent_indent=" " * 8
+                )
+        lines.append("```")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_docs_have_the_picture_of_the_rooms_as_they_are() -> None:
+    if os.environ.get("ASSISTREAM_WRITE_ROOMS"):
+        PICTURE.parent.mkdir(exist_ok=True)
+        PICTURE.write_text(picture())
+    assert PICTURE.read_text() == picture(), "write it anew: ASSISTREAM_WRITE_ROOMS=1 pytest tests/test_architecture.py"
+
+
+# What a module may do
 
 
 def test_only_the_blueprint_imports_flask() -> None:
