@@ -69,7 +69,7 @@ class Decoder:
     def split(self, chunk: bytes) -> list[tuple[bytes, bytes]]:
         """Does the same, and gives name and data as they came."""
         # Nearly all that is read is whole frames of the one form.
-        frames = _plain(chunk) if self.between else []
+        frames = _whole_frames(chunk) if self.between else []
         if not frames:
             frames = self._split(chunk)
             self.between = not (self._first or self._rest or self._more or self._event or self._data or self._skip_lf)
@@ -102,7 +102,7 @@ class Decoder:
             self._rest = data
             return []
         self._rest = data[end:]
-        return _plain(data[:end]) or list(self._lines(data[:end].split(b"\n")[:-1]))
+        return _whole_frames(data[:end]) or list(self._lines(data[:end].split(b"\n")[:-1]))
 
     def _lines(self, lines: Iterable[bytes]) -> Iterator[tuple[bytes, bytes]]:
         for line in lines:
@@ -128,7 +128,7 @@ class Decoder:
         return ()
 
 
-def _plain(data: bytes) -> list[tuple[bytes, bytes]]:
+def _whole_frames(data: bytes) -> list[tuple[bytes, bytes]]:
     """Gives the frames of ``data`` where it is nothing but whole ones of a name and a line."""
     if b"\r" in data:
         return []

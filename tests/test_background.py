@@ -72,7 +72,7 @@ def carried(state: Json | None) -> Json:
     return found
 
 
-def read(stream: answer_stream.Upstream, got: Got) -> str | None:
+def read(stream: answer_stream.AnswerStream, got: Got) -> str | None:
     """Reads to the end; gives the code of the failure."""
     try:
         for parts in stream:
@@ -84,15 +84,15 @@ def read(stream: answer_stream.Upstream, got: Got) -> str | None:
     return None
 
 
-def begin(client: openai.OpenAI, stall: float = 5) -> answer_stream.Upstream:
+def begin(client: openai.OpenAI, stall: float = 5) -> answer_stream.AnswerStream:
     return answer_stream.open(client, ASSISTANT, TURNS, stall)
 
 
-def resume(client: openai.OpenAI, state: Json | None, stall: float = 5) -> answer_stream.Upstream:
+def resume(client: openai.OpenAI, state: Json | None, stall: float = 5) -> answer_stream.AnswerStream:
     return answer_stream.resume(client, ASSISTANT, carried(state), stall, every=0.01)
 
 
-def read_lists(stream: answer_stream.Upstream, got: Got, count: int) -> bool:
+def read_lists(stream: answer_stream.AnswerStream, got: Got, count: int) -> bool:
     """Reads so many lists, then leaves as a process does that ends; gives whether there were so many."""
     batches = iter(stream)
     try:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from assistream_flask.log.redis import RedisLog
-from assistream_flask.platform.log_throttle import Complaints
+from assistream_flask.platform.log_throttle import LogThrottle
 from tests.conftest import wait_until
 from tests.live import APP, Gunicorn, running
 from tests.redis_server import RedisServer
@@ -37,7 +37,7 @@ def fail_elsewhere(what: str) -> None:
     raise OSError(what)
 
 
-def caught(complaints: Complaints, what: str = "disk full", where: str = "run %s", *, elsewhere: bool = False) -> None:
+def caught(complaints: LogThrottle, what: str = "disk full", where: str = "run %s", *, elsewhere: bool = False) -> None:
     try:
         fail_elsewhere(what) if elsewhere else fail(what)
     except OSError as error:
@@ -48,7 +48,7 @@ def test_the_first_of_a_kind_is_written_with_its_traceback_and_then_one_line_a_m
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     clock = Clock()
-    complaints = Complaints(clock)
+    complaints = LogThrottle(clock)
     for second in range(240):
         clock.now = second / 2
         caught(complaints)
@@ -58,7 +58,7 @@ def test_the_first_of_a_kind_is_written_with_its_traceback_and_then_one_line_a_m
 
 
 def test_what_differs_in_its_words_its_error_or_its_place_is_another_kind(caplog: pytest.LogCaptureFixture) -> None:
-    complaints = Complaints(Clock())
+    complaints = LogThrottle(Clock())
     for _ in range(3):
         caught(complaints, "one text")
         caught(complaints, "another text")
@@ -75,7 +75,7 @@ def test_what_differs_in_its_words_its_error_or_its_place_is_another_kind(caplog
 
 def test_that_it_is_over_is_said_once_and_the_next_is_the_first_again(caplog: pytest.LogCaptureFixture) -> None:
     clock = Clock()
-    complaints = Complaints(clock)
+    complaints = LogThrottle(clock)
     for second in range(20):
         clock.now = second
         caught(complaints)
@@ -90,7 +90,7 @@ def test_that_it_is_over_is_said_once_and_the_next_is_the_first_again(caplog: py
 
 def test_a_line_of_a_minute_has_no_key_and_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
     clock = Clock()
-    complaints = Complaints(clock)
+    complaints = LogThrottle(clock)
     for at in range(4):
         clock.now = 20 * at
         caught(complaints, "no login\nat https://user:hunter22@host with sk-abcdefgh")
@@ -101,7 +101,7 @@ def test_a_line_of_a_minute_has_no_key_and_is_one_line(caplog: pytest.LogCapture
 
 def test_many_threads_that_complain_at_once_write_one_and_count_all(caplog: pytest.LogCaptureFixture) -> None:
     clock = Clock()
-    complaints = Complaints(clock)
+    complaints = LogThrottle(clock)
 
     def many() -> None:
         for _ in range(500):

@@ -20,9 +20,9 @@ from assistream_flask import events, sse
 from assistream_flask.assistants import Assistant
 from assistream_flask.events import Event
 from assistream_flask.log.memory import MemoryLog
-from assistream_flask.log.protocol import Place, Taken
+from assistream_flask.log.protocol import EventId, Taken
 from assistream_flask.log.redis import RedisLog
-from assistream_flask.runs.active_run import Asked
+from assistream_flask.runs.active_run import RunRequest
 from assistream_flask.runs.runtime import Runtime
 from assistream_flask.settings import Settings
 from assistream_flask.store.sql import Owner, thread_object
@@ -55,7 +55,7 @@ class Watcher:
         workers: Workers,
         thread_id: str,
         choose: random.Random,
-        place: Place | None = None,
+        place: EventId | None = None,
         runs: set[str] | None = None,
     ) -> None:
         runtime, self._choose, self._said = choose.choice(workers.all), choose, b""
@@ -98,7 +98,7 @@ class Workers:
         return thread_id
 
     def post(self, worker: Runtime, thread_id: str, scripts: Sequence[Script]) -> set[str]:
-        asked = [Asked(Assistant("a", model="m"), cast(Any, lambda one=one: one), {}) for one in scripts]
+        asked = [RunRequest(Assistant("a", model="m"), cast(Any, lambda one=one: one), {}) for one in scripts]
         message = events.message(thread_id, "user", [events.text_part(WORD)])
         started = worker.runner.submit(ME, thread_id, message, asked, "parallel", lambda started: None)
         assert started is not None
@@ -263,6 +263,6 @@ def test_no_worker_holds_a_deleted_threads_words_for_its_viewers(own_redis: Redi
         until(lambda: all(WORD in repr(log._threads.all()[0][1].records) for log in logs))
         workers.all[0].runner.delete(thread_id)
         until(lambda: not any(WORD in repr(log._threads.all()[0][1].records) for log in logs))
-        assert all(log.since(thread_id, Place(start.epoch, 1))[0].name == "thread.deleted" for log in logs)
+        assert all(log.since(thread_id, EventId(start.epoch, 1))[0].name == "thread.deleted" for log in logs)
         for reader in readers:
             reader.close()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from assistream_flask import events
 from assistream_flask.errors import RUN_ERRORS, RunError
 from assistream_flask.events import Event, Json
-from assistream_flask.runs.message_accumulator import Reply
+from assistream_flask.runs.message_accumulator import MessageAccumulator
 from assistream_flask.upstream.deltas import Annotation, End, Part, Reasoning, Refusal, Text
 
 
@@ -32,11 +32,11 @@ def a_run() -> Json:
     return events.run("thread_1", "tutor", "gpt")
 
 
-def a_reply() -> Reply:
+def a_reply() -> MessageAccumulator:
     run = a_run()
     message = events.message("thread_1", "assistant", [], assistant_id="tutor", run_id=run["id"])
     run["message_id"] = message["id"]
-    return Reply(run, message, [])
+    return MessageAccumulator(run, message, [])
 
 
 # Objects
@@ -248,7 +248,7 @@ def test_any_json_is_one_line_that_utf_8_can_carry(value: Any) -> None:
 class Model:
     """What a viewer has: the entry, kept with nothing but the events."""
 
-    def __init__(self, reply: Reply) -> None:
+    def __init__(self, reply: MessageAccumulator) -> None:
         run, message, steps = reply.snapshot()
         self.entry = copy.deepcopy(events.entry(message, run, steps))
 
@@ -305,7 +305,7 @@ USAGE = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
 ENDS = st.sampled_from(["completed", "max_tokens", "content_filter", "fail", "cancel", "cut_off"])
 
 
-def end(reply: Reply, how: str) -> list[Event]:
+def end(reply: MessageAccumulator, how: str) -> list[Event]:
     if how == "fail":
         return reply.fail(RunError("upstream_cut"))
     if how == "cancel":

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from assistream_flask.events import Json
-from assistream_flask.fast.read_gate import Gate
+from assistream_flask.fast.read_gate import ReadGate
 from assistream_flask.upstream import event_reader
 
 
@@ -32,7 +32,7 @@ def test_a_source_that_is_fed_from_any_moment_on_is_read_whole_in_order_and_to_i
     for seed in range(part, 2000, 4):
         chance = random.Random(seed)
         count, breaks, from_ = chance.randrange(12), chance.random() < 0.5, chance.randrange(14)
-        gate, found, broke = Gate(), list[int](), False
+        gate, found, broke = ReadGate(), list[int](), False
         feeder = None
         try:
             for at, items in enumerate(gate.through(source(count, breaks, random.Random(seed)))):
@@ -54,7 +54,7 @@ def test_a_source_that_is_fed_from_any_moment_on_is_read_whole_in_order_and_to_i
 
 
 def test_a_tick_looks_at_what_was_fed_and_does_not_wait_for_it() -> None:
-    gate, more = Gate(), threading.Event()
+    gate, more = ReadGate(), threading.Event()
 
     def slow() -> Iterator[str]:
         yield "one"
@@ -77,7 +77,7 @@ def test_a_tick_looks_at_what_was_fed_and_does_not_wait_for_it() -> None:
 
 def test_what_came_before_an_event_that_is_none_is_said_also_where_it_was_taken_with_it() -> None:
     good: Json = {"type": "response.output_text.delta", "delta": "a"}
-    gate = Gate()
+    gate = ReadGate()
     batches = event_reader.read(iter([good, good, object()]), gate)
     assert next(batches) == []
     gate.is_fed = True

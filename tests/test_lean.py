@@ -23,7 +23,7 @@ import openai
 import pytest
 
 from assistream_flask import lean
-from assistream_flask.fast.read_gate import Gate
+from assistream_flask.fast.read_gate import ReadGate
 from assistream_flask.upstream import errors, event_reader
 
 CERTIFICATE = Path(__file__).with_name("localhost.pem")
@@ -277,7 +277,7 @@ def asked(client: httpx2.Client, server: Wire) -> openai.Stream[Any]:
 def deltas(client: httpx2.Client, server: Wire) -> tuple[list[str], int]:
     """The deltas that a stream gives, and how often it stood at the gate; every second time it is read there."""
     stream = asked(client, server)
-    gate, stops, found = Gate(), 0, list[str]()
+    gate, stops, found = ReadGate(), 0, list[str]()
     for batch in event_reader.read(stream, gate):
         found += [data["delta"] for _, data in batch]
         if not batch:
@@ -346,7 +346,7 @@ def test_one_look_at_the_gate_brings_all_that_has_arrived(tls: bool, closing: co
     server = Wire(tls=tls, stops=False, go=go)
     closing.callback(server.close)
     client = closing.enter_context(lean(openai.DefaultHttpxClient(verify=server.context)))
-    gate, told = Gate(), list[str]()
+    gate, told = ReadGate(), list[str]()
     with asked(client, server) as stream:
         batches = event_reader.read(stream, gate)
         assert next(batches) == []
@@ -364,7 +364,7 @@ def test_before_h11_reads_on_the_gate_says_so(tls: bool, closing: contextlib.Exi
     server = Wire(tls=tls, stops=False, extension=b";a=b", go=go)
     closing.callback(server.close)
     client = closing.enter_context(lean(openai.DefaultHttpxClient(verify=server.context)))
-    gate, told = Gate(), list[str]()
+    gate, told = ReadGate(), list[str]()
 
     def read() -> None:
         with asked(client, server) as stream:

@@ -15,7 +15,17 @@ from assistream_flask.events import Event
 from assistream_flask.log import memory, thread_buffer
 from assistream_flask.log import redis as redis_log
 from assistream_flask.log.memory import MemoryLog
-from assistream_flask.log.protocol import REFUSED, Claim, Log, Lost, Place, Record, Subscription, Taken, Told
+from assistream_flask.log.protocol import (
+    REFUSED,
+    AppendRequest,
+    Claim,
+    EventId,
+    Log,
+    PositionExpiredError,
+    Record,
+    Subscription,
+    Taken,
+)
 from assistream_flask.log.redis import RedisLog
 from tests.redis_server import DOCUMENTED, RedisServer
 
@@ -97,7 +107,7 @@ def numbers(records: list[Record]) -> list[int]:
     return [record.data()["n"] for record in records]
 
 
-def after(log: Log, place: Place) -> list[int]:
+def after(log: Log, place: EventId) -> list[int]:
     return numbers(log.since("t", place))
 
 
@@ -111,9 +121,9 @@ def test_a_log_begins_at_offset_0(make: MakeLog) -> None:
 def test_offsets_grow_by_one_an_event_in_one_epoch(make: MakeLog) -> None:
     log = make()
     start = log.end("t")
-    assert log.append("t", [event(1), event(2)]) == Place(start.epoch, 2)
-    assert log.append("t", [event(3)]) == Place(start.epoch, 3) == log.end("t")
-    assert [record.place for record in log.since("t", start)] == [Place(start.epoch, n) for n in (1, 2, 3)]
+    assert log.append("t", [event(1), event(2)]) == EventId(start.epoch, 2)
+    assert log.append("t", [event(3)]) == EventId(start.epoch, 3) == log.end("t")
+    assert [record.place for record in log.since("t", start)] == [EventId(start.epoch, n) for n in (1, 2, 3)]
 
 
 def test_threads_and_logs_have_epochs_of_their_own(make: MakeLog) -> None:
@@ -134,7 +144,7 @@ def test_a_thread_is_viewed_while_somebody_reads_it(make: MakeLog) -> None:
 
 def test_an_append_of_nothing_changes_nothing(make: MakeLog) -> None:
     log = make()
-    assert log.append("t", []) == log.end("t") == Place(log.end("t").epoch, 0)
+    assert log.append("t", []) == log.end("t") == EventId(log.end("t").epoch, 0)
 
 
 def test_what_is_appended_for_several_threads_at_once_is_in_each_of_them_in_order(make: MakeLog) -> None:
@@ -142,9 +152,9 @@ def test_what_is_appended_for_several_threads_at_once_is_in_each_of_them_in_orde
     starts = {name: log.end(name) for name in ("t", "u", "v")}
     readers = {name: log.subscribe(name, start) for name, start in starts.items()}
     told = [("t", [event(1), event(2)]), ("u", [event(3)]), ("v", []), ("t", [event(4)])]
-    places = log.append_all([Told(thread_id, events) for thread_id, events in told])
+    places = log.append_all([AppendRequest(thread_id, events) for thread_id, events in told])
     assert list(places) == [
-        Place(starts[name].epoch, offset) for name, offset in (("t", 2), ("u", 1), ("v", 0), ("t", 3))
+        EventId(starts[name].epoch, offset) for name, offset in (("t", 2), ("u", 1), ("v", 0), ("t", 3))
     ]
     for name, expected in (("t", [1, 2, 4]), ("u", [3]), ("v", [])):
         assert numbers(log.since(name, starts[name])) == expected
@@ -163,8 +173,8 @@ def test_a_record_has_its_frame_with_its_id_and_the_key_of_its_run(make: MakeLog
 
 
 def test_a_place_reads_back_as_it_was_written() -> None:
-    place = Place("0af", 12)
-    assert Place.parse(str(place)) == place
+    place = EventId("0af", 12)
+    assert EventId.parse(str(place)) == place
 
 
 @pytest.mark.parametrize(
@@ -188,7 +198,7 @@ def test_a_place_reads_back_as_it_was_written() -> None:
     ],
 )
 def test_what_is_no_place_is_taken_for_none(text: str | None) -> None:
-    assert Place.parse(text) is None
+    assert EventId.parse(text) is None
 
 
 # The end of a thread
@@ -199,7 +209,7 @@ def test_a_log_that_forgets_keeps_the_last_event_alone(make: MakeLog) -> None:
     start = log.end("t")
     before = log.append("t", [event(1), event(2)])
     log.forget("t", event(3))
-    assert log.end("t") == Place(before.epoch, before.offset + 1)
+    assert log.end("t") == EventId(before.epoch, before.offset + 1)
     assert after(log, before) == [3]
     assert lost(log, start)
     log.forget("u", event(4))
@@ -217,9 +227,9 @@ def test_a_reader_is_told_the_last_event_once_and_one_that_is_behind_is_lost(mak
     waiting.join(10)
     assert numbers(got) == [2]
     assert reader.read(0.3) == []
-    with pytest.raises(Lost):
+    with pytest.raises(PositionExpiredError):
         behind.read(5)
-    late = log.subscribe("t", Place(log.end("t").epoch, 1))
+    late = log.subscribe("t", EventId(log.end("t").epoch, 1))
     assert numbers(late.read(5)) == [2]
     for one in (behind, reader, late):
         one.close()
@@ -231,7 +241,7 @@ def test_nothing_comes_after_the_last_event_and_no_restart_undoes_it(make: MakeL
     log.forget("t", event(2))
     end = log.end("t")
     told = [("t", [event(3)]), ("u", [event(4)]), ("t", [event(5), event(6)])]
-    first, second, third = log.append_all([Told(*one) for one in told])
+    first, second, third = log.append_all([AppendRequest(*one) for one in told])
     assert (first, third) == (None, None)
     assert second == log.end("u")
     assert log.append("t", [event(7)]) == end
@@ -240,7 +250,7 @@ def test_nothing_comes_after_the_last_event_and_no_restart_undoes_it(make: MakeL
     with log.lock("t"):
         pass
     assert log.quiet("t") == log.end("t") == end
-    assert after(log, Place(end.epoch, end.offset - 1)) == [2]
+    assert after(log, EventId(end.epoch, end.offset - 1)) == [2]
 
 
 def test_the_last_event_lives_for_its_seconds_and_a_log_begins_anew_then(
@@ -266,11 +276,11 @@ def test_since_gives_all_records_after_a_place_and_none_at_the_end(make: MakeLog
     start = log.end("t")
     end = log.append("t", [event(n) for n in range(1, 6)])
     for offset in range(6):
-        assert after(log, Place(start.epoch, offset)) == list(range(offset + 1, 6))
+        assert after(log, EventId(start.epoch, offset)) == list(range(offset + 1, 6))
     assert after(log, end) == []
 
 
-def lost(log: Log, place: Place) -> bool:
+def lost(log: Log, place: EventId) -> bool:
     """Whether the place is lost, which both ways to read must agree on."""
     ways: list[Callable[[], object]] = [
         lambda: log.since("t", place),
@@ -281,7 +291,7 @@ def lost(log: Log, place: Place) -> bool:
         try:
             way()
             found.append(False)
-        except Lost:
+        except PositionExpiredError:
             found.append(True)
     assert found[0] == found[1]
     return found[0]
@@ -292,7 +302,7 @@ def test_a_place_of_another_epoch_is_lost_even_at_offset_0(make: MakeLog) -> Non
     log.append("t", [event(1)])
     other.append("t", [event(1)])
     assert lost(log, other.end("t"))
-    assert lost(log, Place(other.end("t").epoch, 0))
+    assert lost(log, EventId(other.end("t").epoch, 0))
     assert lost(log, log.end("u"))
 
 
@@ -304,7 +314,7 @@ def test_a_place_in_the_future_is_lost(make: MakeLog) -> None:
 
 
 def test_a_place_in_a_thread_that_the_log_never_saw_is_lost(make: MakeLog) -> None:
-    assert lost(make(), Place("0a", 0))
+    assert lost(make(), EventId("0a", 0))
 
 
 # Trimming
@@ -442,7 +452,7 @@ def test_a_reader_that_fell_behind_the_trimming_is_told_so(make: MakeLog) -> Non
     for n in range(3):
         log.append("t", [event(n)])
     for _ in range(2):
-        with pytest.raises(Lost):
+        with pytest.raises(PositionExpiredError):
             reader.read(0)
     reader.close()
 
@@ -598,13 +608,13 @@ def test_of_what_is_appended_at_once_only_what_is_an_earlier_holders_is_refused(
     readers = {name: log.subscribe(name, start) for name, start in starts.items()}
     log.fence("t", SECOND)
     told = [
-        Told("t", [event(1), event(2)], FIRST),
-        Told("t", [event(3)]),
-        Told("u", [event(4)], Claim("run_2", 0)),
-        Told("t", [], FIRST),
-        Told("t", [event(5)], Claim("run_3", 0)),
-        Told("v", [event(6), event(7)], Claim("run_4", 5)),
-        Told("t", [event(8)], SECOND),
+        AppendRequest("t", [event(1), event(2)], FIRST),
+        AppendRequest("t", [event(3)]),
+        AppendRequest("u", [event(4)], Claim("run_2", 0)),
+        AppendRequest("t", [], FIRST),
+        AppendRequest("t", [event(5)], Claim("run_3", 0)),
+        AppendRequest("v", [event(6), event(7)], Claim("run_4", 5)),
+        AppendRequest("t", [event(8)], SECOND),
     ]
     places = log.append_all(told)
     assert [place.offset if place and place is not REFUSED else None for place in places] == [None, 1, 1, None, 2, 2, 3]
@@ -649,7 +659,7 @@ def test_a_log_that_began_anew_is_recovered_from_where_nothing_is_missing_and_is
     log.restart("t", keep=True)
     end = log.append("t", [event(4, "r")])
     for read in (log.since, log.subscribe):
-        with pytest.raises(Lost):
+        with pytest.raises(PositionExpiredError):
             read("t", start)
     if log.shared:
         records, place = log.recover("t", start, "r")
@@ -657,7 +667,7 @@ def test_a_log_that_began_anew_is_recovered_from_where_nothing_is_missing_and_is
     log.restart("t")
     log.append("t", [event(5, "r")])
     for known in (start, end):
-        with pytest.raises(Lost):
+        with pytest.raises(PositionExpiredError):
             log.recover("t", known, "r")
 
 
@@ -667,7 +677,7 @@ def test_of_what_is_missing_in_a_log_that_began_anew_nothing_is_recovered_and_al
     log.append("t", [event(3, "s")])
     log.restart("t", keep=True, holes=["r", "x"])
     end = log.append("t", [event(4, "s"), event(5, "r")])
-    with pytest.raises(Lost):
+    with pytest.raises(PositionExpiredError):
         log.recover("t", start, "r")
     if log.shared:
         records, place = log.recover("t", start, "s")
@@ -679,8 +689,14 @@ def test_a_place_that_never_was_is_not_recovered(make: MakeLog) -> None:
     start = log.append("t", [event(1, "r")])
     log.restart("t", keep=True)
     end = log.append("t", [event(2, "r")])
-    for known in (start._replace(offset=2), end._replace(offset=2), Place("0", 1), Place("abc", 1), Place("9" * 17, 0)):
-        with pytest.raises(Lost):
+    for known in (
+        start._replace(offset=2),
+        end._replace(offset=2),
+        EventId("0", 1),
+        EventId("abc", 1),
+        EventId("9" * 17, 0),
+    ):
+        with pytest.raises(PositionExpiredError):
             log.recover("t", known, "r")
 
 
@@ -690,7 +706,7 @@ def test_of_a_thread_that_is_gone_nothing_is_recovered(make: MakeLog) -> None:
     log.append("t", [event(2, "r")])
     log.restart("t", keep=True)
     log.forget("t", event(3, "r"))
-    with pytest.raises(Lost):
+    with pytest.raises(PositionExpiredError):
         log.recover("t", start, "r")
 
 
@@ -885,7 +901,7 @@ def test_trimming_at_once_with_readers_and_writers_loses_nothing_silently(make: 
                             place = record.place
                 finally:
                     reader.close()
-            except Lost:
+            except PositionExpiredError:
                 place = log.end("t")
 
     wrong: list[str] = []
@@ -939,7 +955,7 @@ def test_any_interleaving_of_appends_trims_attaches_and_cuts_is_as_the_model_say
                     new = [counter + n for n in range(choose.randrange(4))]
                     counter += len(new)
                     model.append(clock(), new)
-                    assert log.append("t", [event(n) for n in new]) == Place(epoch, counter)
+                    assert log.append("t", [event(n) for n in new]) == EventId(epoch, counter)
                 case 2:
                     log.tend()
                     if make.trims_by_age:
@@ -950,15 +966,15 @@ def test_any_interleaving_of_appends_trims_attaches_and_cuts_is_as_the_model_say
                     offset = choose.randrange(counter + 3)
                     expected = model.after(offset)
                     if expected is None:
-                        assert lost(log, Place(epoch, offset))
+                        assert lost(log, EventId(epoch, offset))
                     else:
-                        assert after(log, Place(epoch, offset)) == expected
-                        readers.append((log.subscribe("t", Place(epoch, offset)), offset))
+                        assert after(log, EventId(epoch, offset)) == expected
+                        readers.append((log.subscribe("t", EventId(epoch, offset)), offset))
                 case 4 if readers:
                     reader, offset = readers.pop(choose.randrange(len(readers)))
                     expected = model.after(offset)
                     if expected is None:
-                        with pytest.raises(Lost):
+                        with pytest.raises(PositionExpiredError):
                             reader.read(0)
                         reader.close()
                     else:
@@ -973,7 +989,7 @@ def test_any_interleaving_of_appends_trims_attaches_and_cuts_is_as_the_model_say
 
 
 def test_what_is_kept_is_nothing_that_the_garbage_collector_looks_at_again() -> None:
-    kept = thread_buffer.Tail("epoch")
+    kept = thread_buffer.ThreadBuffer("epoch")
     kept.add(1.0, [("thread.message.delta", key, b"frame") for key in ("run_1", None)])
     gc.collect()
     assert not any(map(gc.is_tracked, kept.records))

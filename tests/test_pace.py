@@ -16,12 +16,12 @@ from assistream_flask import Assistant, events, lean
 from assistream_flask.errors import RunError
 from assistream_flask.events import Json
 from assistream_flask.fast import batch_scheduler
-from assistream_flask.fast.batch_scheduler import Pacer, Seat
+from assistream_flask.fast.batch_scheduler import BatchScheduler, ReadSlot
 from assistream_flask.log.memory import MemoryLog
 from assistream_flask.platform.interrupt import Interrupted, Interruptible
 from assistream_flask.runs import delta_publisher, message_accumulator
-from assistream_flask.runs.active_run import Live, _feed
-from assistream_flask.runs.log_appender import Teller
+from assistream_flask.runs.active_run import ActiveRun, _feed
+from assistream_flask.runs.log_appender import LogAppender
 from assistream_flask.testing import OfflineServer, Reply
 from assistream_flask.testing._background import Stored
 from assistream_flask.upstream import answer_stream, background
@@ -47,13 +47,13 @@ def client(request: pytest.FixtureRequest, quick: openai.OpenAI) -> openai.OpenA
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many events were told each time, from now on."""
     told: list[int] = []
-    tell = delta_publisher.Publisher._tell
+    tell = delta_publisher.DeltaPublisher._tell
 
-    def count(self: delta_publisher.Publisher, grown: Any) -> None:
+    def count(self: delta_publisher.DeltaPublisher, grown: Any) -> None:
         told.append(sum(len(events) for _, events in grown))
         tell(self, grown)
 
-    monkeypatch.setattr(delta_publisher.Publisher, "_tell", count)
+    monkeypatch.setattr(delta_publisher.DeltaPublisher, "_tell", count)
     return told
 
 
@@ -77,7 +77,7 @@ def test_many_answers_at_once_are_told_whole_and_in_fewer_events(
 def test_a_few_answers_are_told_as_they_come(
     make_app: MakeApp, server: OfflineServer, quick: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Pacer, "wait", lambda *_: pytest.fail("there is no hurry"))
+    monkeypatch.setattr(BatchScheduler, "wait", lambda *_: pytest.fail("there is no hurry"))
     server.replies = Reply("one two three", delay=0.01)
     caller = Caller(make_app(client=quick, pace_seconds=100))
     caller.run("tutor", "critic")
@@ -131,15 +131,15 @@ def test_one_that_fails_in_a_tick_fails_alone(
     make_app: MakeApp, server: OfflineServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(delta_publisher, "_FEW", 0)
-    grow = Live.grow
+    grow = ActiveRun.grow
 
-    def broken(self: Live) -> Any:
+    def broken(self: ActiveRun) -> Any:
         if self.begun and self.reply.message["assistant_id"] == "critic" and self.pending:
             self.pending = []
             raise IndexError("nobody's fault")
         return grow(self)
 
-    monkeypatch.setattr(Live, "grow", broken)
+    monkeypatch.setattr(ActiveRun, "grow", broken)
     server.replies = Reply(WORDS, delay=0.01)
     caller = Caller(make_app(pace_seconds=0.05))
     caller.run("critic", "tutor")
@@ -183,10 +183,10 @@ def test_a_response_that_breaks_in_a_tick_goes_on_behind_what_that_tick_tells(
     make_app: MakeApp, server: OfflineServer, quick: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(delta_publisher, "_FEW", 0)
-    iterate, grow = answer_stream.Upstream.__iter__, Live.grow
+    iterate, grow = answer_stream.AnswerStream.__iter__, ActiveRun.grow
     broken: list[bool] = []
 
-    def cut(self: answer_stream.Upstream) -> Iterator[list[Part]]:
+    def cut(self: answer_stream.AnswerStream) -> Iterator[list[Part]]:
         for parts in iterate(self):
             yield parts
             if parts and isinstance(parts[-1], Text):
@@ -194,13 +194,13 @@ def test_a_response_that_breaks_in_a_tick_goes_on_behind_what_that_tick_tells(
                 if broken[-1] and sum(broken) == 1:
                     raise RunError("upstream_cut")
 
-    def slow(self: Live) -> Any:
+    def slow(self: ActiveRun) -> Any:
         # Longer than it takes to ask for the rest.
         time.sleep(0.4 if any(broken) else 0)
         return grow(self)
 
-    monkeypatch.setattr(answer_stream.Upstream, "__iter__", cut)
-    monkeypatch.setattr(Live, "grow", slow)
+    monkeypatch.setattr(answer_stream.AnswerStream, "__iter__", cut)
+    monkeypatch.setattr(ActiveRun, "grow", slow)
     server.replies = Reply(WORDS, delay=0.02)
     caller = Caller(make_app([Assistant("tutor", model="m", background=True)], client=quick))
     caller.run("tutor")
@@ -213,19 +213,25 @@ def test_a_response_that_breaks_in_a_tick_goes_on_behind_what_that_tick_tells(
 
 
 @pytest.fixture
-def live() -> Live:
+def live() -> ActiveRun:
     run = events.run("thread_1", "tutor", "m")
-    one = Live(message_accumulator.Reply(run, events.message("thread_1", "assistant", []), []), None, 0, None, None)
-    one.seat = Seat()
+    one = ActiveRun(
+        message_accumulator.MessageAccumulator(run, events.message("thread_1", "assistant", []), []),
+        None,
+        0,
+        None,
+        None,
+    )
+    one.seat = ReadSlot()
     return one
 
 
-def alone() -> delta_publisher.Publisher:
-    return delta_publisher.Publisher(Teller(MemoryLog()), 0.01, lambda: 0, lambda live, parts: True)
+def alone() -> delta_publisher.DeltaPublisher:
+    return delta_publisher.DeltaPublisher(LogAppender(MemoryLog()), 0.01, lambda: 0, lambda live, parts: True)
 
 
 def test_others_have_their_turn_before_a_read_and_not_with_its_parts_in_hand(
-    live: Live, monkeypatch: pytest.MonkeyPatch
+    live: ActiveRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     did: list[str] = []
     monkeypatch.setattr(live.turn, "share", lambda: did.append("shared"))
@@ -239,8 +245,8 @@ def test_others_have_their_turn_before_a_read_and_not_with_its_parts_in_hand(
     assert did == ["shared", "read"]
 
 
-def test_what_is_known_of_a_response_is_kept_for_its_cancel_also_where_the_run_is_over(live: Live) -> None:
-    class Known(answer_stream.Upstream):
+def test_what_is_known_of_a_response_is_kept_for_its_cancel_also_where_the_run_is_over(live: ActiveRun) -> None:
+    class Known(answer_stream.AnswerStream):
         def state(self) -> Json:
             return {"response_id": "resp_1"}
 
@@ -251,8 +257,8 @@ def test_what_is_known_of_a_response_is_kept_for_its_cancel_also_where_the_run_i
     assert live.state == {"response_id": "resp_1"}
 
 
-def test_what_arrives_for_a_run_that_is_handed_over_is_left_to_the_next_worker_whole(live: Live) -> None:
-    class Known(answer_stream.Upstream):
+def test_what_arrives_for_a_run_that_is_handed_over_is_left_to_the_next_worker_whole(live: ActiveRun) -> None:
+    class Known(answer_stream.AnswerStream):
         number = 0
 
         def state(self) -> Json:
@@ -270,7 +276,7 @@ def test_what_arrives_for_a_run_that_is_handed_over_is_left_to_the_next_worker_w
 
 
 def test_nobody_waits_for_a_feeder_that_was_stopped_before_it_began() -> None:
-    seat, waits = Seat(), Interruptible(lambda: None)
+    seat, waits = ReadSlot(), Interruptible(lambda: None)
     items = seat.through(iter(["never read"]))
     assert next(items) == []
     seat.is_fed = True
@@ -287,19 +293,19 @@ class Reader:
     """One that reads a socket, a turn at a time, and stops when it is to read for itself."""
 
     def __init__(self, connection: socket.socket) -> None:
-        self.seat = Seat()
+        self.seat = ReadSlot()
         self.seat.socket = connection
         self.got: list[bytes | None] = []
 
 
-MakePacer = Callable[[float], Pacer[Reader]]
+MakePacer = Callable[[float], BatchScheduler[Reader]]
 
 
 @pytest.fixture
 def pacer() -> Iterator[MakePacer]:
-    made: list[Pacer[Reader]] = []
+    made: list[BatchScheduler[Reader]] = []
 
-    def make(seconds: float) -> Pacer[Reader]:
+    def make(seconds: float) -> BatchScheduler[Reader]:
         def tick(ready: Sequence[Reader]) -> None:
             for one in ready:
                 assert one.seat.read()
@@ -309,7 +315,7 @@ def pacer() -> Iterator[MakePacer]:
                 else:
                     new.again(one)
 
-        new: Pacer[Reader] = Pacer(seconds, tick)
+        new: BatchScheduler[Reader] = BatchScheduler(seconds, tick)
         made.append(new)
         return new
 
@@ -318,7 +324,7 @@ def pacer() -> Iterator[MakePacer]:
         one.close()
 
 
-def waiting(pacer: Pacer[Reader], reader: Reader) -> threading.Thread:
+def waiting(pacer: BatchScheduler[Reader], reader: Reader) -> threading.Thread:
     thread = threading.Thread(target=lambda: reader.got.append(pacer.wait(reader)), daemon=True)
     thread.start()
     return thread

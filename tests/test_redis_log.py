@@ -16,9 +16,16 @@ import redis
 
 from assistream_flask.events import Event
 from assistream_flask.log import redis as redis_log
-from assistream_flask.log.protocol import REFUSED, Away, Claim, Lost, Place, Told
+from assistream_flask.log.protocol import (
+    REFUSED,
+    AppendRequest,
+    Claim,
+    EventId,
+    LogUnavailableError,
+    PositionExpiredError,
+)
 from assistream_flask.log.redis import RedisLog
-from assistream_flask.runs.log_appender import Teller
+from assistream_flask.runs.log_appender import LogAppender
 from tests.conftest import wait_until
 from tests.redis_server import RedisServer
 
@@ -40,20 +47,20 @@ def event(number: int) -> Event:
 def away(call: Callable[[], object]) -> bool:
     try:
         call()
-    except Away:
+    except LogUnavailableError:
         return True
     return False
 
 
-def lost_within(log: RedisLog, place: Place, seconds: float) -> bool:
+def lost_within(log: RedisLog, place: EventId, seconds: float) -> bool:
     """Whether a viewer at ``place`` is told within so many ``seconds`` that it needs a snapshot."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:
             log.subscribe(THREAD, place).close()
-        except Lost:
+        except PositionExpiredError:
             return True
-        except Away:
+        except LogUnavailableError:
             pass
         time.sleep(0.05)
     return False
@@ -62,7 +69,7 @@ def lost_within(log: RedisLog, place: Place, seconds: float) -> bool:
 def test_a_reader_of_a_stream_that_was_lost_is_told_within_5_seconds(own_redis: RedisServer, log: RedisLog) -> None:
     reader = log.subscribe(THREAD, log.append(THREAD, [event(1)]))
     own_redis.ask("FLUSHALL")
-    with pytest.raises(Lost):
+    with pytest.raises(PositionExpiredError):
         reader.read(5)
     reader.close()
 
@@ -181,18 +188,18 @@ def test_who_lost_the_lock_appends_nothing_under_it(
     monkeypatch.setattr(redis_log, "LOCK_SECONDS", 0.1)
     with contextlib.closing(RedisLog(own_redis.url)) as other:
         with log.lock(THREAD):
-            assert log.append_all([Told(THREAD, [event(1)], locked=True)])[0] is not None
+            assert log.append_all([AppendRequest(THREAD, [event(1)], locked=True)])[0] is not None
             time.sleep(0.2)
             with other.lock(THREAD):
                 start = other.end(THREAD)
-                assert log.append_all([Told(THREAD, [event(2)], locked=True)]) == [None]
+                assert log.append_all([AppendRequest(THREAD, [event(2)], locked=True)]) == [None]
                 # Words need no lock.
-                assert log.append_all([Told(THREAD, [event(3)])])[0] is not None
-                assert other.append_all([Told(THREAD, [event(4)], locked=True)])[0] is not None
-            assert log.append_all([Told(THREAD, [event(5)], locked=True)]) == [None]
+                assert log.append_all([AppendRequest(THREAD, [event(3)])])[0] is not None
+                assert other.append_all([AppendRequest(THREAD, [event(4)], locked=True)])[0] is not None
+            assert log.append_all([AppendRequest(THREAD, [event(5)], locked=True)]) == [None]
             assert [record.data()["n"] for record in log.since(THREAD, start)] == [3, 4]
         with log.lock(THREAD), log.lock(THREAD):
-            assert log.append_all([Told(THREAD, [event(6)], locked=True)])[0] is not None
+            assert log.append_all([AppendRequest(THREAD, [event(6)], locked=True)])[0] is not None
 
 
 def test_a_fence_holds_in_all_workers_and_is_known_again_after_all_was_lost(
@@ -218,7 +225,7 @@ def test_a_fence_that_could_not_be_set_is_set_before_anything_else_when_redis_is
     own_redis: RedisServer, log: RedisLog
 ) -> None:
     earlier, later = Claim("run_1", 0), Claim("run_1", 1)
-    teller = Teller(log)
+    teller = LogAppender(log)
     place = log.append(THREAD, [event(1)], earlier)
     own_redis.signal(signal.SIGSTOP)
     assert not teller.fence(THREAD, later)
@@ -280,7 +287,7 @@ def test_whoever_asks_a_log_that_is_being_closed_finds_it_away_and_nothing_worse
         while not stop.is_set():
             try:
                 log.end(THREAD)
-            except Away:
+            except LogUnavailableError:
                 pass
             except BaseException as error:
                 worse.append(error)
@@ -313,7 +320,7 @@ def test_what_a_run_told_is_recovered_where_a_lock_of_its_thread_ran_out(
     assert place == log.end(THREAD)
     own_redis.ask("FLUSHALL")
     log.append(THREAD, [Event("e", {"n": 5}, "r")])
-    with pytest.raises(Lost):
+    with pytest.raises(PositionExpiredError):
         log.recover(THREAD, start, "r")
 
 
@@ -327,12 +334,12 @@ def test_what_was_put_aside_of_a_log_is_no_more_than_it_keeps_and_goes_within_a_
     past = f"{log._prefix}{THREAD}:past"
     assert cast(int, own_redis.ask("XLEN", past)) <= 2000
     assert 0 < cast(int, own_redis.ask("PTTL", past)) <= 60_000
-    with pytest.raises(Lost):
+    with pytest.raises(PositionExpiredError):
         log.recover(THREAD, start, "r")
 
 
 def test_a_thread_that_two_begin_anew_at_once_is_no_error(log: RedisLog, monkeypatch: pytest.MonkeyPatch) -> None:
-    teller = Teller(log)
+    teller = LogAppender(log)
     teller.untell(THREAD)
     restart = log.restart
 

@@ -18,7 +18,7 @@ from werkzeug.test import TestResponse
 from assistream_flask.events import Event
 from assistream_flask.log import redis as redis_log
 from assistream_flask.log import redis_requirements
-from assistream_flask.log.protocol import Away
+from assistream_flask.log.protocol import LogUnavailableError
 from assistream_flask.log.redis import RedisLog
 from tests.conftest import Caller, MakeApp, wait_until
 from tests.redis_server import DOCUMENTED, RedisServer, running_redis
@@ -49,13 +49,13 @@ def works(log: RedisLog) -> bool:
         with contextlib.closing(log.subscribe(THREAD, log.end(THREAD))) as reader:
             log.append(THREAD, [Event("e", {"n": 1})])
             return len(reader.read(5)) == 1
-    except Away:
+    except LogUnavailableError:
         return False
 
 
 def refusal(log: RedisLog) -> str:
     """Gives what a viewer is told."""
-    with pytest.raises(Away) as told:
+    with pytest.raises(LogUnavailableError) as told:
         log.subscribe(THREAD, log.end(THREAD))
     return str(told.value)
 
@@ -116,7 +116,9 @@ def test_a_right_that_is_taken_away_later_is_told_too(
     with logging_to(redis_server.url_of(DOCUMENTED, 6)) as log:
         wait_until(lambda: works(log))
         redis_server.ask("ACL", "SETUSER", "user6", "-xadd")
-        with pytest.raises(Away, match=re.escape(f"ACL SETUSER <user> {redis_requirements.RULE}")) as told:
+        with pytest.raises(
+            LogUnavailableError, match=re.escape(f"ACL SETUSER <user> {redis_requirements.RULE}")
+        ) as told:
             log.append(THREAD, [Event("e", {"n": 1})])
         assert errors(caplog) == [f"Redis cannot be used: {told.value}"]
 
@@ -202,7 +204,7 @@ def test_what_is_not_known_of_an_error_is_logged_as_redis_said_it(
     with logging_to(own_redis.url) as log:
         wait_until(lambda: works(log))
         own_redis.ask("SET", f"assistream:0:{THREAD}", "no stream")
-        with pytest.raises(Away):
+        with pytest.raises(LogUnavailableError):
             log.append(THREAD, [Event("e", {"n": 1})])
     assert "WRONGTYPE Operation against a key holding the wrong kind of value" in caplog.text
 

@@ -115,8 +115,8 @@ def test_nothing_unreadable_from_upstream_holds_up_the_thread(make_app: MakeApp,
 def test_a_viewer_hears_of_another_workers_run_that_ended_before_the_first_sweep(
     make_app: MakeApp, server: OfflineServer, held: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sweep, sweeps = executor.Runner.sweep, threading.Event()
-    monkeypatch.setattr(executor.Runner, "sweep", lambda self: sweeps.is_set() and sweep(self))
+    sweep, sweeps = executor.Executor.sweep, threading.Event()
+    monkeypatch.setattr(executor.Executor, "sweep", lambda self: sweeps.is_set() and sweep(self))
     old, new = make_app(owner=me), make_app(owner=me)
     caller = Caller(old)
     (run_id,) = caller.run("tutor")

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from assistream_flask.log.protocol import Place
+from assistream_flask.log.protocol import EventId
 from assistream_flask.runs import shared_snapshots
-from assistream_flask.runs.shared_snapshots import Room, Snapshots
+from assistream_flask.runs.shared_snapshots import Room, SharedSnapshots
 from assistream_flask.runs.snapshot import Page
 from assistream_flask.store.sql import ThreadStore
 from tests.conftest import Caller, MakeApp, wait_until
@@ -35,7 +35,7 @@ def join(threads: list[threading.Thread]) -> None:
 
 
 def page(offset: int) -> Page:
-    return [], False, Place("a", offset)
+    return [], False, EventId("a", offset)
 
 
 @pytest.mark.parametrize("how", ["fresh", "from a log that is gone"])
@@ -88,13 +88,13 @@ def test_no_snapshot_is_older_than_what_its_asker_did_before(seed: int) -> None:
             time.sleep(choose.random() * 0.003)
 
     choose = random.Random(seed)
-    ours = Snapshots(read)
+    ours = SharedSnapshots(read)
     join(started(*[work] * 8))
     assert wrong == []
 
 
 def test_who_comes_to_a_thread_alone_waits_for_nobody() -> None:
-    ours = Snapshots(lambda *_: page(1))
+    ours = SharedSnapshots(lambda *_: page(1))
     start = time.monotonic()
     for _ in range(100):
         ours.get("thread")
@@ -122,7 +122,7 @@ def test_a_failure_is_that_of_all_who_waited_and_the_next_reads_anew() -> None:
         except ValueError as error:
             found.append(error.args[0])
 
-    ours = Snapshots(read)
+    ours = SharedSnapshots(read)
     first = started(ask)
     begun.wait(10)
     others = started(*[ask] * 10)
@@ -133,7 +133,7 @@ def test_a_failure_is_that_of_all_who_waited_and_the_next_reads_anew() -> None:
     assert Counter(found) == {1: 1, 2: 10}
     anew = ours.get("thread")
     assert anew is not None
-    assert anew.place == Place("a", 3)
+    assert anew.place == EventId("a", 3)
     assert (ours._open, ours._begun) == ({}, {})
 
 
@@ -168,7 +168,7 @@ def test_who_is_stopped_while_it_reads_for_others_or_waits_to_holds_up_nobody(
         except Killed:
             found.append("killed")
 
-    ours = Snapshots(read)
+    ours = SharedSnapshots(read)
     threads = started(ask)
     begun.wait(10)
     threads += started(*[ask] * 10)
@@ -199,7 +199,7 @@ def test_pages_of_a_crowd_to_many_threads_are_read_a_few_at_once_and_stuck_ones_
                 inside -= 1
         return page(1)
 
-    ours = Snapshots(read)
+    ours = SharedSnapshots(read)
     join(started(*[lambda at=at: ours.get(f"thread {at}") for at in range(20)]))
     assert most == 2
     stuck = started(*[lambda at=at: ours.get(f"stuck {at}") for at in range(2)])

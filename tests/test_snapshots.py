@@ -20,9 +20,9 @@ from assistream_flask.assistants import Assistant
 from assistream_flask.errors import RunError
 from assistream_flask.events import TERMINAL, Event, Json
 from assistream_flask.log.memory import MemoryLog
-from assistream_flask.log.protocol import REFUSED, Claim, Log, Lost, Place, Subscription
-from assistream_flask.runs.active_run import Asked
-from assistream_flask.runs.executor import Runner
+from assistream_flask.log.protocol import REFUSED, Claim, EventId, Log, PositionExpiredError, Subscription
+from assistream_flask.runs.active_run import RunRequest
+from assistream_flask.runs.executor import Executor
 from assistream_flask.settings import Settings
 from assistream_flask.store.sql import Owner, State, ThreadStore, thread_object
 from assistream_flask.upstream import answer_stream
@@ -73,27 +73,27 @@ class Tape:
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
-        self._tapes: dict[str, list[tuple[Place, Event]]] = {}
+        self._tapes: dict[str, list[tuple[EventId, Event]]] = {}
 
     def append(
-        self, append: Callable[..., Place | None], thread_id: str, events: Sequence[Event], *more: Any
-    ) -> Place | None:
+        self, append: Callable[..., EventId | None], thread_id: str, events: Sequence[Event], *more: Any
+    ) -> EventId | None:
         with self._guard:
             place = append(thread_id, events, *more)
             if place is None or place is REFUSED:
                 return place
             for at, event in enumerate(events, place.offset - len(events) + 1):
-                self._tapes.setdefault(thread_id, []).append((Place(place.epoch, at), copy.deepcopy(event)))
+                self._tapes.setdefault(thread_id, []).append((EventId(place.epoch, at), copy.deepcopy(event)))
             return place
 
-    def until(self, thread_id: str, place: Place | None = None) -> list[Event]:
+    def until(self, thread_id: str, place: EventId | None = None) -> list[Event]:
         """Gives all events of the thread, or those up to ``place``, those of earlier epochs included."""
         with self._guard:
             tape = list(self._tapes.get(thread_id, ()))
         before = [at for at, (known, _) in enumerate(tape) if place is not None and self.later(known, place)]
         return [event for _, event in (tape[: before[0]] if before else tape)]
 
-    def later(self, known: Place, place: Place) -> bool:
+    def later(self, known: EventId, place: EventId) -> bool:
         return known.epoch == place.epoch and known > place
 
 
@@ -104,7 +104,7 @@ class TapedLog(MemoryLog):
 
     def _append(
         self, thread_id: str, events: Sequence[Event], claim: Claim | None = None, is_last: bool = False
-    ) -> Place | None:
+    ) -> EventId | None:
         return self._tape.append(super()._append, thread_id, events, claim, is_last)
 
 
@@ -176,7 +176,7 @@ class Clock:
 class Member(NamedTuple):
     """A worker, as a request meets it."""
 
-    runner: Runner
+    runner: Executor
     log: Log
 
 
@@ -191,7 +191,7 @@ class House:
     def __init__(self, store: ThreadStore, *, max_events: int = 20, max_age: float = 10, worker: str = "w1") -> None:
         self.clock, self.tape = Clock(), Tape()
         self.log = TapedLog(self.tape, max_events=max_events, max_age=max_age, clock=self.clock)
-        self.runner = Runner(store, self.log, Settings(), worker, lambda scope, assistant_id: None)
+        self.runner = Executor(store, self.log, Settings(), worker, lambda scope, assistant_id: None)
         self.open(store, [Member(self.runner, self.log)])
 
     def open(self, store: ThreadStore, members: list[Member]) -> None:
@@ -221,14 +221,14 @@ class House:
             self.groups[run_id] = group if mode == "parallel" else object(), script
         return run_ids
 
-    def asked(self, at: int, script: Script) -> Asked:
+    def asked(self, at: int, script: Script) -> RunRequest:
         # What open() is given as the client is the script.
-        return Asked(Assistant(f"a{at}", model="m"), cast(Any, lambda: script), {})
+        return RunRequest(Assistant(f"a{at}", model="m"), cast(Any, lambda: script), {})
 
     def live(self, thread_id: str) -> bool:
         return any(live.thread_id == thread_id for one in self.members for live in list(one.runner._live.values()))
 
-    def attach(self, thread_id: str) -> tuple[list[Json], Place]:
+    def attach(self, thread_id: str) -> tuple[list[Json], EventId]:
         """Gives a page, which must be what the events up to its place add up to."""
         runner, log = self.pick()
         # A thread that is gone has no page; what its events leave is nothing.
@@ -365,7 +365,7 @@ class Seat:
 
     def __init__(self, house: House, thread_id: str) -> None:
         self._house, self._thread_id = house, thread_id
-        self.place: Place | None = None
+        self.place: EventId | None = None
         self.viewer = Viewer()
         self._subscription: Subscription | None = None
 
@@ -373,17 +373,17 @@ class Seat:
         try:
             if self._subscription is None:
                 if self.place is None:
-                    raise Lost
+                    raise PositionExpiredError
                 self._subscription = self._house.pick().log.subscribe(self._thread_id, self.place)
             records = self._subscription.read(0)
-        except Lost:
+        except PositionExpiredError:
             self.cut()
             entries, self.place = self._house.attach(self._thread_id)
             self.viewer = Viewer(entries)
             return
         for record in records:
             assert self.place is not None
-            assert record.place == Place(self.place.epoch, self.place.offset + 1)
+            assert record.place == EventId(self.place.epoch, self.place.offset + 1)
             self.viewer.see([Event(record.name, record.data())])
             self.place = record.place
 

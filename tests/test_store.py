@@ -24,11 +24,11 @@ from assistream_flask.store.sql import (
     RELEASED,
     Answer,
     AnsweredBefore,
-    Held,
+    LeasedRun,
     Owner,
     State,
     ThreadStore,
-    TooManyRuns,
+    TooManyRunsError,
     thread_object,
 )
 
@@ -427,7 +427,7 @@ def test_the_limit_of_runs_counts_the_callers_runs_that_are_not_over(store: Thre
     run, message = start(store, one, max_runs=2)
     start(store, two, max_runs=2)
     refused = user(one)
-    with pytest.raises(TooManyRuns):
+    with pytest.raises(TooManyRunsError):
         store.add(ME, one, refused, [pair(one)], max_runs=2, answer=Answer("key", "print", 202, {}))
     assert store.answer(ME, "key") is None
     assert len(entries(store, one)) == 1
@@ -439,7 +439,7 @@ def test_the_limit_of_runs_counts_the_callers_runs_that_are_not_over(store: Thre
 def test_runs_asked_for_at_once_never_exceed_the_limit(store: ThreadStore) -> None:
     threads = [new_thread(store)["id"] for _ in range(8)]
     found = at_once(8, lambda at: store.add(ME, threads[at], None, [pair(threads[at])], max_runs=3))
-    assert sorted(type(one).__name__ for one in found) == ["TooManyRuns"] * 5 + ["int"] * 3
+    assert sorted(type(one).__name__ for one in found) == ["TooManyRunsError"] * 5 + ["int"] * 3
     assert len(store.held()) == 3
 
 
@@ -549,7 +549,7 @@ def test_leases_are_by_the_databases_clock(store: ThreadStore, monkeypatch: pyte
     assert all(-100 <= held.overdue < 0 for held in store.held(~LAPSED))
 
 
-def seen(store: ThreadStore, run: Json) -> Held:
+def seen(store: ThreadStore, run: Json) -> LeasedRun:
     """The run as a worker reads it that might take it over."""
     [held] = store.held(tables.runs.c.id == run["id"])
     return held
@@ -602,7 +602,7 @@ def test_a_run_is_claimed_from_a_holder_that_is_not_heard_of_and_by_a_worker_tha
             ago = tables.workers.update().where(tables.workers.c.id == worker)
             connection.execute(ago.values(seen=tables.workers.c.seen - seconds))
 
-    def claims(held: Held, worker: str) -> bool:
+    def claims(held: LeasedRun, worker: str) -> bool:
         return store.claim(held, worker, 3600) is not None
 
     thread_id = new_thread(store)["id"]

@@ -25,14 +25,14 @@ from assistream_flask.testing import OfflineServer
 app = Flask(__name__)
 app.config.update(json.loads(os.environ["APP_CONFIG"]))
 servers, taken, seen = [], collections.Counter(), []
-send = direct_send.Peer.send
+send = direct_send.ViewerConnection.send
 
 def counted(peer, data):
     found = send(peer, data)
     taken[found.name] += 1
     return found
 
-direct_send.Peer.send = counted
+direct_send.ViewerConnection.send = counted
 
 def client():
     servers.append(OfflineServer(" ".join(f"word{n}" for n in range(3000)), delay=0).start())
@@ -195,13 +195,13 @@ def test_an_app_that_puts_a_body_of_its_own_around_a_stream_sees_all_of_it(serve
 def test_a_stream_that_is_cut_off_in_the_midst_of_a_chunk_ends_it_first(tmp_path: Path) -> None:
     app = APP.replace("    taken[found.name] += 1\n", "    taken[found.name] += 1\n    stop_after(found)\n")
     app = app.replace(
-        "direct_send.Peer.send = counted\n",
+        "direct_send.ViewerConnection.send = counted\n",
         """
 def stop_after(found):
     if found.name == "PART":
         app.extensions["assistream"].runtime()._begin_stop()
 
-direct_send.Peer.send = counted
+direct_send.ViewerConnection.send = counted
 """,
     )
     with running(tmp_path, app=app) as live:

@@ -66,7 +66,7 @@ class Got:
         return "".join(self.texts.values())
 
 
-def read(make: Callable[[], answer_stream.Upstream]) -> Got:
+def read(make: Callable[[], answer_stream.AnswerStream]) -> Got:
     got = Got()
     stream = None
     try:

@@ -44,7 +44,7 @@ from openai._streaming import ServerSentEvent, SSEDecoder
 
 from assistream_flask.errors import RunError
 from assistream_flask.events import Json
-from assistream_flask.fast.event_template import Stencil
+from assistream_flask.fast.event_template import EventTemplate
 from assistream_flask.upstream import event_reader
 
 from .conftest import KEY
@@ -1088,7 +1088,7 @@ def test_events_that_have_more_than_a_text_are_not_joined(served: Served, kind: 
 
 
 def test_a_read_of_line_ends_takes_no_more_memory_than_it_has() -> None:
-    learned = Stencil()
+    learned = EventTemplate()
     text = b'{"type":"response.output_text.delta","delta":"a","item_id":"%b"}' % (b"x" * 50_000)
     learned.learn((b"", text), ("response.output_text.delta", json.loads(text)))
     tracemalloc.start()

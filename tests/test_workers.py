@@ -21,12 +21,12 @@ from assistream_flask.assistants import Assistant
 from assistream_flask.errors import RequestError, RunError
 from assistream_flask.events import TERMINAL, Event, Json
 from assistream_flask.log import redis as redis_log
-from assistream_flask.log.protocol import Away, Log, Place, Told
+from assistream_flask.log.protocol import AppendRequest, EventId, Log, LogUnavailableError
 from assistream_flask.log.redis import RedisLog
 from assistream_flask.runs import delta_publisher
 from assistream_flask.runs import executor as runners
-from assistream_flask.runs.active_run import Asked
-from assistream_flask.runs.executor import Runner
+from assistream_flask.runs.active_run import RunRequest
+from assistream_flask.runs.executor import Executor
 from assistream_flask.settings import Settings
 from assistream_flask.store.leases import LEASE_SECONDS
 from assistream_flask.store.sql import Owner, ThreadStore
@@ -95,7 +95,7 @@ class Mortal:
 
 
 class RedisTape(Tape):
-    def later(self, known: Place, place: Place) -> bool:
+    def later(self, known: EventId, place: EventId) -> bool:
         return (int(known.epoch), known.offset) > (int(place.epoch), place.offset)
 
 
@@ -104,16 +104,16 @@ class TapedRedisLog(RedisLog):
         super().__init__(url, **options)
         self._tape = tape
 
-    def append_all(self, told: Sequence[Told]) -> list[Place | None]:
+    def append_all(self, told: Sequence[AppendRequest]) -> list[EventId | None]:
         return [self._tape.append(self._append_one, *one) for one in told]
 
-    def _append_one(self, *told: Any) -> Place | None:
-        return super().append_all([Told(*told)])[0]
+    def _append_one(self, *told: Any) -> EventId | None:
+        return super().append_all([AppendRequest(*told)])[0]
 
     def forget(self, thread_id: str, last: Event) -> None:
         self._tape.append(self._forget_one, thread_id, [last])
 
-    def _forget_one(self, thread_id: str, events: Sequence[Event]) -> Place:
+    def _forget_one(self, thread_id: str, events: Sequence[Event]) -> EventId:
         super().forget(thread_id, events[0])
         return self.end(thread_id)
 
@@ -136,7 +136,7 @@ class Houses(House):
         self.choose = random.Random(0)
         self.tape = RedisTape()
         self.failures: list[BaseException] = []
-        self._asked: dict[str, Asked] = {}
+        self._asked: dict[str, RunRequest] = {}
         self._stores = [ThreadStore(database_url) for _ in range(workers + 1)]
         self.workers = [
             self._worker(f"w{at}", store, TapedRedisLog(self.tape, redis_url, max_events=max_events))
@@ -150,9 +150,9 @@ class Houses(House):
         life = Life()
         ours = cast(Log, Mortal(log, life))
         # An assistant is for one run here, so its id says what another worker asks it with.
-        adopt: Callable[[Owner, str], Asked | None] = lambda owner, assistant_id: self._asked[assistant_id]  # noqa: E731
+        adopt: Callable[[Owner, str], RunRequest | None] = lambda owner, assistant_id: self._asked[assistant_id]  # noqa: E731
         mortal = cast(ThreadStore, Mortal(store, life))
-        runner = Runner(mortal, ours, Settings(), name, adopt)
+        runner = Executor(mortal, ours, Settings(), name, adopt)
         log.listen(runner.attend)
         renew: Callable[[], None] = lambda: mortal.renew(name, runner.held(), LEASE_SECONDS)  # noqa: E731
         keeper = threading.Thread(target=self._keep_house, args=(Member(runner, ours), life, renew))
@@ -172,10 +172,10 @@ class Houses(House):
                     except Exception as error:
                         self.failures.append(error)
 
-    def asked(self, at: int, script: Script) -> Asked:
+    def asked(self, at: int, script: Script) -> RunRequest:
         name = f"a{len(self._asked)}"
         assistant = Assistant(name, model="m", background=isinstance(script, Response))
-        self._asked[name] = Asked(assistant, cast(Any, lambda: script), {})
+        self._asked[name] = RunRequest(assistant, cast(Any, lambda: script), {})
         return self._asked[name]
 
     def pick(self) -> Member:
@@ -294,7 +294,7 @@ class Storm(Houses):
     def trouble(self) -> Iterator[None]:
         try:
             yield
-        except (Away, RequestError) as error:
+        except (LogUnavailableError, RequestError) as error:
             assert not isinstance(error, RequestError) or error.status == 503  # noqa: PT017
 
     def settle(self, thread_id: str) -> None:
@@ -787,9 +787,9 @@ def test_what_could_not_be_told_is_missing_for_nobody_when_the_run_is_handed_ove
     redis_server: RedisServer, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **named: object) -> None:
-        raise Away
+        raise LogUnavailableError
 
-    def says(runner: Runner) -> str:
+    def says(runner: Executor) -> str:
         return "".join(part["text"]["value"] for live in runner._live.values() for part in live.now()[1]["content"])
 
     with contextlib.closing(Idle(database_url, redis_server.empty_url())) as houses:

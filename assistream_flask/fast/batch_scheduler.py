@@ -16,8 +16,8 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 
 from gevent import monkey
 
-from ..platform.log_throttle import Complaints
-from .read_gate import Gate
+from ..platform.log_throttle import LogThrottle
+from .read_gate import ReadGate
 
 _log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ _PATIENCE: Final = 0.3
 """Who has nothing to read for so long waits in its own way, which costs nothing while it lasts."""
 
 
-class Seat(Gate):
+class ReadSlot(ReadGate):
     """Where the reader of a stream waits for its turn. ``left`` is for what is left to it; ``None``: the reading."""
 
     def __init__(self) -> None:
@@ -39,26 +39,26 @@ class Seat(Gate):
         return None if self.socket is None else self.socket.fileno()
 
 
-class Seated(Protocol):
+class SlotHolder(Protocol):
     """Who has a seat."""
 
-    seat: Seat
+    seat: ReadSlot
 
 
-T = TypeVar("T", bound=Seated)
+T = TypeVar("T", bound=SlotHolder)
 
 
-class Pacer(Generic[T]):
+class BatchScheduler(Generic[T]):
     """Lets each stream have a turn every ``seconds``. While there is something to do, calls ``tick`` every few
     milliseconds with those that have a turn and something to read: for it to read, and to have each wait :meth:`again`
     or go on.
     """
 
     def __init__(
-        self, seconds: float, tick: Callable[[Sequence[T]], None], complaints: Complaints | None = None
+        self, seconds: float, tick: Callable[[Sequence[T]], None], complaints: LogThrottle | None = None
     ) -> None:
         self._seconds, self._call = seconds, tick
-        self._complaints = complaints or Complaints()
+        self._complaints = complaints or LogThrottle()
         # In the order of their turns.
         self._waiting: dict[T, None] = {}
         self._wanted = threading.Event()

@@ -19,7 +19,7 @@ import httpcore2
 import httpx2
 import openai
 
-from .read_gate import READ_BYTES, Gate
+from .read_gate import READ_BYTES, ReadGate
 
 _HEAD_END: Final = re.compile(rb"\n\r?\n")
 _CHUNK: Final = re.compile(rb"([0-9a-fA-F]{1,7})\r\n")
@@ -128,7 +128,7 @@ class Connection(httpcore2.NetworkStream):
             return True
         return self._inner.get_extra_info(info)
 
-    def chunks(self, timeout: float | None, gate: Gate | None = None) -> Iterator[bytes]:
+    def chunks(self, timeout: float | None, gate: ReadGate | None = None) -> Iterator[bytes]:
         """Gives the data of ordinary chunks, that of one read together; nothing where the body has been begun.
 
         Gives ``b""`` before each read where there is a ``gate``. What follows is for :meth:`read`. Raises what a

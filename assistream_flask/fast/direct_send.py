@@ -37,7 +37,7 @@ def _answer(given: object) -> Any:
     return answer if answer.response_length is None and not answer._omits_body else None
 
 
-class Peer:
+class ViewerConnection:
     """The connection of an event stream's viewer, from the WSGI ``environ``; where the server shows none, nothing is
     done.
 
@@ -130,7 +130,7 @@ class Body:
     answers with something else in the end."""
 
     def __init__(
-        self, first: bytes, frames: Generator[bytes, None, None], peer: Peer, ended: Callable[[], None]
+        self, first: bytes, frames: Generator[bytes, None, None], peer: ViewerConnection, ended: Callable[[], None]
     ) -> None:
         self.peer = peer
         self._frames = _whole(first, frames, ended)

@@ -18,7 +18,7 @@ _KINDS: Final = frozenset(
 )
 
 
-class Stencil:
+class EventTemplate:
     """An event of one stream, with a hole for its text and one for its number.
 
     That another text in the hole is nothing but another text is proven when it is learned; what has no quote, escape

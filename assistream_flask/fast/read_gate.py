@@ -13,7 +13,7 @@ READ_BYTES: Final = 65_536
 _TURN_SECONDS: Final = 0.01
 
 
-class Turn:
+class TimeSlice:
     """A greenlet that never has to wait for its next byte would keep all others waiting."""
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class _End(NamedTuple):
     error: Exception | None
 
 
-class Gate:
+class ReadGate:
     """Who iterates a stream may wait here, and have it go on with what :meth:`read` reads. That is from the ``socket``;
     or from the ``source`` that the stream has, whoever reads that, once somebody calls :meth:`feed`. Where there is
     neither, and without a :meth:`read`, to go on is to wait for the network."""
@@ -110,7 +110,7 @@ class Gate:
     def feed(self) -> None:
         """Reads the source to its end, for the stream. Call it in a thread of its own, after ``is_fed`` is set."""
         assert self.source is not None
-        turn = Turn()
+        turn = TimeSlice()
         try:
             for item in self.source:
                 self._give(item)

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final
 
-from .protocol import Lost, Place, Record, Take, Taken
-from .thread_buffer import Bell, Registry, Tail
+from .protocol import EventId, PositionExpiredError, Record, Take, Taken
+from .thread_buffer import Bell, ThreadBuffer, ThreadBuffers
 
 _log = logging.getLogger(__name__)
 
@@ -25,10 +25,10 @@ class Cursor:
 
     def __init__(
         self,
-        registry: Registry[Any],
-        tail: Tail,
-        place: Place,
-        older: Callable[[Place], list[Record]] | None = None,
+        registry: ThreadBuffers[Any],
+        tail: ThreadBuffer,
+        place: EventId,
+        older: Callable[[EventId], list[Record]] | None = None,
     ) -> None:
         self._registry, self._tail, self._place, self._older = registry, tail, place, older
         self._bell: Bell = queue.SimpleQueue()
@@ -67,7 +67,7 @@ class Cursor:
             while self._take is not None and not self._registry.closed:
                 try:
                     records = tail.since(self._place, READ_BYTES)
-                except Lost:
+                except PositionExpiredError:
                     # Or elsewhere: the reader's to find out.
                     return False
                 if records:

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 
 from .. import sse
 from ..events import Event, dumps
-from ..platform.log_throttle import Complaints
+from ..platform.log_throttle import LogThrottle
 from .cursor import Cursor
-from .protocol import GONE_SECONDS, REFUSED, Claim, Lost, Place, Record, Told
-from .thread_buffer import Registry, Tail
+from .protocol import GONE_SECONDS, REFUSED, AppendRequest, Claim, EventId, PositionExpiredError, Record
+from .thread_buffer import ThreadBuffer, ThreadBuffers
 
 
 class MemoryLog:
@@ -30,17 +30,17 @@ class MemoryLog:
         max_bytes: int = 8 << 20,
         max_age: float = 600,
         clock: Callable[[], float] = time.monotonic,
-        complaints: Complaints | None = None,
+        complaints: LogThrottle | None = None,
     ) -> None:
         self._max_events, self._max_bytes, self._max_age = max_events, max_bytes, max_age
-        self._threads = Registry(lambda: Tail(_epoch()), clock, complaints)
+        self._threads = ThreadBuffers(lambda: ThreadBuffer(_epoch()), clock, complaints)
 
-    def append(self, thread_id: str, events: Sequence[Event], claim: Claim | None = None) -> Place:
+    def append(self, thread_id: str, events: Sequence[Event], claim: Claim | None = None) -> EventId:
         return self._append(thread_id, events, claim) or self.end(thread_id)
 
     def _append(
         self, thread_id: str, events: Sequence[Event], claim: Claim | None = None, is_last: bool = False
-    ) -> Place | None:
+    ) -> EventId | None:
         tail = self._threads.enter(thread_id)
         try:
             with tail.guard:
@@ -61,7 +61,7 @@ class MemoryLog:
         finally:
             self._threads.leave(tail)
 
-    def append_all(self, told: Sequence[Told]) -> Sequence[Place | None]:
+    def append_all(self, told: Sequence[AppendRequest]) -> Sequence[EventId | None]:
         # Nobody else can take a lock.
         return [self._append(*one[:3]) for one in told]
 
@@ -72,31 +72,31 @@ class MemoryLog:
         with self._threads.using(thread_id) as tail, tail.guard:
             tail.claims[claim.run_id] = max(claim.number, tail.claims.get(claim.run_id, 0))
 
-    def end(self, thread_id: str) -> Place:
+    def end(self, thread_id: str) -> EventId:
         with self._threads.using(thread_id) as tail:
             return tail.place
 
-    def quiet(self, thread_id: str) -> Place | None:
+    def quiet(self, thread_id: str) -> EventId | None:
         with self._threads.using(thread_id) as tail, tail.guard:
             return None if tail.held else tail.place
 
-    def since(self, thread_id: str, place: Place) -> list[Record]:
+    def since(self, thread_id: str, place: EventId) -> list[Record]:
         with self._threads.using(thread_id) as tail, tail.guard:
             return tail.since(place)
 
-    def recover(self, thread_id: str, place: Place, run_id: str) -> tuple[list[Record], Place]:
+    def recover(self, thread_id: str, place: EventId, run_id: str) -> tuple[list[Record], EventId]:
         # Whoever could lose a run has this log too.
         records = self.since(thread_id, place)
         end = records[-1].place if records else place
         return [record for record in records if record.key == run_id], end
 
-    def subscribe(self, thread_id: str, place: Place) -> Cursor:
+    def subscribe(self, thread_id: str, place: EventId) -> Cursor:
         tail = self._threads.enter(thread_id)
         with tail.guard:
             found = tail.has(place)
         if not found:
             self._threads.leave(tail)
-            raise Lost
+            raise PositionExpiredError
         return Cursor(self._threads, tail, place)
 
     @contextmanager
@@ -115,7 +115,7 @@ class MemoryLog:
         with self._threads.using(thread_id) as tail:
             with tail.guard:
                 if not tail.gone:
-                    tail.restart(Place(_epoch(), 0))
+                    tail.restart(EventId(_epoch(), 0))
             tail.wake()
 
     def signal(self, thread_id: str) -> None:

@@ -19,7 +19,7 @@ from ..events import Event, Json
 _PLACE = re.compile(r"([0-9a-f]{1,32})-(0|[1-9][0-9]{0,17})")
 
 
-class Place(NamedTuple):
+class EventId(NamedTuple):
     """A place in a thread's log: after the event with this offset, or before the first one at 0."""
 
     epoch: str
@@ -29,13 +29,13 @@ class Place(NamedTuple):
         return f"{self.epoch}-{self.offset}"
 
     @classmethod
-    def parse(cls, text: str | None) -> Place | None:
+    def parse(cls, text: str | None) -> EventId | None:
         """Gives the place that ``text`` names, ``None`` where it names none."""
         match = _PLACE.fullmatch(text or "")
         return cls(match[1], int(match[2])) if match else None
 
 
-REFUSED: Final = Place("", -1)
+REFUSED: Final = EventId("", -1)
 """In place of a place: nothing was appended, as the run is another's by now."""
 
 
@@ -46,7 +46,7 @@ class Claim(NamedTuple):
     number: int
 
 
-class Told(NamedTuple):
+class AppendRequest(NamedTuple):
     """Events for a thread's log; those of a run's holder with its ``claim``, those of who has the thread's lock as
     ``locked``."""
 
@@ -59,7 +59,7 @@ class Told(NamedTuple):
 class Record(NamedTuple):
     """One event in the log. ``frame`` is its SSE frame, encoded once for all readers."""
 
-    place: Place
+    place: EventId
     name: str
     key: str | None
     frame: bytes
@@ -71,11 +71,11 @@ class Record(NamedTuple):
         return found
 
 
-class Lost(Exception):
+class PositionExpiredError(Exception):
     """The log no longer has, or never had, what comes after the asked-for place: read a snapshot."""
 
 
-class Away(Exception):
+class LogUnavailableError(Exception):
     """The log cannot be reached. Whether what was to be written is in it is not known. The message, where there is one,
     says why and what to do, and is fit for the public."""
 
@@ -101,7 +101,7 @@ class Subscription(Protocol):
 
     def read(self, timeout: float, take: Take | None = None) -> list[Record]:
         """Gives the records after the last ones given, waiting up to ``timeout`` seconds for one;
-        none after that. Raises :class:`Lost` when records were trimmed before they were read.
+        none after that. Raises :class:`PositionExpiredError` when records were trimmed before they were read.
 
         While it waits, ``take`` may be called with the next records, by who brings them: what it takes is not given.
         """
@@ -113,17 +113,17 @@ class Subscription(Protocol):
 
 
 class Log(Protocol):
-    """What a log does for the runner and the routes. Whatever reaches out may raise :class:`Away`."""
+    """What a log does for the runner and the routes. Whatever reaches out may raise :class:`LogUnavailableError`."""
 
     shared: bool
     """Whether other workers read and write it too."""
 
-    def append(self, thread_id: str, events: Sequence[Event], claim: Claim | None = None) -> Place:
+    def append(self, thread_id: str, events: Sequence[Event], claim: Claim | None = None) -> EventId:
         """Appends ``events`` as one write; gives the place after the last of them, or :data:`REFUSED`; the end of one
         that takes no more."""
         ...
 
-    def append_all(self, told: Sequence[Told]) -> Sequence[Place | None]:
+    def append_all(self, told: Sequence[AppendRequest]) -> Sequence[EventId | None]:
         """Appends the events of several threads, as one write where that is cheaper; gives for each what
         :meth:`append` gives; ``None`` for one that takes no more, see :meth:`forget`, and where the lock was lost."""
         ...
@@ -137,25 +137,25 @@ class Log(Protocol):
         """Has what earlier holders of the run append refused from now on, however late it comes."""
         ...
 
-    def end(self, thread_id: str) -> Place:
+    def end(self, thread_id: str) -> EventId:
         """Gives the place after the newest event; begins a log where there is none."""
         ...
 
-    def quiet(self, thread_id: str) -> Place | None:
+    def quiet(self, thread_id: str) -> EventId | None:
         """Gives what :meth:`end` gives, ``None`` while somebody holds the thread's lock."""
         ...
 
-    def since(self, thread_id: str, place: Place) -> list[Record]:
-        """Gives all records after ``place``. Raises :class:`Lost` when that can't be proven."""
+    def since(self, thread_id: str, place: EventId) -> list[Record]:
+        """Gives all records after ``place``. Raises :class:`PositionExpiredError` when that can't be proven."""
         ...
 
-    def recover(self, thread_id: str, place: Place, run_id: str) -> tuple[list[Record], Place]:
+    def recover(self, thread_id: str, place: EventId, run_id: str) -> tuple[list[Record], EventId]:
         """Gives all records of the run after ``place``, and the end, also where the log began anew since: what a run
-        that was lost told and did not store. Raises :class:`Lost` when that can't be proven."""
+        that was lost told and did not store. Raises :class:`PositionExpiredError` when that can't be proven."""
         ...
 
-    def subscribe(self, thread_id: str, place: Place) -> Subscription:
-        """Gives a cursor after ``place``. Raises :class:`Lost` when that can't be proven."""
+    def subscribe(self, thread_id: str, place: EventId) -> Subscription:
+        """Gives a cursor after ``place``. Raises :class:`PositionExpiredError` when that can't be proven."""
         ...
 
     def lock(self, thread_id: str) -> AbstractContextManager[object]:
@@ -169,8 +169,9 @@ class Log(Protocol):
         ...
 
     def restart(self, thread_id: str, *, keep: bool = False, holes: Collection[str] = ()) -> None:
-        """Begins the thread's log anew: every reader is :class:`Lost`, every viewer gets a snapshot. :meth:`recover`
-        reads on across it where ``keep`` says so, but of the runs ``holes``, of which something is missing before."""
+        """Begins the thread's log anew: every reader gets a :class:`PositionExpiredError`, every viewer a snapshot.
+        :meth:`recover` reads on across it where ``keep`` says so, but of the runs ``holes``, of which something is
+        missing before."""
         ...
 
     def signal(self, thread_id: str) -> None:

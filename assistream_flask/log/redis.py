@@ -29,11 +29,20 @@ from redis.retry import Retry
 
 from .. import sse
 from ..events import Event, dumps
-from ..platform.log_throttle import Complaints
+from ..platform.log_throttle import LogThrottle
 from . import redis_requirements
 from .cursor import READ_BYTES, Cursor
-from .protocol import GONE_SECONDS, REFUSED, Away, Claim, Lost, Place, Record, Told
-from .thread_buffer import Registry, Tail
+from .protocol import (
+    GONE_SECONDS,
+    REFUSED,
+    AppendRequest,
+    Claim,
+    EventId,
+    LogUnavailableError,
+    PositionExpiredError,
+    Record,
+)
+from .thread_buffer import ThreadBuffer, ThreadBuffers
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +66,7 @@ def lua(name: str) -> str:
     return resources.files(__package__).joinpath("lua", f"{name}.lua").read_text("utf-8")
 
 
-class _Viewed(Tail):
+class _ViewedBuffer(ThreadBuffer):
     """A thread that this worker has viewers of; exact once ``ready``."""
 
     def __init__(self, most: int) -> None:
@@ -85,7 +94,7 @@ class _Viewed(Tail):
         if int(epoch) < int(mine) or (first > last + 1 and not gap and epoch == mine):
             return False
         if epoch != mine or first > last + 1:
-            self.restart(Place(epoch, first - 1))
+            self.restart(EventId(epoch, first - 1))
         elif first + len(bodies) <= last + 1:
             # An echo: its readers must not wake for nothing. Or what was before is forgotten.
             if not bodies:
@@ -115,9 +124,9 @@ class RedisLog:
         max_bytes: int = 8 << 20,
         max_age: float = 600,
         connections: int = 16,
-        complaints: Complaints | None = None,
+        complaints: LogThrottle | None = None,
     ) -> None:
-        self._complaints = complaints or Complaints()
+        self._complaints = complaints or LogThrottle()
         self._max_events, self._max_bytes, self._ttl = max_events, max_bytes, int(max_age * 1000)
         # The library's own defaults would try for a minute, in silence.
         options: dict[str, Any] = {"socket_connect_timeout": SECONDS, "retry": Retry(NoBackoff(), 0), "protocol": 2}
@@ -139,8 +148,8 @@ class RedisLog:
             for name in ("append", "fence", "ends", "restart", "lock", "quiet", "unlock", "restart_expired")
         )
         self._forget = self._redis.register_script(common + lua("forget"))
-        self._threads = Registry(lambda: _Viewed(min(_KEEP, max_events)), time.monotonic, self._complaints)
-        self._locks = Registry(lambda: Tail("0"), time.monotonic)
+        self._threads = ThreadBuffers(lambda: _ViewedBuffer(min(_KEEP, max_events)), time.monotonic, self._complaints)
+        self._locks = ThreadBuffers(lambda: ThreadBuffer("0"), time.monotonic)
         self._attend: Callable[[str], None] = lambda thread_id: None
         self._line: Any = None
         self._sending = threading.Lock()
@@ -159,10 +168,10 @@ class RedisLog:
 
     # Writing
 
-    def append(self, thread_id: str, events: Sequence[Event], claim: Claim | None = None) -> Place:
-        return self.append_all([Told(thread_id, events, claim)])[0] or self.end(thread_id)
+    def append(self, thread_id: str, events: Sequence[Event], claim: Claim | None = None) -> EventId:
+        return self.append_all([AppendRequest(thread_id, events, claim)])[0] or self.end(thread_id)
 
-    def append_all(self, told: Sequence[Told]) -> Sequence[Place | None]:
+    def append_all(self, told: Sequence[AppendRequest]) -> Sequence[EventId | None]:
         keys = [self._prefix + one.thread_id for one in told]
         bodies = [[_body(event) for event in one.events] for one in told]
         arguments: list[int | str | bytes] = [self._ttl, self._max_events, self._max_bytes, CLAIM_SECONDS * 1000]
@@ -196,7 +205,7 @@ class RedisLog:
     def signal(self, thread_id: str) -> None:
         try:
             self._do(lambda: self._redis.publish(self._signal, thread_id))
-        except Away:
+        except LogUnavailableError:
             # Workers look at the store themselves too, only later.
             pass
 
@@ -216,7 +225,7 @@ class RedisLog:
                     self._do(
                         lambda: self._unlock([self._locked, self._prefix + thread_id], [thread_id, mine, self._ttl])
                     )
-                except Away:
+                except LogUnavailableError:
                     # It runs out, and the log begins anew then.
                     pass
 
@@ -227,22 +236,22 @@ class RedisLog:
             if mine:
                 return mine
             time.sleep(min(0.001 * 2**tries, 0.02) * (0.5 + random.random()))
-        raise Away
+        raise LogUnavailableError
 
     # Reading
 
-    def end(self, thread_id: str) -> Place:
+    def end(self, thread_id: str) -> EventId:
         return self._place(self._do(lambda: self._ends([self._prefix + thread_id], [self._ttl]))[0])
 
-    def quiet(self, thread_id: str) -> Place | None:
+    def quiet(self, thread_id: str) -> EventId | None:
         arguments: list[int | str] = [thread_id, self._ttl]
         found = self._do(lambda: self._quiet([self._locked, self._prefix + thread_id], arguments))
         return self._place(found) if found else None
 
-    def since(self, thread_id: str, place: Place) -> list[Record]:
+    def since(self, thread_id: str, place: EventId) -> list[Record]:
         return self._range(thread_id, place, None)
 
-    def recover(self, thread_id: str, place: Place, run_id: str) -> tuple[list[Record], Place]:
+    def recover(self, thread_id: str, place: EventId, run_id: str) -> tuple[list[Record], EventId]:
         self._check_place(place)
         key = self._prefix + thread_id
         # In this order: what is put aside in between is found twice, and not never.
@@ -255,13 +264,13 @@ class RedisLog:
             if at == (place.epoch, place.offset + 1):
                 records.append(_record(at.epoch, at.offset, found[at][b"e"]))
             elif at != place and not (is_proven and not at.offset and _goes_on(found[at], place.epoch, run_id)):
-                raise Lost
+                raise PositionExpiredError
             place, is_proven = at, True
         if not is_proven:
-            raise Lost
+            raise PositionExpiredError
         return [record for record in records if record.key == run_id], place
 
-    def subscribe(self, thread_id: str, place: Place) -> Cursor:
+    def subscribe(self, thread_id: str, place: EventId) -> Cursor:
         tail = self._threads.enter(thread_id)
         try:
             self._follow(thread_id, tail)
@@ -275,17 +284,17 @@ class RedisLog:
             self._threads.leave(tail)
             raise
 
-    def _follow(self, thread_id: str, tail: _Viewed) -> None:
+    def _follow(self, thread_id: str, tail: _ViewedBuffer) -> None:
         with tail.lock:
             if tail.ready:
                 return
             tail.heard.clear()
             tail.early = []
             if not self._linked.wait(SECONDS):
-                raise Away(self._fix)
+                raise LogUnavailableError(self._fix)
             self._send("SUBSCRIBE", self._prefix + thread_id)
             if not tail.heard.wait(SECONDS):
-                raise Away
+                raise LogUnavailableError
             place = self.end(thread_id)
             with tail.guard:
                 tail.restart(place)
@@ -294,18 +303,18 @@ class RedisLog:
                     tail.take(self._threads.clock(), *early)
             tail.wake()
 
-    def _older(self, thread_id: str, place: Place) -> list[Record]:
+    def _older(self, thread_id: str, place: EventId) -> list[Record]:
         """What a reader has to catch up with, a piece at a time."""
         return self._range(thread_id, place, 200)
 
-    def _range(self, thread_id: str, place: Place, count: int | None) -> list[Record]:
+    def _range(self, thread_id: str, place: EventId, count: int | None) -> list[Record]:
         self._check_place(place)
         # From the place itself on: it, or the one after it, shows that nothing is missing between.
         more = None if count is None else count + 1
         found = self._do(lambda: self._redis.xrange(self._prefix + thread_id, str(place), "+", more))
         first = self._place(found[0][0]) if found else None
         if first is None or first.epoch != place.epoch or first.offset > place.offset + 1:
-            raise Lost
+            raise PositionExpiredError
         records, size = [], 0
         for id, fields in found:
             at = self._place(id)
@@ -317,9 +326,9 @@ class RedisLog:
         return records
 
     @staticmethod
-    def _check_place(place: Place) -> None:
+    def _check_place(place: EventId) -> None:
         if not place.epoch.isdecimal() or len(place.epoch) > 18:
-            raise Lost
+            raise PositionExpiredError
 
     # What is heard
 
@@ -382,10 +391,10 @@ class RedisLog:
         with self._sending:
             try:
                 if self._line is None:
-                    raise Away
+                    raise LogUnavailableError
                 self._line.send_command(*command)
             except (redis.RedisError, OSError) as error:
-                raise Away from error
+                raise LogUnavailableError from error
 
     def _watch(self) -> None:
         # Well before a stream that is viewed would expire.
@@ -398,12 +407,12 @@ class RedisLog:
                 if self._run_id:
                     # After a FLUSHALL.
                     self._do(lambda: self._redis.set(f"{self._prefix}met", self._run_id, nx=True))
-            except Away:
+            except LogUnavailableError:
                 pass
             except Exception as error:
                 self._complaints.error(_log, error, "looking after the log failed; it is tried again")
 
-    def _check(self, viewed: Sequence[tuple[str, _Viewed]], *, patient: bool = True) -> None:
+    def _check(self, viewed: Sequence[tuple[str, _ViewedBuffer]], *, patient: bool = True) -> None:
         """Compares with the streams. What a ``patient`` one finds missing may be on its way until the next time."""
         before = [tail.place.epoch for _, tail in viewed]
         ends = self._do(lambda: self._ends([self._prefix + thread_id for thread_id, _ in viewed], [self._ttl]))
@@ -450,10 +459,10 @@ class RedisLog:
     def _do(self, call: Callable[[], Any]) -> Any:
         # Who finds it away tells the others, so that not each waits for itself.
         if time.monotonic() < self._again or not self._room.acquire(timeout=_QUEUE_SECONDS):
-            raise Away(self._fix)
+            raise LogUnavailableError(self._fix)
         try:
             if time.monotonic() < self._again:
-                raise Away(self._fix)
+                raise LogUnavailableError(self._fix)
             return call()
         except Exception as error:
             # What close() takes a connection from fails in many ways.
@@ -468,7 +477,7 @@ class RedisLog:
                 # The address may lead to another server by now, and nothing would end these connections.
                 self._redis.connection_pool.disconnect(inuse_connections=False)
                 self._hang_up()
-            raise Away(fix) from error
+            raise LogUnavailableError(fix) from error
         finally:
             self._room.release()
 
@@ -490,9 +499,9 @@ class RedisLog:
                 self._line.disconnect()
 
     @staticmethod
-    def _place(id: bytes) -> Place:
+    def _place(id: bytes) -> EventId:
         epoch, _, offset = id.decode().partition("-")
-        return Place(epoch, int(offset))
+        return EventId(epoch, int(offset))
 
 
 def _body(event: Event) -> bytes:
@@ -506,7 +515,7 @@ def _goes_on(first: dict[bytes, bytes], epoch: str, run_id: str) -> bool:
 
 def _record(epoch: str, offset: int, body: bytes) -> Record:
     key, event, _ = body.split(b"\n", 2)
-    place = Place(epoch, offset)
+    place = EventId(epoch, offset)
     # See sse.encode: the id comes last.
     frame = b"%bid: %b\n\n" % (body[len(key) + 1 : -1], str(place).encode())
     return Record(place, event[7:].decode(), key.decode() or None, frame)

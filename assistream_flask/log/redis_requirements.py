@@ -59,14 +59,14 @@ _ADVICE: Final[Sequence[tuple[str, str]]] = (
 )
 
 
-class Unfit(Exception):
+class UnfitRedisError(Exception):
     """A Redis that the log cannot use; the message says why, and what to do."""
 
 
 def advice(error: BaseException) -> str:
     """Gives what is wrong with the Redis that gave ``error``, and what to do, fit for the public; "" where that is not
     known."""
-    if isinstance(error, Unfit):
+    if isinstance(error, UnfitRedisError):
         return str(error)
     said = f"{type(error).__name__}: {error}"
     return next((what for pattern, what in _ADVICE if re.search(pattern, said)), "")
@@ -76,7 +76,8 @@ def check(line: Any, key: str) -> str:
     """Tries all that the log needs on ``line``, a connection of the client's in RESP2, with a ``key`` that is not
     there. Changes nothing; gives the ``run_id`` of that Redis.
 
-    Raises :class:`Unfit`, after which the connection is of no use, and what the client raises where Redis is away.
+    Raises :class:`UnfitRedisError`, after which the connection is of no use, and what the client raises where Redis is
+    away.
     """
     # The client is an extra.
     from redis import ResponseError
@@ -93,11 +94,11 @@ def check(line: Any, key: str) -> str:
         except ResponseError as error:
             errors.append((name, error))
     if about.get("redis_mode", "standalone") != "standalone":
-        raise Unfit(f"it is {_UNFIT}")
+        raise UnfitRedisError(f"it is {_UNFIT}")
     if denied := dict.fromkeys(_right(*one) for one in errors if type(one[1]).__name__ == "NoPermissionError"):
-        raise Unfit(f"its user lacks rights: as its admin run `ACL SETUSER <user> {' '.join(denied)}`")
+        raise UnfitRedisError(f"its user lacks rights: as its admin run `ACL SETUSER <user> {' '.join(denied)}`")
     if known := next(filter(None, (advice(one) for _, one in errors)), ""):
-        raise Unfit(known)
+        raise UnfitRedisError(known)
     return about["run_id"]
 
 

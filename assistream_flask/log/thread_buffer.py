@@ -13,8 +13,8 @@ from typing import Final, Generic, Protocol, TypeAlias, TypeVar
 
 from gevent import monkey
 
-from ..platform.log_throttle import Complaints
-from .protocol import Lost, Place, Record
+from ..platform.log_throttle import LogThrottle
+from .protocol import EventId, PositionExpiredError, Record
 
 _SWEEP_SECONDS: Final = 0.5
 Bell: TypeAlias = "queue.SimpleQueue[bool]"
@@ -36,14 +36,14 @@ class Reader(Protocol):
         """Has the reader go on. Must not wait."""
 
 
-class Tail:
+class ThreadBuffer:
     """Records without a gap up to ``place``. ``lock`` is for changes that span store and log; it is ``held`` so often,
     among several workers under a ``token``. ``guard`` is for the records, of which a thread that is ``gone`` gets no
     more, and the ``claims``: of each run that had more than one holder, which is the present one. ``users`` and
     ``touched`` are the registry's."""
 
     def __init__(self, epoch: str) -> None:
-        self.place = Place(epoch, 0)
+        self.place = EventId(epoch, 0)
         # Time, name, key, frame. Exact tuples of such are nothing that the garbage collector would look at again:
         # half a million records as objects hold a worker up for 150 ms, these for 10.
         self.records: deque[tuple[float, str, str | None, bytes]] = deque()
@@ -75,7 +75,7 @@ class Tail:
             if reader in self._readers:
                 self._readers.remove(reader)
 
-    def restart(self, place: Place) -> None:
+    def restart(self, place: EventId) -> None:
         """Forgets all records: the log begins anew, or goes on behind a gap."""
         self.records.clear()
         self.size = 0
@@ -87,7 +87,7 @@ class Tail:
             self.records.append((at, name, key, frame))
             self.size += len(frame)
         epoch, offset = self.place
-        self.place = Place(epoch, offset + len(told))
+        self.place = EventId(epoch, offset + len(told))
 
     def trim(self, max_events: int, max_bytes: int, oldest: float) -> None:
         """Keeps the newest records: so many, of so many bytes, none older."""
@@ -95,14 +95,14 @@ class Tail:
         while records and (len(records) > max_events or self.size > max_bytes or records[0][0] < oldest):
             self.size -= len(records.popleft()[3])
 
-    def has(self, place: Place) -> bool:
+    def has(self, place: EventId) -> bool:
         """Whether all records after ``place`` are here."""
         return place.epoch == self.place.epoch and 0 <= self.place.offset - place.offset <= len(self.records)
 
-    def since(self, place: Place, size: float = float("inf")) -> list[Record]:
-        """Gives the records after ``place``, up to about ``size`` bytes. Raises :class:`Lost`."""
+    def since(self, place: EventId, size: float = float("inf")) -> list[Record]:
+        """Gives the records after ``place``, up to about ``size`` bytes. Raises :class:`PositionExpiredError`."""
         if not self.has(place):
-            raise Lost
+            raise PositionExpiredError
         epoch, offset = self.place
         if place.offset == offset - 1:
             _, name, key, frame = self.records[-1]
@@ -111,22 +111,24 @@ class Tail:
         newest = list(islice(reversed(self.records), offset - place.offset))[::-1]
         found: list[Record] = []
         for at, (_, name, key, frame) in enumerate(newest, place.offset + 1):
-            found.append(Record(Place(epoch, at), name, key, frame))
+            found.append(Record(EventId(epoch, at), name, key, frame))
             size -= len(frame)
             if size <= 0:
                 break
         return found
 
 
-T = TypeVar("T", bound=Tail)
+T = TypeVar("T", bound=ThreadBuffer)
 
 
-class Registry(Generic[T]):
+class ThreadBuffers(Generic[T]):
     """The tails of a process. A thread that is in use is never dropped."""
 
-    def __init__(self, make: Callable[[], T], clock: Callable[[], float], complaints: Complaints | None = None) -> None:
+    def __init__(
+        self, make: Callable[[], T], clock: Callable[[], float], complaints: LogThrottle | None = None
+    ) -> None:
         self._make, self.clock = make, clock
-        self.complaints = complaints or Complaints()
+        self.complaints = complaints or LogThrottle()
         self._tails: dict[str, T] = {}
         self._guard = plain_lock()
         self._sleepers: dict[Bell, float] = {}

@@ -24,7 +24,7 @@ class _Kind:
         self.newest = ""
 
 
-class Complaints:
+class LogThrottle:
     """Keeps what fails by the second or by the request from flooding the log: that fills the disk, and hides all else.
 
     Of a kind the first is written, and then a line a minute that says how many there were. A kind is a message, with

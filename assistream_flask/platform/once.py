@@ -10,11 +10,11 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Undone(Exception):
+class UndoneError(Exception):
     """Whoever did it was stopped in the midst of it."""
 
 
-class Errand(Generic[T]):
+class SharedCall(Generic[T]):
     """What the first who asks does, and the others wait for."""
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class Errand(Generic[T]):
         self._error: Exception | None = None
 
     def do(self, work: Callable[[], T]) -> T:
-        """Gives what the first one's ``work`` gives. Raises what that raises, and :class:`Undone`."""
+        """Gives what the first one's ``work`` gives. Raises what that raises, and :class:`UndoneError`."""
         if self._found:
             return self._found[0]
         if self._first.acquire(blocking=False):
@@ -34,7 +34,7 @@ class Errand(Generic[T]):
             # Each who raises it would add to its traceback.
             raise self._error.with_traceback(self._traceback)
         if not self._found:
-            raise Undone
+            raise UndoneError
         return self._found[0]
 
     def _work(self, work: Callable[[], T]) -> T:
@@ -51,7 +51,7 @@ class Errand(Generic[T]):
 class _Slot(Generic[T]):
     def __init__(self) -> None:
         self.guard = threading.Lock()
-        self.errand: Errand[T] | None = None
+        self.errand: SharedCall[T] | None = None
 
 
 class PerProcess(Generic[T]):
@@ -72,14 +72,14 @@ class PerProcess(Generic[T]):
             errand = slot.errand
             if errand is None:
                 with slot.guard:
-                    errand = slot.errand = slot.errand or Errand()
+                    errand = slot.errand = slot.errand or SharedCall()
             try:
                 return errand.do(self._make)
             except Exception as error:
                 with slot.guard:
                     if slot.errand is errand:
                         slot.errand = None
-                if not isinstance(error, Undone):
+                if not isinstance(error, UndoneError):
                     raise
 
     def pop(self) -> T | None:
@@ -97,4 +97,4 @@ class PerProcess(Generic[T]):
         return self._slots.get(pid) or self._slots.setdefault(pid, _Slot())
 
     def _none(self) -> T:
-        raise Undone
+        raise UndoneError

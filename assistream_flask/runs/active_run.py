@@ -11,18 +11,18 @@ import openai
 
 from ..assistants import Assistant
 from ..events import Event, Json, Said
-from ..fast.batch_scheduler import Seat
-from ..fast.read_gate import Turn
-from ..log.protocol import Claim, Place
+from ..fast.batch_scheduler import ReadSlot
+from ..fast.read_gate import TimeSlice
+from ..log.protocol import Claim, EventId
 from ..platform.interrupt import Interrupted, Interruptible
 from ..store.sql import Owner, State
 from ..upstream import answer_stream
 from ..upstream.deltas import Part, merged
 from ..upstream.items import Limit, Names, Shorten
-from .message_accumulator import Ahead, Reply
+from .message_accumulator import Ahead, MessageAccumulator
 
 
-class Asked(NamedTuple):
+class RunRequest(NamedTuple):
     """An assistant to run, the client to ask it with, the names that the history's speakers have, and the app's own way
     to shorten a history."""
 
@@ -53,15 +53,15 @@ class History:
         return found
 
 
-class Live:
+class ActiveRun:
     """One such run. ``group_id`` is that of runs that may run beside it."""
 
     def __init__(
         self,
-        reply: Reply,
-        asked: Asked | None,
+        reply: MessageAccumulator,
+        asked: RunRequest | None,
         position: int,
-        place: Place | None,
+        place: EventId | None,
         group_id: str | None,
         number: int = 0,
     ) -> None:
@@ -86,7 +86,7 @@ class Live:
         self.left = False
         self.ended = threading.Event()
         self.deadline = float("inf")
-        self.upstream: answer_stream.Upstream | None = None
+        self.upstream: answer_stream.AnswerStream | None = None
         # Of a background response: what another worker needs to go on, and what that one has already.
         self.state: Json | None = None
         self.ahead: Ahead | None = None
@@ -97,12 +97,12 @@ class Live:
         self.begun, self.told, self.in_a_row = False, 0.0, 0
         # What arrives, where its reader waits for it, and how long it did not; and who reads ahead.
         self.batches: Iterator[list[Part]]
-        self.seat: Seat
-        self.turn = Turn()
+        self.seat: ReadSlot
+        self.turn = TimeSlice()
         self.feeding: Interruptible | None = None
         self.waits = Interruptible(self.close)
         # How it ends when it is interrupted; not at all when another worker has it.
-        self.stop: Callable[[Reply], list[Event]] | None = Reply.cancel
+        self.stop: Callable[[MessageAccumulator], list[Event]] | None = MessageAccumulator.cancel
 
     def close(self) -> None:
         """Closes the connection to the model server."""
@@ -116,9 +116,9 @@ class Live:
         self.left, self.stop = True, None
         self.waits.interrupt()
 
-    def read(self, ours: answer_stream.Upstream) -> None:
+    def read(self, ours: answer_stream.AnswerStream) -> None:
         """Has its batches come from there."""
-        self.upstream, self.seat, self.feeding = ours, Seat(), None
+        self.upstream, self.seat, self.feeding = ours, ReadSlot(), None
         ours.gate = self.seat
         self.batches = iter(ours)
 
@@ -150,7 +150,7 @@ class Live:
         return *self.reply.snapshot(), str(self.place) if self.place else None, self.state, self.claim.number
 
 
-def _feed(waits: Interruptible, seat: Seat) -> None:
+def _feed(waits: Interruptible, seat: ReadSlot) -> None:
     try:
         waits.wait(seat.feed)
     except Interrupted:

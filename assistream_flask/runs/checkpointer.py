@@ -10,11 +10,11 @@ from typing import Final
 
 from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 
-from ..log.protocol import Log, Place
-from ..platform.log_throttle import Complaints
+from ..log.protocol import EventId, Log
+from ..platform.log_throttle import LogThrottle
 from ..store.sql import State, ThreadStore
-from .active_run import Live
-from .log_appender import Teller
+from .active_run import ActiveRun
+from .log_appender import LogAppender
 
 _log = logging.getLogger(__name__)
 
@@ -22,23 +22,23 @@ _BATCH: Final = 20
 _PAUSE_SECONDS: Final = 0.02
 
 
-class Keeper:
+class Checkpointer:
     """Stores the runs of one ``worker``. ``lost`` is called for one that is not the worker's any more."""
 
     def __init__(
         self,
         store: ThreadStore,
         log: Log,
-        teller: Teller,
+        teller: LogAppender,
         worker: str,
-        lost: Callable[[Live], None],
-        complaints: Complaints | None = None,
+        lost: Callable[[ActiveRun], None],
+        complaints: LogThrottle | None = None,
     ) -> None:
         self._store, self._log, self._teller = store, log, teller
         self._worker, self._lost = worker, lost
-        self._complaints = complaints or Complaints()
+        self._complaints = complaints or LogThrottle()
 
-    def keep(self, live: Live, anew: bool = False) -> None:
+    def keep(self, live: ActiveRun, anew: bool = False) -> None:
         """Stores what the run is now; ``anew``, as of the log's end. Failures are for the next time."""
         with live.saving:
             found = self._look(live, anew)
@@ -58,7 +58,7 @@ class Keeper:
             self._teller.untell(live.thread_id, keep=not is_gone)
             self._lost(live)
 
-    def _look(self, live: Live, anew: bool = False) -> tuple[State, Place | None] | None:
+    def _look(self, live: ActiveRun, anew: bool = False) -> tuple[State, EventId | None] | None:
         """Gives what to store, and as of when; ``None`` when the run is over. Its ``saving`` is held."""
         with live.lock:
             if live.reply.over:
@@ -69,7 +69,7 @@ class Keeper:
             live.dirty = False
             return live.now(), live.place
 
-    def keep_all(self, lives: Sequence[Live]) -> None:
+    def keep_all(self, lives: Sequence[ActiveRun]) -> None:
         """Does so for many: a few in a transaction, with time between for all else."""
         for at in range(0, len(lives), _BATCH):
             if at:
@@ -77,7 +77,7 @@ class Keeper:
             for live in self._left(lives[at : at + _BATCH]):
                 self.keep(live)
 
-    def _left(self, lives: Sequence[Live]) -> list[Live]:
+    def _left(self, lives: Sequence[ActiveRun]) -> list[ActiveRun]:
         """Stores those that have grown; gives those that may be another's."""
         with ExitStack() as stack:
             states, grown = [], []

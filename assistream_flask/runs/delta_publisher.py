@@ -9,13 +9,13 @@ from typing import Final, cast
 
 from ..errors import RunError, masked
 from ..events import Event
-from ..fast.batch_scheduler import Pacer
-from ..log.protocol import REFUSED, Told
+from ..fast.batch_scheduler import BatchScheduler
+from ..log.protocol import REFUSED, AppendRequest
 from ..platform.interrupt import Interrupted
-from ..platform.log_throttle import Complaints
+from ..platform.log_throttle import LogThrottle
 from ..upstream.deltas import Part
-from .active_run import Live
-from .log_appender import Teller
+from .active_run import ActiveRun
+from .log_appender import LogAppender
 
 _log = logging.getLogger(__name__)
 
@@ -29,26 +29,28 @@ _FLOOD_SECONDS: Final = 0.004
 _FLOOD_LASTS: Final = 8
 
 
-class Publisher:
+class DeltaPublisher:
     """Tells what the runs of one worker grow by; ``seconds`` is a turn, 0 is for telling all at once. ``viewers()`` are
-    the event streams that the worker has open; ``plain`` says of what arrived for a run that it is to be told, and that
-    nothing else is to be done for it."""
+    the event streams that the worker has open; ``only_grows`` says of what arrived for a run that it is to be told, and
+    that nothing else is to be done for it."""
 
     def __init__(
         self,
-        teller: Teller,
+        teller: LogAppender,
         seconds: float,
         viewers: Callable[[], int],
-        plain: Callable[[Live, Sequence[Part]], bool],
-        complaints: Complaints | None = None,
+        only_grows: Callable[[ActiveRun, Sequence[Part]], bool],
+        complaints: LogThrottle | None = None,
     ) -> None:
-        self._teller, self._viewers, self._plain = teller, viewers, plain
-        self._complaints = complaints or Complaints()
+        self._teller, self._viewers, self._only_grows = teller, viewers, only_grows
+        self._complaints = complaints or LogThrottle()
         # Those that have begun to speak and are not over.
         self._speaking: set[str] = set()
-        self._pacer: Pacer[Live] | None = Pacer(seconds, self._tick, self._complaints) if seconds else None
+        self._pacer: BatchScheduler[ActiveRun] | None = (
+            BatchScheduler(seconds, self._tick, self._complaints) if seconds else None
+        )
 
-    def next(self, live: Live) -> Sequence[Part] | None:
+    def next(self, live: ActiveRun) -> Sequence[Part] | None:
         """Gives the run's next parts, without those that a tick told or is to tell; ``None`` at the end. Raises what
         its stream does."""
         while True:
@@ -70,10 +72,10 @@ class Publisher:
     def _has_many(self) -> bool:
         return len(self._speaking) > _FEW or self._viewers() > _FEW
 
-    def _floods(self, live: Live) -> bool:
+    def _floods(self, live: ActiveRun) -> bool:
         return live.in_a_row >= _FLOOD_PIECES and live.seat.source is not None and len(self._speaking) > _FLOODED
 
-    def add(self, live: Live, parts: Sequence[Part]) -> None:
+    def add(self, live: ActiveRun, parts: Sequence[Part]) -> None:
         """Tells what arrived. Raises :class:`Interrupted` when the run is over, or another worker's."""
         with live.lock:
             live.take(parts)
@@ -86,7 +88,7 @@ class Publisher:
             live.in_a_row = live.in_a_row + 1 if time.monotonic() - live.told < _FLOOD_SECONDS else 0
             self._tell([(live, live.grow())])
 
-    def forget(self, live: Live) -> None:
+    def forget(self, live: ActiveRun) -> None:
         """The run is over, or another worker's."""
         self._speaking.discard(live.id)
 
@@ -95,10 +97,10 @@ class Publisher:
         if self._pacer is not None:
             self._pacer.close()
 
-    def _tick(self, ready: Sequence[Live]) -> None:
+    def _tick(self, ready: Sequence[ActiveRun]) -> None:
         assert self._pacer is not None
         many = self._has_many()
-        locked: list[Live] = []
+        locked: list[ActiveRun] = []
         try:
             for live in ready:
                 if not live.lock.acquire(blocking=False):
@@ -107,7 +109,7 @@ class Publisher:
                 locked.append(live)
                 if self._read(live, many):
                     self._pacer.again(live)
-            grown: list[tuple[Live, list[Event]]] = []
+            grown: list[tuple[ActiveRun, list[Event]]] = []
             for live in locked:
                 if live.pending and not live.reply.over and not live.left:
                     try:
@@ -122,13 +124,13 @@ class Publisher:
             for live in locked:
                 live.lock.release()
 
-    def _read(self, live: Live, many: bool) -> bool:
+    def _read(self, live: ActiveRun, many: bool) -> bool:
         """Takes what the stream has; gives ``False`` where its own reader is to go on. Its lock is held."""
         left: object = None
         try:
             if not live.seat.read():
                 return True
-            while (parts := next(live.batches)) and self._plain(live, parts):
+            while (parts := next(live.batches)) and self._only_grows(live, parts):
                 live.take(parts)
             if not parts and live.seat.can_wait and (many or live.seat.taken >= _FLOOD_LASTS):
                 return True
@@ -141,11 +143,11 @@ class Publisher:
         live.seat.left.put(left)
         return False
 
-    def _tell(self, grown: Sequence[tuple[Live, list[Event]]]) -> None:
+    def _tell(self, grown: Sequence[tuple[ActiveRun, list[Event]]]) -> None:
         """Their locks are held."""
         told = [(live, events) for live, events in grown if events]
         if told:
-            places = self._teller.tell_all([Told(live.thread_id, events, live.claim) for live, events in told])
+            places = self._teller.tell_all([AppendRequest(live.thread_id, events, live.claim) for live, events in told])
             now = time.monotonic()
             for (live, _), place in zip(told, places, strict=True):
                 if place is REFUSED:

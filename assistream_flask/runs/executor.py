@@ -16,24 +16,24 @@ from sqlalchemy.exc import SQLAlchemyError
 from .. import events
 from ..errors import MESSAGE_TOO_LONG, RequestError, RunError, masked
 from ..events import TERMINAL, Event, Json
-from ..log.protocol import REFUSED, Away, Claim, Log, Lost, Place
+from ..log.protocol import REFUSED, Claim, EventId, Log, LogUnavailableError, PositionExpiredError
 from ..platform.interrupt import Interrupted
-from ..platform.log_throttle import Complaints
+from ..platform.log_throttle import LogThrottle
 from ..settings import Settings
 from ..store.leases import LEASE_SECONDS
-from ..store.sql import LAPSED, RELEASED, Answer, Held, Owner, ThreadStore
+from ..store.sql import LAPSED, RELEASED, Answer, LeasedRun, Owner, ThreadStore
 from ..store.tables import runs
 from ..upstream import answer_stream, items
 from ..upstream.deltas import Begun, End, Part
 from ..upstream.items import Limit, Turn
 from . import snapshot
-from .active_run import Asked, History, Live
+from .active_run import ActiveRun, History, RunRequest
 from .active_run import spawn as _spawn
-from .checkpointer import Keeper
-from .delta_publisher import Publisher
-from .log_appender import Teller
-from .message_accumulator import Ahead, Reply
-from .other_workers import Others
+from .checkpointer import Checkpointer
+from .delta_publisher import DeltaPublisher
+from .log_appender import LogAppender
+from .message_accumulator import Ahead, MessageAccumulator
+from .other_workers import OtherWorkers
 
 _log = logging.getLogger(__name__)
 
@@ -54,10 +54,10 @@ class Started(NamedTuple):
 
     message: Json | None
     runs: list[Json]
-    place: Place
+    place: EventId
 
 
-class Runner:
+class Executor:
     """Runs the runs of one worker. ``worker`` names it in the store.
 
     ``adopt`` gives the assistant for a run that another worker left behind, by the thread's owner and its id, or
@@ -71,23 +71,25 @@ class Runner:
         log: Log,
         settings: Settings,
         worker: str,
-        adopt: Callable[[Owner, str], Asked | None],
+        adopt: Callable[[Owner, str], RunRequest | None],
         viewers: Callable[[], int] = lambda: 0,
         steady: Callable[[], bool] = lambda: True,
-        complaints: Complaints | None = None,
+        complaints: LogThrottle | None = None,
     ) -> None:
         self._store, self._log, self._settings = store, log, settings
         self._worker, self._adopt, self._steady = worker, adopt, steady
-        self._complaints = complaints or Complaints()
+        self._complaints = complaints or LogThrottle()
         self._guard = threading.Lock()
-        self._live: dict[str, Live] = {}
-        self._queues: dict[str, list[list[Live]]] = {}
-        self._teller = Teller(log)
-        self._keeper = Keeper(store, log, self._teller, worker, self._leave, self._complaints)
-        self._publisher = Publisher(self._teller, settings.pace_seconds, viewers, self._plain, self._complaints)
+        self._live: dict[str, ActiveRun] = {}
+        self._queues: dict[str, list[list[ActiveRun]]] = {}
+        self._teller = LogAppender(log)
+        self._keeper = Checkpointer(store, log, self._teller, worker, self._leave, self._complaints)
+        self._publisher = DeltaPublisher(
+            self._teller, settings.pace_seconds, viewers, self._only_grows, self._complaints
+        )
         # Threads with runs of the worker that this one replaces, where workers do not share a log.
         self._foreign: set[str] = set()
-        self._others = Others(store, log, self._teller, worker, settings.drain_seconds)
+        self._others = OtherWorkers(store, log, self._teller, worker, settings.drain_seconds)
         self._attending: set[str] = set()
         # Begins nothing any more; and is about to end.
         self._resting, self._stopping = threading.Event(), threading.Event()
@@ -99,7 +101,7 @@ class Runner:
         owner: Owner,
         thread_id: str,
         message: Json | None,
-        asked: Sequence[Asked],
+        asked: Sequence[RunRequest],
         mode: str,
         answer: Callable[[Started], Answer | None],
     ) -> Started | None:
@@ -145,7 +147,9 @@ class Runner:
             place = self._teller.tell(thread_id, told)
             beside = group_id if mode == "parallel" else None
             lives = [
-                Live(Reply(dict(run), dict(reply), []), one, position + at, place or started.place, beside)
+                ActiveRun(
+                    MessageAccumulator(dict(run), dict(reply), []), one, position + at, place or started.place, beside
+                )
                 for at, ((run, reply), one) in enumerate(zip(pairs, asked, strict=True), 1 if message else 0)
             ]
             for live in lives:
@@ -161,7 +165,7 @@ class Runner:
         """Cancels a run that is not over; gives it as it is then, ``None`` for an unknown one."""
         live = self._live.get(run_id)
         if live is not None and live.thread_id == thread_id:
-            self._interrupt(live, Reply.cancel)
+            self._interrupt(live, MessageAccumulator.cancel)
         run = self._store.run(thread_id, run_id)
         if run is not None and run["status"] not in TERMINAL:
             self._store.request_cancel(run_id)
@@ -176,7 +180,7 @@ class Runner:
             self._teller.tell_last(thread_id, events.thread_deleted(thread_id))
             lives = [live for live in list(self._live.values()) if live.thread_id == thread_id]
         for live in lives:
-            self._interrupt(live, Reply.cancel, wait=0)
+            self._interrupt(live, MessageAccumulator.cancel, wait=0)
         self._log.signal(thread_id)
 
     def page(
@@ -195,9 +199,9 @@ class Runner:
                 if not self._log.shared and any(map(self._is_foreign, found[0] if found else ())):
                     self._foreign.add(thread_id)
                 return found
-            except snapshot.Moved:
+            except snapshot.SnapshotMovedError:
                 pass
-            except Lost:
+            except PositionExpiredError:
                 # Whoever has the run stores what it is now.
                 if tries % 10 == 0:
                     self._log.signal(thread_id)
@@ -214,13 +218,13 @@ class Runner:
         try:
             for thread_id in self._teller.retell(only):
                 self._keep_anew(thread_id)
-        except Away:
+        except LogUnavailableError:
             # Whoever reads such a thread asks for it to be stored again.
             pass
 
     # The queue: groups of a thread one after another, the runs of a group at once
 
-    def _enqueue(self, thread_id: str, lives: list[Live], mode: str) -> None:
+    def _enqueue(self, thread_id: str, lives: list[ActiveRun], mode: str) -> None:
         if not lives or self._stopping.is_set():
             return
         with self._guard:
@@ -250,12 +254,12 @@ class Runner:
         # Here, not behind all that the worker does.
         self._perform(first)
 
-    def _go_on(self, thread_id: str, group: list[Live]) -> None:
+    def _go_on(self, thread_id: str, group: list[ActiveRun]) -> None:
         for live in group:
             live.ended.wait()
         self._work(thread_id)
 
-    def _waits(self, live: Live) -> bool:
+    def _waits(self, live: ActiveRun) -> bool:
         """Whether a run before it is not over; waits then, for a while, for that."""
         try:
             end = self._log.end(live.thread_id)
@@ -266,7 +270,7 @@ class Runner:
                 while (left := until - time.monotonic()) > 0 and not self._stopping.is_set():
                     if any(record.name in _ENDS for record in reader.read(left)):
                         break
-        except (Lost, Away):
+        except (PositionExpiredError, LogUnavailableError):
             self._stopping.wait(0.25)
         except SQLAlchemyError as error:
             self._complaints.error(_log, error, "the store failed")
@@ -275,7 +279,7 @@ class Runner:
 
     # One run
 
-    def _perform(self, live: Live) -> None:
+    def _perform(self, live: ActiveRun) -> None:
         try:
             self._pump(live)
         except Interrupted:
@@ -297,7 +301,7 @@ class Runner:
                 # It goes on in the background otherwise, and is paid.
                 self._cancel_upstream(live)
 
-    def _cancel_upstream(self, live: Live) -> None:
+    def _cancel_upstream(self, live: ActiveRun) -> None:
         assert live.asked is not None
         assert live.state is not None
         try:
@@ -305,7 +309,7 @@ class Runner:
         except Exception as error:
             self._complaints.error(_log, error, "the background response of run %s may go on", live.id)
 
-    def _pump(self, live: Live) -> None:
+    def _pump(self, live: ActiveRun) -> None:
         if live.ended.is_set() or not (live.state or self._patiently(live, lambda: self._begin(live))):
             return None
         live.deadline = time.monotonic() + self._settings.run_seconds
@@ -326,7 +330,7 @@ class Runner:
                 pause = 1.0 if live.is_loading else min(0.25 * 2**tries, 4)
                 live.waits.wait(lambda pause=pause: time.sleep(pause))  # type: ignore[misc]
 
-    def _goes_on(self, live: Live, turns: Sequence[Turn], error: RunError, tries: int) -> bool:
+    def _goes_on(self, live: ActiveRun, turns: Sequence[Turn], error: RunError, tries: int) -> bool:
         """Whether the run is to ask again after ``error``. Raises another that says more."""
         if error.code == "context_length_exceeded" and len(turns) == 1:
             raise RunError(error.code, said=error.said, message=MESSAGE_TOO_LONG) from error
@@ -342,13 +346,13 @@ class Runner:
         _log.warning("run %s goes on in the background (%s): it is asked for again", live.id, error.code)
         return True
 
-    def _read(self, live: Live, turns: list[Turn], key: str) -> None:
+    def _read(self, live: ActiveRun, turns: list[Turn], key: str) -> None:
         assert live.asked is not None
         assistant, client, names, _ = live.asked
         own = list(dict.fromkeys((names.get(assistant.id, assistant.id), assistant.id)))
         stall = self._settings.stall_seconds
 
-        def ask() -> answer_stream.Upstream:
+        def ask() -> answer_stream.AnswerStream:
             try:
                 ours = client()
             except openai.OpenAIError as error:
@@ -370,16 +374,16 @@ class Runner:
                 end = parts[-1]
                 self._end(live, lambda reply, end=end: reply.finish(end))  # type: ignore[misc]
 
-    def _plain(self, live: Live, parts: Sequence[Part]) -> bool:
+    def _only_grows(self, live: ActiveRun, parts: Sequence[Part]) -> bool:
         special = isinstance(parts[0], Begun) or isinstance(parts[-1], End)
         return not (special or live.elsewhere)
 
-    def _patiently(self, live: Live, call: Callable[[], T]) -> T:
+    def _patiently(self, live: ActiveRun, call: Callable[[], T]) -> T:
         """Gives what ``call`` gives, as soon as store and log can be reached. Raises :class:`Interrupted`."""
         while True:
             try:
                 return call()
-            except (Away, SQLAlchemyError) as error:
+            except (LogUnavailableError, SQLAlchemyError) as error:
                 self._complaints.warn(_log, "run %s waits for the store or the log: %r", live.id, error)
                 if live.ended.wait(1):
                     raise Interrupted from error
@@ -387,14 +391,14 @@ class Runner:
                     self._leave(live)
                     raise Interrupted from error
 
-    def _begin(self, live: Live) -> bool:
+    def _begin(self, live: ActiveRun) -> bool:
         if self._stopping.is_set() and not live.reply.over:
             # Left to the next worker, as it is queued.
             self._forget(live)
             return False
-        return self._change(live, Reply.begin)
+        return self._change(live, MessageAccumulator.begin)
 
-    def _change(self, live: Live, change: Callable[[Reply], list[Event]]) -> bool:
+    def _change(self, live: ActiveRun, change: Callable[[MessageAccumulator], list[Event]]) -> bool:
         """Changes what a run is, in the store and then for its viewers; gives ``False`` where it is another's."""
         with self._log.lock(live.thread_id), live.saving, live.lock:
             if live.reply.over:
@@ -412,19 +416,21 @@ class Runner:
             live.place = place or live.place
             return True
 
-    def _say_loading(self, live: Live, is_loading: bool) -> None:
+    def _say_loading(self, live: ActiveRun, is_loading: bool) -> None:
         """Tells viewers that the model is loading, or no more.
 
         Raises :class:`Interrupted` where the run is another's.
         """
         if is_loading == live.is_loading:
             return
-        if not self._patiently(live, lambda: self._change(live, Reply.wait if is_loading else Reply.begin)):
+        if not self._patiently(
+            live, lambda: self._change(live, MessageAccumulator.wait if is_loading else MessageAccumulator.begin)
+        ):
             self._leave(live)
             raise Interrupted
         live.is_loading = is_loading
 
-    def _share_history(self, lives: Sequence[Live], mode: str) -> None:
+    def _share_history(self, lives: Sequence[ActiveRun], mode: str) -> None:
         """Has the runs of a group that start together read their thread once."""
         whole = Limit(self._settings.max_history_chars, self._settings.max_history_messages)
         limits = [whole.within(live.asked.assistant.max_history) if live.asked else whole for live in lives]
@@ -432,7 +438,7 @@ class Runner:
         for live, limit in zip(lives, limits, strict=True):
             live.history, live.limit = together or History([limit]), limit
 
-    def _turns(self, live: Live) -> list[Turn]:
+    def _turns(self, live: ActiveRun) -> list[Turn]:
         assert live.asked is not None
         assistant, _, names, shorten = live.asked
         message_id = live.reply.message["id"]
@@ -443,12 +449,12 @@ class Runner:
             newest = items.shortened(newest, shorten)
         return items.turns_of(newest, assistant.id, names, is_cut=is_cut)
 
-    def _leave(self, live: Live) -> None:
+    def _leave(self, live: ActiveRun) -> None:
         """Does no more for a run that another worker has, or may have."""
         with live.lock:
             live.leave()
 
-    def _end(self, live: Live, finish: Callable[[Reply], list[Event]]) -> None:
+    def _end(self, live: ActiveRun, finish: Callable[[MessageAccumulator], list[Event]]) -> None:
         """Ends the run once: the store has its final state before viewers hear of it."""
         with live.lock:
             if live.reply.over:
@@ -485,7 +491,7 @@ class Runner:
                 break
         self._forget(live)
 
-    def _forget(self, live: Live) -> None:
+    def _forget(self, live: ActiveRun) -> None:
         with self._guard:
             # What came back late may be of a run that this worker has anew.
             if self._live.get(live.id) is live:
@@ -493,7 +499,7 @@ class Runner:
         self._publisher.forget(live)
         live.ended.set()
 
-    def _interrupt(self, live: Live, stop: Callable[[Reply], list[Event]], wait: float = 0.5) -> None:
+    def _interrupt(self, live: ActiveRun, stop: Callable[[MessageAccumulator], list[Event]], wait: float = 0.5) -> None:
         live.stop = stop
         # Also for a queued run, which may be starting at this moment.
         live.waits.interrupt()
@@ -531,7 +537,7 @@ class Runner:
         if not lives:
             return
         for run_id in self._store.to_cancel(self._worker, list(lives)):
-            self._interrupt(lives[run_id], Reply.cancel, wait=0)
+            self._interrupt(lives[run_id], MessageAccumulator.cancel, wait=0)
         for live in lives.values():
             if time.monotonic() > live.deadline:
                 code = "model_loading" if live.is_loading else "run_time_limit"
@@ -553,7 +559,7 @@ class Runner:
         try:
             self.heed()
             self.flush(thread_id)
-        except (Away, SQLAlchemyError) as error:
+        except (LogUnavailableError, SQLAlchemyError) as error:
             self._complaints.warn(_log, "the runs of a thread are looked at later: %r", error)
 
     def sweep(self) -> None:
@@ -580,14 +586,14 @@ class Runner:
             for thread_id in self._store.bury(2 * LEASE_SECONDS, since):
                 self._teller.untell(thread_id)
 
-    def _take_over(self, group: Sequence[Held]) -> None:
+    def _take_over(self, group: Sequence[LeasedRun]) -> None:
         thread_id = group[0].run["thread_id"]
         taken = [live for seen in group if (live := self._claimed(seen)) is not None]
         if taken and any(seen.lease for seen in group):
             # Some of what its last holder stored may be told nowhere. Only now, and only by who took it: what is
             # stored nowhere is read.
             self._teller.untell(thread_id)
-        lives: list[Live] = []
+        lives: list[ActiveRun] = []
         for live in taken:
             if not _can_go_on(live):
                 self._end(live, lambda reply: reply.fail(RunError("worker_lost")))
@@ -596,7 +602,7 @@ class Runner:
         self._share_history(lives, group[0].mode)
         self._enqueue(thread_id, lives, group[0].mode)
 
-    def _claimed(self, seen: Held) -> Live | None:
+    def _claimed(self, seen: LeasedRun) -> ActiveRun | None:
         """Gives a run that is this worker's from now on, with what the log has of it; ``None`` where it is not."""
         if seen.lease and not self._steady():
             # All were held up since it was read.
@@ -612,16 +618,18 @@ class Runner:
         asked = self._adopt(held.owner, held.run["assistant_id"])
         place = self._recovered(held)
         beside = held.group_id if held.mode == "parallel" else None
-        live = Live(Reply(held.run, held.message, held.steps), asked, held.position, place, beside, held.claim)
+        live = ActiveRun(
+            MessageAccumulator(held.run, held.message, held.steps), asked, held.position, place, beside, held.claim
+        )
         live.owner = held.owner
         if held.upstream is not None and asked is not None:
             live.state, live.ahead = held.upstream, Ahead(held.upstream, held.message, held.steps)
         return live
 
-    def _recovered(self, held: Held) -> Place | None:
+    def _recovered(self, held: LeasedRun) -> EventId | None:
         """Adds to the message and the steps what the log has beyond the store: viewers saw it. Gives the place as of
         which they are exact then."""
-        place = Place.parse(held.place)
+        place = EventId.parse(held.place)
         entry = events.entry(held.message, held.run, held.steps)
         # Before the log is read: what its last holder tells later is not in it.
         if not self._teller.fence(held.run["thread_id"], Claim(held.run["id"], held.claim)):
@@ -629,11 +637,11 @@ class Runner:
         try:
             if place is None:
                 # Its last holder stored what it could not tell: nothing may be told behind what viewers have.
-                raise Lost
+                raise PositionExpiredError
             records, place = self._log.recover(held.run["thread_id"], place, held.run["id"])
             for record in filter(snapshot.grows, records):
                 events.apply(entry, record.name, record.data())
-        except (Lost, Away):
+        except (PositionExpiredError, LogUnavailableError):
             # What is stored is all there is; viewers may have seen more.
             self._teller.untell(held.run["thread_id"])
         held.steps[:] = entry["steps"]
@@ -680,14 +688,14 @@ class Runner:
         self._hand_over([live for live in late if _can_go_on(live)])
         late = [live for live in late if not live.ended.is_set()]
         for live in late:
-            live.stop = Reply.cut_off
+            live.stop = MessageAccumulator.cut_off
             live.waits.interrupt()
         _wait_for(late, _CUT_SECONDS)
         for live in late:
-            self._end(live, Reply.cut_off)
+            self._end(live, MessageAccumulator.cut_off)
         self._publisher.close()
 
-    def _hand_over(self, lives: Sequence[Live]) -> None:
+    def _hand_over(self, lives: Sequence[ActiveRun]) -> None:
         """Leaves background responses to the next worker, which goes on behind what is stored here."""
         for live in lives:
             self._leave(live)
@@ -706,14 +714,14 @@ class Runner:
             self._complaints.error(_log, error, "runs that are left wait until their lease ends")
 
 
-def _wait_for(lives: Sequence[Live], seconds: float) -> None:
+def _wait_for(lives: Sequence[ActiveRun], seconds: float) -> None:
     """Waits until they have ended, at most so long for all of them."""
     until = time.monotonic() + seconds
     for live in lives:
         live.ended.wait(max(0.0, until - time.monotonic()))
 
 
-def _can_go_on(live: Live) -> bool:
+def _can_go_on(live: ActiveRun) -> bool:
     """Whether a run that one worker leaves is one for another to go on with."""
     with live.lock:
         run, message, steps, *_ = live.now()
@@ -724,9 +732,9 @@ def _can_go_on(live: Live) -> bool:
     return live.asked.assistant.background and is_known
 
 
-def _groups(held: Sequence[Held]) -> Iterator[list[Held]]:
+def _groups(held: Sequence[LeasedRun]) -> Iterator[list[LeasedRun]]:
     """Gives the runs of each POST together, in the order of the threads."""
-    groups: dict[str, list[Held]] = {}
+    groups: dict[str, list[LeasedRun]] = {}
     for one in held:
         groups.setdefault(one.group_id, []).append(one)
     yield from groups.values()

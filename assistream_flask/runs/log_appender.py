@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from ..events import Event
-from ..log.protocol import Away, Claim, Log, Place, Told
-from ..store.database import Unsettled
+from ..log.protocol import AppendRequest, Claim, EventId, Log, LogUnavailableError
+from ..store.database import UnsettledError
 
 
-class Teller:
+class LogAppender:
     """Appends to ``log`` for one worker, and knows the threads of which it lacks something."""
 
     def __init__(self, log: Log) -> None:
@@ -24,21 +24,21 @@ class Teller:
         self._unkept: set[str] = set()
         self._holes: dict[str, set[str]] = {}
 
-    def tell(self, thread_id: str, told: Sequence[Event], claim: Claim | None = None) -> Place | None:
+    def tell(self, thread_id: str, told: Sequence[Event], claim: Claim | None = None) -> EventId | None:
         """Appends, for who has the thread's lock; gives ``None`` where that can't be now, and viewers get a snapshot as
         soon as it can. Gives ``REFUSED`` where the run is another's."""
-        return self.tell_all([Told(thread_id, told, claim, locked=True)])[0]
+        return self.tell_all([AppendRequest(thread_id, told, claim, locked=True)])[0]
 
-    def tell_all(self, told: Sequence[Told]) -> Sequence[Place | None]:
+    def tell_all(self, told: Sequence[AppendRequest]) -> Sequence[EventId | None]:
         """Does as :meth:`tell` for several threads at once."""
         if not self._untold or not any(one.thread_id in self._untold for one in told):
             try:
                 return self._log.append_all(told)
-            except Away:
+            except LogUnavailableError:
                 for one in told:
                     self._miss(one)
                 return [None] * len(told)
-        places: list[Place | None] = []
+        places: list[EventId | None] = []
         for one in told:
             if one.thread_id in self._untold:
                 self._miss(one)
@@ -51,21 +51,21 @@ class Teller:
         """Has the log forget all but ``event``, at once or, as all of it then, as soon as it can."""
         try:
             self._log.forget(thread_id, event)
-        except Away:
+        except LogUnavailableError:
             self.untell(thread_id, keep=False)
 
     def fence(self, thread_id: str, claim: Claim) -> bool:
         """Has what earlier holders of a run tell refused; gives ``False`` where that is to be done yet."""
         try:
             self._log.fence(thread_id, claim)
-        except Away:
+        except LogUnavailableError:
             with self._guard:
                 self._unfenced.setdefault(thread_id, []).append(claim)
             self.untell(thread_id)
             return False
         return True
 
-    def _miss(self, told: Told) -> None:
+    def _miss(self, told: AppendRequest) -> None:
         if told.claim is not None:
             with self._guard:
                 self._holes.setdefault(told.thread_id, set()).add(told.claim.run_id)
@@ -91,7 +91,7 @@ class Teller:
         """Around a change of the store, which may be there though its COMMIT failed."""
         try:
             yield
-        except Unsettled:
+        except UnsettledError:
             self.untell(thread_id)
             raise
 
@@ -101,7 +101,7 @@ class Teller:
         with ExitStack() as stack:
             try:
                 stack.enter_context(self._log.lock(thread_id))
-            except Away:
+            except LogUnavailableError:
                 self.untell(thread_id)
             yield
 
@@ -116,7 +116,7 @@ class Teller:
                     self._log.fence(thread_id, claim)
                 keep, holes = thread_id not in self._unkept, sorted(self._holes.get(thread_id, ()))
                 self._log.restart(thread_id, keep=keep, holes=holes)
-            except Away:
+            except LogUnavailableError:
                 return
             with self._guard:
                 # A worker that ends retells beside its housekeeper.

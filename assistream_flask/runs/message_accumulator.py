@@ -10,7 +10,7 @@ from ..events import Event, Json
 from ..upstream.deltas import Annotation, Begun, End, Failed, Part, Reasoning, Refusal, Text
 
 
-class Reply:
+class MessageAccumulator:
     """Holds one run, its message and its steps, and keeps the three in step.
 
     Not locked: whoever adds to it from several threads brings a lock.

@@ -6,9 +6,9 @@ import logging
 import time
 from typing import Final, NamedTuple
 
-from ..log.protocol import Log, Lost, Place
+from ..log.protocol import EventId, Log, PositionExpiredError
 from ..store.sql import ThreadStore
-from .log_appender import Teller
+from .log_appender import LogAppender
 
 _log = logging.getLogger(__name__)
 
@@ -23,16 +23,16 @@ class _Known(NamedTuple):
     """The position of a thread's newest message that viewers here heard of, and the place in the log as of which."""
 
     position: int
-    place: Place
+    place: EventId
 
 
-class Others:
+class OtherWorkers:
     """Follows the workers beside ``worker`` that do not read its log: two masters after a USR2, a reload, two machines.
 
     They are no fault for ``patience`` seconds: so long one that is replaced may end its runs.
     """
 
-    def __init__(self, store: ThreadStore, log: Log, teller: Teller, worker: str, patience: float) -> None:
+    def __init__(self, store: ThreadStore, log: Log, teller: LogAppender, worker: str, patience: float) -> None:
         self._store, self._log, self._teller = store, log, teller
         self._worker, self._patience = worker, patience + _LIVES_SECONDS
         self._known: dict[str, _Known] = {}
@@ -73,13 +73,13 @@ class Others:
             self._teller.untell(thread_id)
         return _Known(position, place)
 
-    def _created(self, thread_id: str, since: Place, until: Place) -> int:
+    def _created(self, thread_id: str, since: EventId, until: EventId) -> int:
         """How many messages were told of between; fewer where the log does not have all: then one snapshot more."""
         if since.epoch != until.epoch:
-            since = Place(until.epoch, 0)
+            since = EventId(until.epoch, 0)
         try:
             records = self._log.since(thread_id, since)
-        except Lost:
+        except PositionExpiredError:
             return 0
         return sum(one.name == "thread.message.created" and one.place <= until for one in records)
 

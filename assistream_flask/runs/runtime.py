@@ -18,13 +18,13 @@ from ..events import new_id
 from ..log.memory import MemoryLog
 from ..log.protocol import Log
 from ..platform import gunicorn
-from ..platform.log_throttle import Complaints
+from ..platform.log_throttle import LogThrottle
 from ..settings import Settings
 from ..store.leases import Leases
 from ..store.sql import Owner, ThreadStore
-from .active_run import Asked
-from .executor import Runner
-from .shared_snapshots import Room, Snapshots
+from .active_run import RunRequest
+from .executor import Executor
+from .shared_snapshots import Room, SharedSnapshots
 from .shutdown import Recycle
 
 _log = logging.getLogger(__name__)
@@ -39,10 +39,13 @@ class Runtime:
     """Made in the worker: a fork or gevent's patching after it would break it."""
 
     def __init__(
-        self, settings: Settings, adopt: Callable[[Owner, str], Asked | None], complaints: Complaints | None = None
+        self,
+        settings: Settings,
+        adopt: Callable[[Owner, str], RunRequest | None],
+        complaints: LogThrottle | None = None,
     ) -> None:
         self.settings = settings
-        self._complaints = complaints or Complaints()
+        self._complaints = complaints or LogThrottle()
         self.pid = os.getpid()
         # One connection is for the leases.
         self.store = ThreadStore(settings.database_url, max(1, settings.database_pool - 1))
@@ -52,7 +55,7 @@ class Runtime:
         except BaseException:
             self.store.close()
             raise
-        self.runner = Runner(
+        self.runner = Executor(
             self.store,
             self.log,
             settings,
@@ -69,7 +72,7 @@ class Runtime:
             is_shared=self.log.shared,
             complaints=self._complaints,
         )
-        self.snapshots = Snapshots(lambda thread_id, limit, room: self.runner.page(thread_id, limit, room=room))
+        self.snapshots = SharedSnapshots(lambda thread_id, limit, room: self.runner.page(thread_id, limit, room=room))
         self.log.listen(self.runner.attend)
         self.arrivals = Room()
         self.streams: dict[object, int] = {}
@@ -214,7 +217,7 @@ class Runtime:
                 self._guard.release()
 
 
-def _log_of(settings: Settings, complaints: Complaints) -> Log:
+def _log_of(settings: Settings, complaints: LogThrottle) -> Log:
     if not settings.redis_url:
         return MemoryLog(
             max_events=settings.log_events,

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from typing import Final, NamedTuple, TypeAlias
 
 from .. import events, sse
-from ..log.protocol import Place
-from ..platform.once import Errand, Undone
+from ..log.protocol import EventId
+from ..platform.once import SharedCall, UndoneError
 from .snapshot import Page
 
 _BYTES: Final = 524_288
@@ -47,15 +47,15 @@ class Snapshot(NamedTuple):
     """A frame, the place in the log as of which it is exact, and how each of its runs was."""
 
     frame: bytes
-    place: Place
+    place: EventId
     runs: dict[str, str]
 
 
-class _Reading(Errand[Snapshot | None]):
+class _Reading(SharedCall[Snapshot | None]):
     began = 0.0
 
 
-class Snapshots:
+class SharedSnapshots:
     """Those of a process. Each is read after it was asked for, so none is older than what the asker has seen or done.
 
     The first of a crowd gets its own at once. Who comes while that is read shares the next one.
@@ -74,7 +74,7 @@ class Snapshots:
             reading = self._open.get(thread_id) or self._open.setdefault(thread_id, _Reading())
             try:
                 return reading.do(lambda: self._read(thread_id))
-            except Undone:
+            except UndoneError:
                 pass
 
     def _read(self, thread_id: str) -> Snapshot | None:

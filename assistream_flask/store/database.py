@@ -24,7 +24,7 @@ WRITE: Final = "assistream_write"
 """The execution option of a transaction that writes."""
 
 
-class Unsettled(SQLAlchemyError):
+class UnsettledError(SQLAlchemyError):
     """A COMMIT failed: whether what was written is there is not known. All other errors leave nothing behind."""
 
 
@@ -48,7 +48,7 @@ def _now_sqlite(element: Now, compiler: Any, **_: Any) -> str:
 
 @contextmanager
 def writing(engine: Engine) -> Iterator[Connection]:
-    """Opens a transaction of ``engine``, which has the option :data:`WRITE`. Raises :class:`Unsettled`."""
+    """Opens a transaction of ``engine``, which has the option :data:`WRITE`. Raises :class:`UnsettledError`."""
     with engine.connect() as connection:
         transaction = connection.begin()
         try:
@@ -60,7 +60,7 @@ def writing(engine: Engine) -> Iterator[Connection]:
         try:
             transaction.commit()
         except SQLAlchemyError as error:
-            raise Unsettled(*error.args) from error
+            raise UnsettledError(*error.args) from error
 
 
 _LOCKED_SECONDS: Final = 10.0

@@ -12,7 +12,7 @@ from typing import Final
 from gevent import get_hub, monkey
 from sqlalchemy.exc import SQLAlchemyError
 
-from ..platform.log_throttle import Complaints
+from ..platform.log_throttle import LogThrottle
 from . import database
 from .sql import ThreadStore
 
@@ -42,7 +42,7 @@ class Leases:
         held: Callable[[], Collection[str]],
         *,
         is_shared: bool,
-        complaints: Complaints | None = None,
+        complaints: LogThrottle | None = None,
     ) -> None:
         self._url, self._worker, self._held, self._is_shared = url, worker, held, is_shared
         # Nobody else can come for what is in this process's memory.
@@ -52,7 +52,7 @@ class Leases:
         self._stop.acquire()
         self._is_running, self._is_clean = False, True
         self._kept = self._since = self._seen = float("-inf")
-        self._complaints = complaints or Complaints()
+        self._complaints = complaints or LogThrottle()
         self.skew: float | None = None
         """By how many seconds this machine's clock is ahead of the database's, as far as that can be known."""
 

@@ -132,7 +132,7 @@ class Stored(NamedTuple):
     place: str | None
 
 
-class Held(NamedTuple):
+class LeasedRun(NamedTuple):
     """A run that is not over, with what its worker needs: see :mod:`..runs.executor`."""
 
     run: Json
@@ -161,7 +161,7 @@ class AnsweredBefore(Exception):
     """The Idempotency-Key has an answer already; it was given between the look-up and the write."""
 
 
-class TooManyRuns(Exception):
+class TooManyRunsError(Exception):
     """The caller has as many runs that are not over as allowed."""
 
 
@@ -293,7 +293,7 @@ class ThreadStore:
         The runs are ``worker``'s for ``lease`` seconds; with 0 they are anybody's.
 
         Gives the position of the first of them, ``None`` when the thread is gone.
-        Raises :class:`AnsweredBefore`, :class:`TooManyRuns`.
+        Raises :class:`AnsweredBefore`, :class:`TooManyRunsError`.
         """
         with self._write() as connection:
             if connection.execute(_HOLD, {"this": thread_id}).first() is None:
@@ -303,7 +303,7 @@ class ThreadStore:
                 # Two that count at once would both find room.
                 _take_turns(connection, "runs", *owner)
                 if (connection.execute(_COUNT, _named(owner)).scalar() or 0) + len(started) > max_runs:
-                    raise TooManyRuns
+                    raise TooManyRunsError
             position: int = (connection.execute(_LAST, {"this": thread_id}).scalar() or 0) + 1
             new = ([message] if message else []) + [reply for _, reply in started]
             connection.execute(
@@ -418,14 +418,14 @@ class ThreadStore:
 
     # Who works on what
 
-    def held(self, *where: sa.ColumnElement[bool]) -> list[Held]:
+    def held(self, *where: sa.ColumnElement[bool]) -> list[LeasedRun]:
         """Gives the runs that are not over, oldest first, of those that ``where`` (a condition on
         :data:`.tables.runs`) selects."""
         with self._read() as connection:
             return self._held(connection, *where)
 
     @staticmethod
-    def _held(connection: Connection, *where: sa.ColumnElement[bool]) -> list[Held]:
+    def _held(connection: Connection, *where: sa.ColumnElement[bool]) -> list[LeasedRun]:
         overdue = (database.Now() - runs.c.lease).label("overdue")
         query = (
             sa.select(messages, *_prefixed(runs), threads.c.scope, threads.c.owner, workers.c.name, overdue)
@@ -442,7 +442,7 @@ class ThreadStore:
         for row in rows:
             whole, ours = _stored(row).entry, row._mapping
             found.append(
-                Held(
+                LeasedRun(
                     whole["run"],
                     whole["message"],
                     whole["steps"],
@@ -478,7 +478,7 @@ class ThreadStore:
         with self._read() as connection:
             return list(connection.execute(_TO_CANCEL, {"mine": worker, "these": list(run_ids)}).scalars())
 
-    def claim(self, held: Held, worker: str, seconds: float) -> Held | None:
+    def claim(self, held: LeasedRun, worker: str, seconds: float) -> LeasedRun | None:
         """Makes ``worker`` for so many seconds the holder of a run that anybody may take, if it still is as it was
         read; gives it as it is now, with its text. ``None`` where somebody else has it, be it the last holder that
         came back or was heard of since, and where this worker was not heard of itself just now: all were held up then,

@@ -1,7 +1,7 @@
 """An OpenAI stream in, parts of an answer out, whatever dialect the model server speaks.
 
 :func:`open` starts a run upstream; :func:`resume` goes on with one that another process began;
-:func:`translate` takes a stream that exists already. All give an :class:`Upstream`: an iterator of lists
+:func:`translate` takes a stream that exists already. All give an :class:`AnswerStream`: an iterator of lists
 of parts, one list a network read. :func:`cancel` ends a background response.
 """
 
@@ -18,14 +18,14 @@ import openai
 from ..assistants import Assistant
 from ..errors import RunError
 from ..events import Json
-from ..fast.read_gate import Gate
+from ..fast.read_gate import ReadGate
 from . import assistants_v2, background, chat, event_reader, responses, stale_connection
 from .background import cancel
 from .deltas import Begun, End, Failed, Part, Translator
 from .errors import failure, of_exception, tells_failure
 from .items import Turn, Unmark, closed
 
-__all__ = ["Upstream", "cancel", "open", "resume", "translate"]
+__all__ = ["AnswerStream", "cancel", "open", "resume", "translate"]
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ _TRANSLATOR: dict[str, Callable[[Assistant], Translator]] = {
 }
 
 
-class Upstream:
+class AnswerStream:
     """An answer that arrives. Iterating gives lists of parts; the last part of an answer is an
     :class:`.deltas.End`. Raises :class:`RunError` when the answer fails, a missing end included.
 
@@ -59,14 +59,14 @@ class Upstream:
         self,
         stream: Any,
         translator: Translator | None = None,
-        place: background.Place | None = None,
+        place: background.ResumePoint | None = None,
         poll: background.Poll | None = None,
         unmark: Unmark | None = None,
     ) -> None:
         self._stream, self._translator, self._place, self._poll = stream, translator, place, poll
         self._unmark = unmark
         self._note_place()
-        self.gate: Gate | None = None
+        self.gate: ReadGate | None = None
         """Where it is set, an empty list is given before each read that can be waited for there, and before the first
         that can't, until the end."""
         self._over = False
@@ -213,7 +213,7 @@ class Upstream:
     def _polled(self, poll: background.Poll) -> Iterator[list[Part]]:
         """The rest of a response that is streamed no more, once it is over."""
         response = poll.wait()
-        self._place = background.Place(self._state, again=True, limit=poll.limit)
+        self._place = background.ResumePoint(self._state, again=True, limit=poll.limit)
         self._translator = self._place.translator
         yield from self._told([(f"response.{response['status']}", {"response": response})])
 
@@ -234,7 +234,7 @@ def open(
     stall: float,
     names: Sequence[str] = (),
     key: str = "",
-) -> Upstream:
+) -> AnswerStream:
     """Asks ``assistant`` for the next message after ``turns``. ``stall`` is in seconds without a byte; ``names`` are
     the assistant's own, a mark with which is taken off its answer. A background response is asked for under ``key``:
     a server that knows an ``Idempotency-Key`` gives the same one again to whoever asks with it.
@@ -245,7 +245,7 @@ def open(
     try:
         # The SDK would retry a POST that has no idempotency key: a run generated, and paid, twice.
         quick = client.with_options(max_retries=0, default_headers=_once(assistant, key))
-        watch = stale_connection.Watch(quick)
+        watch = stale_connection.RequestWatch(quick)
         tries = 0
         while True:
             try:
@@ -260,9 +260,9 @@ def open(
         raise of_exception(error, "server_error") from error
     unmark = Unmark(names) if names else None
     if assistant.background:
-        place = background.Place(limit=assistant.most_tokens)
-        return Upstream(stream, place.translator, place, unmark=unmark)
-    return Upstream(stream, _TRANSLATOR[assistant.upstream](assistant), unmark=unmark)
+        place = background.ResumePoint(limit=assistant.most_tokens)
+        return AnswerStream(stream, place.translator, place, unmark=unmark)
+    return AnswerStream(stream, _TRANSLATOR[assistant.upstream](assistant), unmark=unmark)
 
 
 def _once(assistant: Assistant, key: str) -> dict[str, str]:
@@ -278,8 +278,8 @@ def resume(
     *,
     every: float = 2.0,
     names: Sequence[str] = (),
-) -> Upstream:
-    """Goes on with a background response behind ``state``, which :meth:`Upstream.state` gave in any process.
+) -> AnswerStream:
+    """Goes on with a background response behind ``state``, which :meth:`AnswerStream.state` gave in any process.
 
     Nothing is given twice and nothing is left out. A server that numbers its events sends those that are new;
     of one that does not, the response is read from its start and what was told already is dropped, by counting
@@ -298,14 +298,14 @@ def resume(
     except Exception as error:
         raise of_exception(error, "server_error") from error
     limit = assistant.most_tokens
-    place = background.Place(state, again=state["sequence"] is None, limit=limit)
+    place = background.ResumePoint(state, again=state["sequence"] is None, limit=limit)
     poll = background.Poll(quick, state["response_id"], stall, every, limit)
     # A worker of an older release takes no marks off.
     unmark = Unmark(names, state["mark"]) if state.get("mark") else None
-    return Upstream(stream, place.translator, place, poll, unmark)
+    return AnswerStream(stream, place.translator, place, poll, unmark)
 
 
-def translate(stream: Any) -> Upstream:
+def translate(stream: Any) -> AnswerStream:
     """Takes any OpenAI stream: the SDK's ``Stream`` of the three dialects, or an iterator of its events.
 
     Raises ``TypeError`` for what cannot be iterated, such as an async stream.
@@ -317,7 +317,7 @@ def translate(stream: Any) -> Upstream:
             "client.chat.completions.create(..., stream=True) or an Assistants run with stream=True gives "
             "(the synchronous client's)"
         )
-    return Upstream(stream)
+    return AnswerStream(stream)
 
 
 def _translator(kind: str, data: Json) -> Translator | None:

@@ -24,7 +24,7 @@ _OVER = ("completed", "incomplete", "failed", "cancelled")
 _QUICK_SECONDS = 10.0
 
 
-class Place:
+class ResumePoint:
     """How far one response was read, by its events or ``again`` from its start."""
 
     def __init__(self, state: Json | None = None, *, again: bool = False, limit: int | None = None) -> None:

@@ -73,7 +73,7 @@ class ChatTranslator:
         return None
 
     def feed(self, kind: str, data: Json) -> list[Part]:
-        if (text := _plain(data)) is not None and kind == "":
+        if (text := _only_text(data)) is not None and kind == "":
             told = self._slots.text(0, text)
             self._has_spoken = self._has_spoken or bool(told)
             self._has_deltas = True
@@ -201,7 +201,7 @@ def _choices(data: Json) -> list[Any]:
     return [{"delta": {"content": data["content"]}}] if isinstance(data.get("content"), str) else []
 
 
-def _plain(data: Json) -> str | None:
+def _only_text(data: Json) -> str | None:
     """Gives the text of an ordinary chunk, of which nearly all are; ``None`` for another."""
     choices = data.get("choices")
     if type(choices) is not list or len(choices) != 1 or data.get("usage") is not None or data.get("error"):

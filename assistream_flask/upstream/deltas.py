@@ -22,7 +22,7 @@ _PIECES: Final = 64
 
 
 class Begun(NamedTuple):
-    """A background response has its id: :meth:`Upstream.state` is there from now on. Alone in its list, and no text
+    """A background response has its id: :meth:`AnswerStream.state` is there from now on. Alone in its list, and no text
     came before it."""
 
 

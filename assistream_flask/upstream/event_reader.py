@@ -15,8 +15,8 @@ from pydantic_core import from_json
 from ..errors import RunError
 from ..events import Json
 from ..fast.chunk_reader import Connection
-from ..fast.event_template import Stencil
-from ..fast.read_gate import Gate
+from ..fast.event_template import EventTemplate
+from ..fast.read_gate import ReadGate
 from ..sse import Decoder
 from .errors import failure
 
@@ -36,7 +36,7 @@ def unpadded(client: openai.OpenAI) -> Json:
     return {"include_obfuscation": False} if f".{host}".endswith((".openai.com", ".openai.azure.com")) else {}
 
 
-def read(stream: Any, gate: Gate | None = None, *, joined: bool = False) -> Iterator[list[tuple[str, Json]]]:
+def read(stream: Any, gate: ReadGate | None = None, *, joined: bool = False) -> Iterator[list[tuple[str, Json]]]:
     """Gives lists of ``(kind, data)``, one list a network read; ``kind`` is the event's type or name. Where they may
     be ``joined``, one event may have the texts of all of a read.
 
@@ -45,13 +45,13 @@ def read(stream: Any, gate: Gate | None = None, *, joined: bool = False) -> Iter
     """
     response: Any = getattr(stream, "response", None)
     decoder = _Decoder()
-    stencil: Stencil | None = None
+    stencil: EventTemplate | None = None
     if hasattr(response, "iter_bytes") and not response.is_stream_consumed:
         # Typed events cost twenty times what their bytes do, and an unknown one is built as the wrong class.
         reads, split, parse = _bytes(response, gate), decoder.split, _parsed
-        stencil = Stencil() if joined else None
+        stencil = EventTemplate() if joined else None
     else:
-        reads, split, parse = _lists(iter(stream), gate), iter, _plain  # type: ignore[assignment]
+        reads, split, parse = _lists(iter(stream), gate), iter, _from_object  # type: ignore[assignment]
     yield from _events(reads, split, parse, decoder, stencil)
     if batch := decoder.rest():
         yield batch
@@ -62,7 +62,7 @@ def _events(
     split: Callable[[Any], Any],
     parse: Callable[[Any], tuple[str, Json] | list[tuple[str, Json]] | None],
     decoder: _Decoder,
-    stencil: Stencil | None,
+    stencil: EventTemplate | None,
 ) -> Iterator[list[tuple[str, Json]]]:
     for some in reads:
         if not some:
@@ -135,7 +135,7 @@ def _is_object(text: bytes) -> bool:
     return isinstance(found, dict) or (isinstance(found, list) and bool(found) and isinstance(found[0], dict))
 
 
-def _bytes(response: Any, gate: Gate | None) -> Iterable[bytes]:
+def _bytes(response: Any, gate: ReadGate | None) -> Iterable[bytes]:
     connection = response.extensions.get("network_stream")
     headers = response.headers
     if (
@@ -148,7 +148,7 @@ def _bytes(response: Any, gate: Gate | None) -> Iterable[bytes]:
     return map(b"".join, _lists(response.iter_bytes(), gate))
 
 
-def _lists(source: Iterator[Any], gate: Gate | None) -> Iterator[list[Any]]:
+def _lists(source: Iterator[Any], gate: ReadGate | None) -> Iterator[list[Any]]:
     return gate.through(source) if gate is not None else ([item] for item in source)
 
 
@@ -207,7 +207,7 @@ def _kind(name: str, data: Any) -> tuple[str, Json]:
     return kind, data
 
 
-def _plain(event: Any) -> tuple[str, Json]:
+def _from_object(event: Any) -> tuple[str, Json]:
     """An event object of the SDK, or the mapping it was made from."""
     data = event if isinstance(event, dict) else event.to_dict(mode="json", warnings=False)
     if data.get("type") == "chunk" and isinstance(data.get("chunk"), dict):

@@ -16,7 +16,7 @@ _SECONDS: Final = 2.0
 """Who closed it before the request tells so at once; one that took longer may have been at work on the answer."""
 
 
-class Watch:
+class RequestWatch:
     """Watches the requests of ``client``, a copy that is used for one answer.
 
     It follows httpcore2's trace of a request, an extension that httpx2 passes on. Where there is no trace, as of a

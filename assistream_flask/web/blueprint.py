@@ -25,16 +25,16 @@ from ..errors import AssistreamError, ConfigurationError, RequestError
 from ..events import Json
 from ..fast import direct_send
 from ..fast.chunk_reader import new_client
-from ..log.protocol import Away, Place
+from ..log.protocol import EventId, LogUnavailableError
 from ..platform import gunicorn
-from ..platform.log_throttle import Complaints
+from ..platform.log_throttle import LogThrottle
 from ..platform.once import PerProcess
-from ..runs.active_run import Asked
+from ..runs.active_run import RunRequest
 from ..runs.executor import Started
 from ..runs.runtime import Runtime, default_database
 from ..settings import Settings
 from ..store import database
-from ..store.sql import Answer, AnsweredBefore, Owner, TooManyRuns, thread_object
+from ..store.sql import Answer, AnsweredBefore, Owner, TooManyRunsError, thread_object
 from ..upstream.items import Names
 from . import doctor, event_streams, validation
 from .event_response import relay
@@ -84,11 +84,11 @@ class _Part:
         with self.app.app_context():
             return self._client()
 
-    def asked(self, assistant: Assistant, known: dict[str, Assistant]) -> Asked:
+    def asked(self, assistant: Assistant, known: dict[str, Assistant]) -> RunRequest:
         """What the runner needs to run ``assistant``."""
         return self._asked(assistant, {one.id: one.name for one in known.values()})
 
-    def adopted(self, owner: str, assistant_id: str) -> Asked | None:
+    def adopted(self, owner: str, assistant_id: str) -> RunRequest | None:
         """What the runner needs for a run without a request, of a thread of ``owner``; ``None`` where nobody knows the
         assistant."""
         known = {} if callable(self._assistants) else index(self._assistants)
@@ -113,16 +113,16 @@ class _Part:
             _log.exception("adopt(%r, ...) failed", assistant_id)
         return None
 
-    def _asked(self, assistant: Assistant, names: Names) -> Asked:
+    def _asked(self, assistant: Assistant, names: Names) -> RunRequest:
         shorten = assistant.max_history
         if not callable(shorten):
-            return Asked(assistant, self.client, names)
+            return RunRequest(assistant, self.client, names)
 
         def in_context(messages: list[Json]) -> Sequence[Mapping[str, Any]]:
             with self.app.app_context():
                 return shorten(messages)
 
-        return Asked(assistant, self.client, names, in_context)
+        return RunRequest(assistant, self.client, names, in_context)
 
 
 class _Found:
@@ -143,7 +143,7 @@ class _State:
         self._app = app
         self.parts: dict[str, _Part] = {}
         # Here and not in the runtime, which may be what cannot be made.
-        self.complaints = Complaints()
+        self.complaints = LogThrottle()
         self._runtimes = PerProcess(self._make)
         self._patched = doctor.patched()
         self._begun = 0
@@ -175,7 +175,7 @@ class _State:
             self._begun = os.getpid()
             gunicorn.when_booted(self._runtimes.get)
 
-    def _adopt(self, owner: Owner, assistant_id: str) -> Asked | None:
+    def _adopt(self, owner: Owner, assistant_id: str) -> RunRequest | None:
         part = self.parts.get(owner.scope)
         return None if part is None else part.adopted(owner.name, assistant_id)
 
@@ -212,7 +212,7 @@ def create_blueprint(
     blueprint.register_error_handler(RequestError, _request_error)
     blueprint.register_error_handler(HTTPException, _http_error)
     blueprint.register_error_handler(SQLAlchemyError, _store_error)
-    blueprint.register_error_handler(Away, _log_error)
+    blueprint.register_error_handler(LogUnavailableError, _log_error)
     blueprint.register_error_handler(Exception, _unexpected)
     blueprint.teardown_request(_let_go)
     blueprint.add_url_rule("/assistream.js", "helper", _helper)
@@ -320,7 +320,7 @@ def _someone(call: _Call) -> Owner:
 # Errors
 
 
-def _complaints() -> Complaints:
+def _complaints() -> LogThrottle:
     state: _State = current_app.extensions[_EXTENSION]
     return state.complaints
 
@@ -349,7 +349,7 @@ def _store_error(error: SQLAlchemyError) -> Response:
     return _away("store_unavailable", "The database")
 
 
-def _log_error(error: Away) -> Response:
+def _log_error(error: LogUnavailableError) -> Response:
     return _away("log_unavailable", "The event log", str(error))
 
 
@@ -547,7 +547,7 @@ def _create_runs(call: _Call, thread_id: str) -> Response:
         message = given.body["message"]
         runs = {run["id"] for run in given.body["runs"]}
         message_id = message["message"]["id"] if message else None
-        return event_streams.follow(call.runtime, thread_id, message_id, runs, Place.parse(given.place), send)
+        return event_streams.follow(call.runtime, thread_id, message_id, runs, EventId.parse(given.place), send)
 
     if any(kind.lower() == "text/event-stream" and quality for kind, quality in request.accept_mimetypes):
         return _streamed(call, follow)
@@ -558,7 +558,7 @@ def _start(
     call: _Call,
     thread_id: str,
     content: str | None,
-    asked: Sequence[Asked],
+    asked: Sequence[RunRequest],
     mode: str,
     status: int,
     body: Callable[[Started], Json],
@@ -585,7 +585,7 @@ def _start(
         given = once.before()
         assert given is not None
         return given
-    except TooManyRuns:
+    except TooManyRunsError:
         raise RequestError(
             429,
             "too_many_runs",
@@ -633,7 +633,7 @@ def _doctor(**_: str) -> Response:
 def _events(call: _Call, thread_id: str) -> Response:
     asked = request.headers.get("Last-Event-ID") or _argument("last_event_id")
     return _streamed(
-        call, lambda send: event_streams.view(call.runtime, thread_id, Place.parse(asked), send), begin=True
+        call, lambda send: event_streams.view(call.runtime, thread_id, EventId.parse(asked), send), begin=True
     )
 
 
@@ -653,7 +653,7 @@ def _streamed(
         raise RequestError(429, "too_many_streams", fix, retry_after=5)
     try:
         # Given up just before the second heartbeat after the first one that was not acknowledged.
-        peer = direct_send.Peer(request.environ, settings.slow_seconds, 0.9 * settings.heartbeat_seconds)
+        peer = direct_send.ViewerConnection(request.environ, settings.slow_seconds, 0.9 * settings.heartbeat_seconds)
         stream = start(peer.send)
         first = next(stream) if begin else b""
     except BaseException:

@@ -265,7 +265,7 @@ def _redis(url: str) -> Iterator[Finding]:
     try:
         with closing(client):
             took, about = _looked_at(client)
-    except (redis.RedisError, redis_requirements.Unfit) as error:
+    except (redis.RedisError, redis_requirements.UnfitRedisError) as error:
         what, _, fix = redis_requirements.advice(error).partition(": ")
         yield Finding(
             "FAIL",
@@ -289,7 +289,7 @@ def _redis(url: str) -> Iterator[Finding]:
 
 def _looked_at(redis: Any) -> tuple[float, dict[str, Any]]:
     """Gives how long a round trip takes, in milliseconds, and what that Redis tells of itself. Raises
-    :class:`.redis_requirements.Unfit`, and what the client raises."""
+    :class:`.redis_requirements.UnfitRedisError`, and what the client raises."""
     line = redis.connection_pool.make_connection()
     try:
         line.connect()

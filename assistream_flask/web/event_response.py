@@ -16,8 +16,8 @@ from ..errors import RunError
 from ..events import Event
 from ..platform.gunicorn import serving
 from ..platform.interrupt import Interrupted, Interruptible
-from ..runs.message_accumulator import Reply
-from ..upstream.answer_stream import Upstream, translate
+from ..runs.message_accumulator import MessageAccumulator
+from ..upstream.answer_stream import AnswerStream, translate
 from ..upstream.deltas import End, Part, merged
 
 _log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class relay:
     """
 
     def __init__(self, stream: Any, heartbeat_seconds: float) -> None:
-        self._upstream: Upstream = translate(stream)
+        self._upstream: AnswerStream = translate(stream)
         self._waits = Interruptible(self._upstream.close)
         self._heartbeat = heartbeat_seconds
         self._queue: queue.Queue[list[Part] | RunError] = queue.Queue(_AHEAD)
@@ -75,7 +75,7 @@ class relay:
         run = events.run("", "", None)
         message = events.message("", "assistant", [], run_id=run["id"])
         run["message_id"] = message["id"]
-        reply = Reply(run, message, [])
+        reply = MessageAccumulator(run, message, [])
         yield sse.RETRY + _frames(
             [events.run_created(dict(run)), *reply.begin(), events.message_created(dict(message))]
         )

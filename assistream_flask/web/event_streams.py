@@ -14,12 +14,12 @@ from sqlalchemy.exc import SQLAlchemyError
 from .. import events, sse
 from ..errors import RequestError
 from ..events import TERMINAL
-from ..log.protocol import Away, Lost, Place, Record, Subscription, Taken
+from ..log.protocol import EventId, LogUnavailableError, PositionExpiredError, Record, Subscription, Taken
 from ..runs.runtime import Runtime
 
 _ENDS: Final = frozenset(f"thread.run.{status}" for status in TERMINAL)
 
-_AWAY: Final = (Away, RequestError, SQLAlchemyError)
+_AWAY: Final = (LogUnavailableError, RequestError, SQLAlchemyError)
 """What a snapshot can't be read for: nothing that the server's log needs a traceback of."""
 
 Frames = Generator[bytes, None, None]
@@ -31,20 +31,20 @@ Send = Callable[[bytes], Taken]
 class _Reader:
     """A subscription that is taken when it is first read, and let go of when the log can't prove its place.
 
-    ``plain`` gives what the viewer is to see of records, which is sent as soon as they come; ``None`` where they are
-    for :meth:`read`.
+    ``frames_of`` gives what the viewer is to see of records, which is sent as soon as they come; ``None`` where they
+    are for :meth:`read`.
     """
 
     def __init__(
         self,
         runtime: Runtime,
         thread_id: str,
-        place: Place | None,
+        place: EventId | None,
         send: Send,
-        plain: Callable[[list[Record]], bytes | None],
+        frames_of: Callable[[list[Record]], bytes | None],
     ) -> None:
         self._runtime, self._thread_id, self._place = runtime, thread_id, place
-        self._send, self._plain = send, plain
+        self._send, self._frames_of = send, frames_of
         self._subscription: Subscription | None = None
         self._heartbeat = runtime.settings.heartbeat_seconds
         self._due = time.monotonic() + self._heartbeat
@@ -52,20 +52,20 @@ class _Reader:
         self.seen: dict[str, str] = {}
 
     def open(self) -> None:
-        """Raises :class:`Lost` when the place can't be proven."""
+        """Raises :class:`PositionExpiredError` when the place can't be proven."""
         if self._subscription is None:
             if self._place is None:
-                raise Lost
+                raise PositionExpiredError
             self._subscription = self._runtime.log.subscribe(self._thread_id, self._place)
 
     def read(self) -> list[Record]:
-        """Gives the next records, none when a heartbeat is due. Raises :class:`Lost`."""
+        """Gives the next records, none when a heartbeat is due. Raises :class:`PositionExpiredError`."""
         self.open()
         assert self._subscription is not None
         return self._subscription.read(max(0.0, self._due - time.monotonic()), self._take)
 
     def _take(self, records: list[Record]) -> Taken:
-        data = None if self._runtime.stopping.is_set() else self._plain(records)
+        data = None if self._runtime.stopping.is_set() else self._frames_of(records)
         if data is None:
             return Taken.NO
         if not data:
@@ -97,18 +97,18 @@ class _Reader:
             self._subscription = None
 
 
-def view(runtime: Runtime, thread_id: str, place: Place | None, send: Send) -> Frames:
+def view(runtime: Runtime, thread_id: str, place: EventId | None, send: Send) -> Frames:
     """Gives the thread's events after ``place``, without an end; a snapshot first where that can't be proven.
 
     Ends when the thread is deleted, the server shuts down or, once it has begun, log or store are away: the viewer
     comes back then. Raises what says so before its first frame, for the answer.
     """
 
-    def plain(records: list[Record]) -> bytes | None:
+    def frames_of(records: list[Record]) -> bytes | None:
         found, gone = _until_deleted(records)
         return None if gone else _joined(found)
 
-    reader = _Reader(runtime, thread_id, place, send, plain)
+    reader = _Reader(runtime, thread_id, place, send, frames_of)
     first = sse.RETRY
     try:
         while True:
@@ -119,7 +119,7 @@ def view(runtime: Runtime, thread_id: str, place: Place | None, send: Send) -> F
                     yield first + b"\n"
                     first = b""
                 records, gone = _until_deleted(reader.read())
-            except Lost:
+            except PositionExpiredError:
                 frame = reader.snapshot()
                 yield first + (frame or _deleted(thread_id))
                 first = b""
@@ -139,14 +139,14 @@ def view(runtime: Runtime, thread_id: str, place: Place | None, send: Send) -> F
 
 
 def follow(
-    runtime: Runtime, thread_id: str, message_id: str | None, runs: set[str], place: Place | None, send: Send
+    runtime: Runtime, thread_id: str, message_id: str | None, runs: set[str], place: EventId | None, send: Send
 ) -> Frames:
     """Gives the events of ``runs`` and of the user's message after ``place``, then ``done``.
 
     At a shutdown, or when log or store are away, it ends without ``done``: the runs go on.
     """
 
-    def plain(records: list[Record]) -> bytes | None:
+    def frames_of(records: list[Record]) -> bytes | None:
         found = []
         for one in records:
             if one.key is None or one.name in _ENDS:
@@ -155,7 +155,7 @@ def follow(
                 found.append(one.frame)
         return None if first else b"".join(found)
 
-    reader = _Reader(runtime, thread_id, place, send, plain)
+    reader = _Reader(runtime, thread_id, place, send, frames_of)
     waiting = set(runs)
     first = sse.RETRY
     try:
@@ -164,7 +164,7 @@ def follow(
                 return
             try:
                 records, gone = _until_deleted(reader.read())
-            except Lost:
+            except PositionExpiredError:
                 frame = reader.snapshot()
                 yield first + (frame or _deleted(thread_id))
                 first = b""
