@@ -1,4 +1,4 @@
-"""What fails over and over is said once in whole, then in a line a minute, and once more when it is over."""
+"""Logs what fails over and over once in whole, then in a line a minute, and once more when it is over."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What runs are is stored while they grow."""
+"""Stores how far the runs of this worker have come, while they grow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What arrives for a run goes to its reply and to the log: the first of it at once, the rest a tick at a time."""
+"""Adds what arrives for a run to its message and to the log: the first of it at once, the rest a tick at a time."""
 
 from __future__ import annotations
 

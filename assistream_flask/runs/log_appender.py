@@ -1,4 +1,4 @@
-"""What the store has is told by the log; where the log can't be reached, by a snapshot as soon as it can."""
+"""Appends to the log what the store has; where the log can't be reached, has it begin anew as soon as it can."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What other workers store is told here too, where each worker has an event log of its own."""
+"""Tells this worker's viewers what other workers store, where each worker has an event log of its own."""
 
 from __future__ import annotations
 

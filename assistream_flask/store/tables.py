@@ -1,4 +1,7 @@
-"""The tables. ``VERSION`` is recorded in the database; a change here comes with a revision in ``migrations/``."""
+"""The tables of the store, as the newest release has them.
+
+``VERSION`` is recorded in the database; a change here comes with a revision in ``migrations/``.
+"""
 
 from __future__ import annotations
 
