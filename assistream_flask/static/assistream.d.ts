@@ -1,19 +1,17 @@
 /**
- * `set` gets the whole thread as a new array, once a frame at most; an entry that did not change is the same
- * object as before. Never modify them.
+ * assistream's helper: shows threads as they grow, and has assistants answer in them. One ES module without
+ * dependencies or a build step. A page imports it from the blueprint that serves it, or from a copy of its own
+ * (`createAssistream`). `assistream.min.js` and `assistream.d.ts` are made from this file.
  *
- * @typedef {{type: "text", text: {value: string, annotations: any[]}} |
- *   {type: "refusal", refusal: string}} Part
- * @typedef {{id: string, created_at: number, role: "user" | "assistant", content: Part[],
- *   status: "in_progress" | "completed" | "incomplete", incomplete_details: {reason: string} | null,
- *   assistant_id: string | null, run_id: string | null, metadata: Record<string, any>,
- *   [more: string]: any}} Message
- * @typedef {{id: string, status: "queued" | "in_progress" | "requires_action" | "completed" | "incomplete" |
- *   "failed" | "cancelled", last_error: {code: string, message: string} | null, [more: string]: any}} Run
- * @typedef {{assistant_id: string | null, message: Message, run: Run | null, steps: any[]}} Entry
- * @typedef {(entries: Entry[]) => void} Setter
- * @typedef {{signal?: AbortSignal}} Options
- * @typedef {Error & {code: string, status?: number, runs?: Run[]}} AssistreamError
+ * It reads from top to bottom:
+ *
+ *   Types           what pages give and get
+ *   Small things    errors, time, waiting
+ *   Entries         events in, entries out; knows no network and no clock
+ *   The connection  how a thread reaches the page: requests, subscribers, tabs, the copy of the thread, its stream,
+ *                   what watches the stream, and what puts them together (`ThreadConnection`)
+ *   The commands    what pages call
+ *   The exports
  */
 export type Part = {
     type: "text";
@@ -69,16 +67,23 @@ export type StreamOptions = Options & {
 };
 export type Slot = {
     entry: Entry;
-    at: number;
-    i: number;
+    offset: number;
+    index: number;
 };
-export type User = {
+export type Subscriber = {
     set?: any;
     seen: (shown: Entry[]) => void;
     fail: (error: any) => void;
     onstate?: (state: State) => void;
     waits?: boolean;
     state?: State;
+};
+export type CopyNeeds = {
+    older: (message_id: string) => Promise<any[]>;
+    progress: () => void;
+    changed: (urgent?: boolean) => void;
+    restart: () => void;
+    end: (error: any) => void;
 };
 /**
  * For a copy of this file: `baseUrl` is where the blueprint is.
