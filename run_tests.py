@@ -3,6 +3,8 @@
     python3 run_tests.py            all
     python3 run_tests.py -k cancel  all of lint and types, and the tests that pytest's -k selects
 
+    WRITE_STATIC=1 python3 run_tests.py -k helper  writes anew what is made from assistream.js, beside it
+
 Needs Python 3.11+ and nothing else. Everything goes into .venv and node_modules, both ignored by git. Caddy, Chromium,
 lighttpd, nginx, PostgreSQL and Redis are taken from the machine, or installed where this is Debian and we are root;
 their tests are skipped where they can't be had, but never when CI is set.
@@ -20,8 +22,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts" if os.name == "nt" else "bin") / "python"
-# TypeScript checks the helper, esbuild says how small it is; the others run the README's two snippets with it.
-PACKAGES = ["typescript@7.0.2", "esbuild@0.28", "react@19", "react-dom@19", "vue@3.5"]
+# TypeScript checks the helper and esbuild minifies it, in versions that write the same files again; the others run the
+# README's two snippets with it.
+PACKAGES = ["typescript@7.0.2", "esbuild@0.28.2", "react@19", "react-dom@19", "vue@3.5"]
 
 
 def run(*command: str | Path) -> None:

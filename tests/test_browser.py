@@ -166,6 +166,18 @@ def test_set_sees_each_of_the_five_functions_grow_token_by_token(context: Browse
     assert page.evaluate("text(arrays.at(-1)[3])") == entries[3]["message"]["content"][0]["text"]["value"]
 
 
+def test_the_minified_helper_does_the_same(context: BrowserContext, live: Gunicorn) -> None:
+    page = context.new_page()
+    page.goto(f"{live.url}/page")
+    page.evaluate(PAGE.replace("assistream.js", "assistream.min.js"))
+    thread = page.evaluate("createThread()")
+    runs = page.evaluate("id => addMessageAndRuns(id, 'Hi', ['responses', 'chat'], set)", thread)
+    assert [run["status"] for run in runs] == ["completed", "completed"]
+    page.evaluate("id => loadThread(id, set)", thread)
+    agree(page, live, thread, 3)
+    check_states(page.evaluate("seen"))
+
+
 def test_unchanged_entries_keep_their_identity(context: BrowserContext, live: Gunicorn) -> None:
     page = open_page(context, live.url)
     same = page.evaluate("""async () => {

@@ -248,7 +248,7 @@ def test_gunicorn_takes_more_workers_where_redis_has_their_log(
     found["on_starting"](server)
 
 
-@pytest.mark.parametrize("name", ["assistream.js", "assistream.d.ts"])
+@pytest.mark.parametrize("name", ["assistream.js", "assistream.min.js", "assistream.d.ts"])
 def test_the_wheel_has_the_static_files_and_the_types(built: list[str], name: str) -> None:
     assert f"assistream_flask/static/{name}" in built
     assert "assistream_flask/py.typed" in built

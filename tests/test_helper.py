@@ -1,4 +1,4 @@
-"""The browser helper: its own tests under Node, its types under TypeScript, and its size."""
+"""The browser helper: its own tests under Node, and what is made from it: its types and the minified copy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 HELPER = ROOT / "assistream_flask" / "static" / "assistream.js"
+MINIFIED = HELPER.with_suffix(".min.js")
 TYPES = HELPER.with_suffix(".d.ts")
+BANNER = "/* assistream.js, minified: change that one */"
 MOST_BYTES = 10 * 1024
 OPTIONS = [
     "--allowJs",
@@ -58,9 +60,24 @@ def tsc() -> str:
     return missing("TypeScript is not installed: npm install --no-save typescript")
 
 
-def run(*command: str) -> None:
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+def esbuild() -> str:
+    if not (path := ROOT / "node_modules" / ".bin" / "esbuild").exists():
+        missing("esbuild is not installed: npm install --no-save esbuild")
+    return str(path)
+
+
+def run(*command: str, **env: str) -> str:
+    env = {**os.environ, **env}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=600, env=env)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-8000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def check_made(path: Path, made: str) -> None:
+    """The committed file is what is made from the helper now; where it is asked for, writes it first."""
+    if os.environ.get("WRITE_STATIC"):
+        path.write_text(made, encoding="utf-8")
+    assert path.read_text(encoding="utf-8") == made, "write it anew: WRITE_STATIC=1 pytest tests/test_helper.py"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tests" / "js").glob("*.test.mjs")), ids=lambda path: path.name)
@@ -71,10 +88,7 @@ def test_the_helper_keeps_its_rules_under_node(path: Path) -> None:
 
 def test_the_helper_type_checks_and_its_declarations_are_generated_from_it(tmp_path: Path) -> None:
     run(node(), tsc(), *OPTIONS, "--declaration", "--emitDeclarationOnly", "--outDir", str(tmp_path), str(HELPER))
-    generated = (tmp_path / TYPES.name).read_text()
-    if os.environ.get("ASSISTREAM_WRITE_TYPES"):
-        TYPES.write_text(generated)
-    assert TYPES.read_text() == generated, "write it anew: ASSISTREAM_WRITE_TYPES=1 pytest tests/test_helper.py"
+    check_made(TYPES, (tmp_path / TYPES.name).read_text(encoding="utf-8"))
 
 
 def test_the_helper_has_no_dependencies() -> None:
@@ -82,12 +96,16 @@ def test_the_helper_has_no_dependencies() -> None:
     assert "import(" not in HELPER.read_text()
 
 
-def test_the_helper_is_at_most_10_kib_minified_and_gzipped() -> None:
-    esbuild = ROOT / "node_modules" / ".bin" / "esbuild"
-    if not esbuild.exists():
-        missing("esbuild is not installed: npm install --no-save esbuild")
-    command = [str(esbuild), "--minify", "--format=esm", str(HELPER)]
-    minified = subprocess.run(command, check=True, capture_output=True, timeout=60).stdout
+def test_the_minified_copy_is_made_from_the_helper() -> None:
+    check_made(MINIFIED, run(esbuild(), "--minify", "--format=esm", f"--banner:js={BANNER}", str(HELPER)))
+
+
+def test_the_minified_copy_keeps_the_rules_too() -> None:
+    run(node(), "--no-warnings", "--test", str(ROOT / "tests" / "js" / "helper.test.mjs"), HELPER=MINIFIED.as_uri())
+
+
+def test_the_minified_copy_is_at_most_10_kib_gzipped() -> None:
+    minified = MINIFIED.read_bytes()
     size = len(gzip.compress(minified, 9, mtime=0))
     assert b"addMessageAndRuns" in minified
     assert size <= MOST_BYTES, f"{size} bytes"

@@ -19,7 +19,8 @@ from assistream_flask.testing import OfflineServer
 from .conftest import MakeApp, wait_until
 from .http_helpers import P, named, read, refused
 
-PUBLIC = {f"{P}/assistream.js", f"{P}/assistants"}
+HELPER = {f"{P}/assistream.js", f"{P}/assistream.min.js"}
+PUBLIC = {*HELPER, f"{P}/assistants"}
 BODIES: dict[str, Any] = {
     "create_thread": {"metadata": {"a": "b"}},
     "add_message": {"content": "secret words"},
@@ -144,13 +145,13 @@ def test_no_list_shows_what_is_anothers(app: Flask, world: World, who: str) -> N
             assert not [secret for secret in world.secrets() if secret in text], (method, rule)
 
 
-def test_a_caller_without_a_name_gets_401_on_every_route_but_the_helper_file(make_app: MakeApp) -> None:
+def test_a_caller_without_a_name_gets_401_on_every_route_but_the_helper_files(make_app: MakeApp) -> None:
     app = make_app(owner=named_by_header)
     world = World(app)
     nameless = Someone(app, "")
     for someone in (world.nobody, nameless):
         for method, rule, body in verbs(app):
-            if method not in ("HEAD", "OPTIONS") and not rule.endswith("assistream.js"):
+            if method not in ("HEAD", "OPTIONS") and rule not in HELPER:
                 refused(someone.open(method, world.filled(rule), body), 401, "unauthenticated")
 
 

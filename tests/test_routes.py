@@ -251,15 +251,16 @@ def test_an_unknown_run_is_404_and_so_is_a_run_of_another_thread(app: Flask) -> 
 
 
 def helper(client: Client, prefix: str) -> None:
-    answer = client.get(f"{prefix}/assistream.js")
-    assert answer.status_code == 200
-    assert answer.mimetype == "text/javascript"
-    assert "export" in answer.text
-    assert answer.headers["X-Content-Type-Options"] == "nosniff"
-    again = client.get(f"{prefix}/assistream.js", headers={"If-None-Match": answer.headers["ETag"]})
-    assert again.status_code == 304
-    answer.close()
-    again.close()
+    for file in ("assistream.js", "assistream.min.js"):
+        answer = client.get(f"{prefix}/{file}")
+        assert answer.status_code == 200
+        assert answer.mimetype == "text/javascript"
+        assert "export" in answer.text
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+        again = client.get(f"{prefix}/{file}", headers={"If-None-Match": answer.headers["ETag"]})
+        assert again.status_code == 304
+        answer.close()
+        again.close()
 
 
 def whole_round(client: Client, prefix: str) -> str:
@@ -403,6 +404,7 @@ def test_the_routes_are_those_of_the_contract(app: Flask) -> None:
     thread = f"{P}/threads/<thread_id>"
     assert {url: methods - {"HEAD", "OPTIONS"} for url, methods in routes(app)} == {
         f"{P}/assistream.js": {"GET"},
+        f"{P}/assistream.min.js": {"GET"},
         f"{P}/assistants": {"GET"},
         f"{P}/threads": {"GET", "POST"},
         thread: {"DELETE"},

@@ -215,7 +215,8 @@ def create_blueprint(
     blueprint.register_error_handler(LogUnavailableError, _log_error)
     blueprint.register_error_handler(Exception, _unexpected)
     blueprint.teardown_request(_let_go)
-    blueprint.add_url_rule("/assistream.js", "helper", _helper)
+    for endpoint, file in (("helper", "assistream.js"), ("helper_min", "assistream.min.js")):
+        blueprint.add_url_rule(f"/{file}", endpoint, _helper, defaults={"file": file})
     blueprint.add_url_rule("/assistants", "assistants", _route(_assistants))
     blueprint.add_url_rule("/threads", "create_thread", _route(_create_thread), methods=["POST"])
     blueprint.add_url_rule("/threads", "threads", _route(_threads))
@@ -460,8 +461,8 @@ class _Once:
 # Routes
 
 
-def _helper(**_: str) -> Response:
-    response = send_from_directory(os.path.join(os.path.dirname(os.path.dirname(__file__)), "static"), "assistream.js")
+def _helper(file: str, **_: str) -> Response:
+    response = send_from_directory(os.path.join(os.path.dirname(os.path.dirname(__file__)), "static"), file)
     response.mimetype = "text/javascript"
     response.headers["X-Content-Type-Options"] = "nosniff"
     return response
