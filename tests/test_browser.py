@@ -224,6 +224,36 @@ def test_an_abort_cancels_the_run_and_keeps_what_was_said(context: BrowserContex
     assert entry["message"]["content"][0]["text"]["value"]
 
 
+def test_threads_and_assistants_are_listed_runs_cancelled_and_threads_deleted(
+    context: BrowserContext, live: Gunicorn
+) -> None:
+    page = open_page(context, live.url)
+    threads = [page.evaluate("title => createThread({ title })", title) for title in ("one", "two", "three")]
+    first = page.evaluate("listThreads({ limit: 2 })")
+    assert [thread["metadata"]["title"] for thread in first["data"]] == ["three", "two"]
+    assert first["has_more"]
+    older = page.evaluate("before => listThreads({ limit: 1, before })", first["data"][1]["id"])
+    assert [thread["id"] for thread in older["data"]] == threads[:1]
+    assistants = page.evaluate("listAssistants()")
+    assert {"id": "chat", "name": "chat", "description": ""} in assistants
+    page.evaluate(
+        """id => {
+          loadThread(id, set);
+          window.ended = addMessageAndRun(id, "Hi", "responses", set).then((run) => run.status);
+        }""",
+        threads[0],
+    )
+    wait(page, lambda: len(last(page)) == 2 and last(page)[1]["message"]["content"])
+    # Another tab's stop.
+    other = open_page(context, live.url)
+    other.evaluate("([id, run]) => cancelRun(id, run)", [threads[0], last(page)[1]["run"]["id"]])
+    assert page.evaluate("ended") == "cancelled"
+    agree(page, live, threads[0], 2)
+    assert other.evaluate("id => deleteThread(id)", threads[0]) is None
+    wait(page, lambda: last(page) == [])
+    assert other.evaluate("id => deleteThread(id).catch((error) => error.code)", threads[0]) == "thread_not_found"
+
+
 def test_a_reload_in_mid_answer_shows_the_whole(context: BrowserContext, live: Gunicorn) -> None:
     page = open_page(context, live.url)
     thread = page.evaluate("createThread()")

@@ -76,6 +76,16 @@ def test_the_route_table_is_the_blueprint() -> None:
     assert told == routes
 
 
+def test_the_readme_tells_every_function_of_the_helper() -> None:
+    helper = (ROOT / "assistream_flask/static/assistream.js").read_text()
+    bound = re.search(r"^export const \{(.*?)\} = createAssistream", helper, re.MULTILINE | re.DOTALL)
+    assert bound
+    exported = [*re.findall(r"\w+", bound[1]), *re.findall(r"^export const (\w+)", helper, re.MULTILINE)]
+    assert {"addMessageAndRuns", "cancelRun", "createAssistream", "text"} <= set(exported)
+    told = section("The five functions")
+    assert [name for name in exported if f"`{name}(" not in told] == []
+
+
 def test_the_flask_example_makes_an_app() -> None:
     names: dict[str, Any] = {"__name__": __name__}
     exec(code("python")[0], names)

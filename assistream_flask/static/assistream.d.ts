@@ -53,6 +53,17 @@ export type Entry = {
     steps: any[];
 };
 export type Setter = (entries: Entry[]) => void;
+export type Thread = {
+    id: string;
+    created_at: number;
+    metadata: Record<string, any>;
+    [more: string]: any;
+};
+export type Assistant = {
+    id: string;
+    name: string;
+    description: string;
+};
 export type Options = {
     signal?: AbortSignal;
 };
@@ -120,6 +131,29 @@ export declare const createAssistream: (options?: {
     }) => Promise<Run[]>;
     /** @type {(metadata?: object, options?: Options) => Promise<string>} */
     createThread: (metadata?: object, options?: Options) => Promise<string>;
+    /**
+     * The user's own threads, newest first: those made before the thread `before`, `limit` of them.
+     * @type {(options?: Options & {limit?: number, before?: string}) => Promise<{data: Thread[], has_more: boolean}>}
+     */
+    listThreads: (options?: Options & {
+        limit?: number;
+        before?: string;
+    }) => Promise<{
+        data: Thread[];
+        has_more: boolean;
+    }>;
+    /**
+     * Resolves when the thread is gone, with all that is in it. Who shows it gets an empty array.
+     * @type {(thread_id: string, options?: Options) => Promise<void>}
+     */
+    deleteThread: (thread_id: string, options?: Options) => Promise<void>;
+    /** @type {(options?: Options) => Promise<Assistant[]>} */
+    listAssistants: (options?: Options) => Promise<Assistant[]>;
+    /**
+     * Cancels a run, whoever started it, and resolves with it; one that is over stays as it is.
+     * @type {(thread_id: string, run_id: string, options?: Options) => Promise<Run>}
+     */
+    cancelRun: (thread_id: string, run_id: string, options?: Options) => Promise<Run>;
 };
 /**
  * What an entry says: its texts and refusals, a blank line between two. Joined without, two messages of one answer
@@ -129,4 +163,10 @@ export declare const createAssistream: (options?: {
 export declare const text: (entry: Entry) => string;
 export declare const loadThread: (thread_id: string, set: Setter, options?: StreamOptions) => Promise<Entry[]>, addMessage: (thread_id: string, content: string, options?: Options) => Promise<Entry>, run: (thread_id: string, assistant_id: string, set?: Setter | null, options?: StreamOptions) => Promise<Run>, addMessageAndRun: (thread_id: string, content: string, assistant_id: string, set?: Setter | null, options?: StreamOptions) => Promise<Run>, addMessageAndRuns: (thread_id: string, content: string, assistant_ids: string[], set?: Setter | null, options?: StreamOptions & {
     mode?: "parallel" | "sequential";
-}) => Promise<Run[]>, createThread: (metadata?: object, options?: Options) => Promise<string>;
+}) => Promise<Run[]>, createThread: (metadata?: object, options?: Options) => Promise<string>, listThreads: (options?: Options & {
+    limit?: number;
+    before?: string;
+}) => Promise<{
+    data: Thread[];
+    has_more: boolean;
+}>, deleteThread: (thread_id: string, options?: Options) => Promise<void>, listAssistants: (options?: Options) => Promise<Assistant[]>, cancelRun: (thread_id: string, run_id: string, options?: Options) => Promise<Run>;

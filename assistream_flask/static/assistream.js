@@ -32,6 +32,8 @@
  *   "failed" | "cancelled", last_error: {code: string, message: string} | null, [more: string]: any}} Run
  * @typedef {{assistant_id: string | null, message: Message, run: Run | null, steps: any[]}} Entry
  * @typedef {(entries: Entry[]) => void} Setter
+ * @typedef {{id: string, created_at: number, metadata: Record<string, any>, [more: string]: any}} Thread
+ * @typedef {{id: string, name: string, description: string}} Assistant
  * @typedef {{signal?: AbortSignal}} Options
  * @typedef {Error & {code: string, status?: number, runs?: Run[]}} AssistreamError
  */
@@ -346,7 +348,7 @@ const threadPath = (thread_id) => {
 class Server {
 	clock = makeClock();
 	#options;
-	/** End the waits of streams and polls: a POST that succeeds proves that the server is there and knows the user. */
+	/** End the waits of streams and polls: a command that succeeds proves that the server is there and knows the user. */
 	#wakers = /** @type {Set<() => void>} */ (new Set());
 
 	/** @param {{baseUrl?: string, fetch?: typeof fetch, EventSource?: typeof EventSource}} options */
@@ -366,7 +368,7 @@ class Server {
 	}
 
 	/**
-	 * Waits like `sleep`, and at most until a POST succeeds.
+	 * Waits like `sleep`, and at most until a command succeeds.
 	 * @type {(ms: number, signal: AbortSignal) => Promise<any>}
 	 */
 	sleep(ms, signal) {
@@ -379,6 +381,14 @@ class Server {
 	 */
 	get(path, signal) {
 		return this.#insist(path, undefined, signal);
+	}
+
+	/**
+	 * Asks for what is no thread's, or deletes: for minutes, as whoever called waits for the answer.
+	 * @type {(method: "GET" | "DELETE", path: string, signal?: AbortSignal) => Promise<any[]>}
+	 */
+	command(method, path, signal) {
+		return this.#insist(path, { method }, signal);
 	}
 
 	/**
@@ -411,7 +421,8 @@ class Server {
 			const response = await (this.#options.fetch ?? fetch)(
 				href, { credentials: "same-origin", ...command, signal: until.signal });
 			const { ok, status, headers } = response;
-			const answer = await response.json().catch((error) => { if (ok) throw error; });
+			const empty = status === 204;
+			const answer = empty ? null : await response.json().catch((error) => { if (ok) throw error; });
 			if (ok) return { answer: [answer, headers.get("Last-Event-ID")] };
 			const error = failure(`http_${status}`, `The server answered ${status}`, { status, ...answer?.error });
 			// The app itself may ask who it is before the blueprint does, in words of its own.
@@ -432,7 +443,8 @@ class Server {
 
 	/**
 	 * Tries until there is an answer, or none to be had.
-	 * @type {(path: string, command?: object, signal?: AbortSignal) => Promise<any[]>}
+	 * @type {(path: string, command?: {method: string, body?: string, headers?: object}, signal?: AbortSignal) =>
+	 *   Promise<any[]>}
 	 */
 	async #insist(path, command, signal) {
 		for (let tries = 0, since = 0; ; tries++) {
@@ -442,6 +454,8 @@ class Server {
 				if (command) for (const wake of [...this.#wakers]) wake();
 				return answer;
 			}
+			// An earlier try deleted it, and its answer was lost: a DELETE has no key.
+			if (command?.method === "DELETE" && tries && error.status === 404) return [];
 			// One that is told to wait for seconds does; what would be minutes is the user's to decide.
 			const busy = command && error.status === 429;
 			if (final || (busy && (!(after <= 5) || tries > 3)) || (command && tries > 24)) throw error;
@@ -1384,6 +1398,37 @@ export const createAssistream = (options = {}) => {
 
 		/** @type {(metadata?: object, options?: Options) => Promise<string>} */
 		createThread: async (metadata, { signal } = {}) => (await server.post("threads", { metadata }, signal))[0].id,
+
+		/**
+		 * The user's own threads, newest first: those made before the thread `before`, `limit` of them.
+		 * @type {(options?: Options & {limit?: number, before?: string}) => Promise<{data: Thread[], has_more: boolean}>}
+		 */
+		listThreads: async ({ signal, ...wanted } = {}) => {
+			const given = Object.entries(wanted).filter(([, value]) => value != null);
+			const query = new URLSearchParams(/** @type {any} */ (given));
+			return (await server.command("GET", `threads${given.length ? `?${query}` : ""}`, signal))[0];
+		},
+
+		/**
+		 * Resolves when the thread is gone, with all that is in it. Who shows it gets an empty array.
+		 * @type {(thread_id: string, options?: Options) => Promise<void>}
+		 */
+		deleteThread: async (thread_id, { signal } = {}) => {
+			await server.command("DELETE", threadPath(thread_id), signal);
+		},
+
+		/** @type {(options?: Options) => Promise<Assistant[]>} */
+		listAssistants: async ({ signal } = {}) => (await server.command("GET", "assistants", signal))[0].data,
+
+		/**
+		 * Cancels a run, whoever started it, and resolves with it; one that is over stays as it is.
+		 * @type {(thread_id: string, run_id: string, options?: Options) => Promise<Run>}
+		 */
+		cancelRun: async (thread_id, run_id, { signal } = {}) => {
+			need(run_id && typeof run_id === "string", "run_id must be a non-empty string", run_id);
+			const path = `${threadPath(thread_id)}/runs/${encodeURIComponent(run_id)}/cancel`;
+			return (await server.post(path, {}, signal))[0];
+		},
 	};
 };
 
@@ -1401,5 +1446,7 @@ export const text = (entry) =>
 // The exports: for the blueprint that this file was loaded from
 // ---------------------------------------------------------------------------------------------------------------------
 
-export const { loadThread, addMessage, run, addMessageAndRun, addMessageAndRuns, createThread } =
-	createAssistream();
+export const {
+	loadThread, addMessage, run, addMessageAndRun, addMessageAndRuns,
+	createThread, listThreads, deleteThread, listAssistants, cancelRun,
+} = createAssistream();

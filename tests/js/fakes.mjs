@@ -213,6 +213,7 @@ export class Server {
   page = 50;
   epochs = 0;
   ids = 0;
+  assistants = [{ id: "tutor", name: "Tutor", description: "Explains." }];
   #answers = new Map();
 
   constructor() {
@@ -448,6 +449,7 @@ export class Server {
         if (fault === "refuse") return refuse();
         const json = (status, body, headers = {}) => ({
           ok: status < 300, status, headers: new Headers(headers), json: async () => {
+            if (status === 204) throw new SyntaxError("Unexpected end of JSON input");
             if (body === undefined) throw new SyntaxError("Unexpected token <");
             return copy(body);
           },
@@ -471,10 +473,19 @@ export class Server {
       }, this.delay());
     });
 
+  #threads(query) {
+    const all = [...this.threads.values()].reverse().map(({ id }) => ({ id, object: "thread", created_at: 1, metadata: {} }));
+    const from = query.has("before") ? all.findIndex(({ id }) => id === query.get("before")) + 1 : 0;
+    const to = from + Number(query.get("limit") ?? 50);
+    return [200, { data: all.slice(from, to), has_more: to < all.length }];
+  }
+
   #handle({ method, url, body }) {
     const { pathname, searchParams } = new URL(url);
     const [what, id, part, run_id, verb] = pathname.replace(/^.*\/p\//, "").split("/").map(decodeURIComponent);
+    if (what === "assistants") return [200, { data: this.assistants }];
     assert.equal(what, "threads");
+    if (!id && method === "GET") return this.#threads(searchParams);
     if (!id) {
       const thread = this.thread(`thread_${++this.ids}`);
       return [201, { id: thread.id, object: "thread", metadata: body.metadata ?? {} }];
@@ -482,6 +493,10 @@ export class Server {
     const thread = this.threads.get(id);
     const none = (code) => [404, { error: { type: "invalid_request_error", code, message: `No ${code}.` } }];
     if (!thread) return none("thread_not_found");
+    if (method === "DELETE") {
+      this.delete(thread);
+      return [204];
+    }
     if (method === "GET") {
       const limit = +searchParams.get("limit");
       assert.ok(limit >= 1 && limit <= 200);

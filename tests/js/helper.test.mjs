@@ -209,6 +209,9 @@ for (const [what, call] of [
   ["set", (api) => api.run("t", "a", "set")],
   ["assistant", (api) => api.run("t")],
   ["assistant", (api) => api.addMessageAndRuns("t", "hello", "a", () => {})],
+  ["thread_id", (api) => api.deleteThread("")],
+  ["thread_id", (api) => api.cancelRun(undefined, "run_1")],
+  ["run_id", (api) => api.cancelRun("t")],
 ])
   rule(`a wrong ${what} rejects with what was got: ${call}`, async ({ page, server, api }) => {
     await assert.rejects(() => call(api), (error) =>
@@ -1477,6 +1480,112 @@ for (const [name, command] of [
       assert.equal(page.timers, 0);
     });
 
+rule("listThreads resolves with the user's threads, newest first, a page at a time", async ({ page, server, api, gets, watch }) => {
+  for (const id of ["u", "v", "w"]) server.thread(id);
+  const [whole, first, second] = [{}, { limit: 2 }, { limit: 2, before: "v" }].map((options) => watch(api.listThreads(options)));
+  const plain = watch(api.listThreads());
+  await page.pass(100);
+  const ids = ({ value }) => [value.data.map(({ id }) => id), value.has_more];
+  assert.deepEqual([whole, first, second, plain].map(ids),
+    [[["w", "v", "u", "t"], false], [["w", "v"], true], [["u", "t"], false], [["w", "v", "u", "t"], false]]);
+  assert.deepEqual(gets().map(({ url }) => new URL(url).search), ["", "?limit=2", "?limit=2&before=v", ""]);
+  assert.ok(gets().every(({ init }) => init.credentials === "same-origin"));
+});
+
+rule("listAssistants resolves with who can be asked", async ({ page, server, api, gets, watch }) => {
+  const state = watch(api.listAssistants());
+  await page.pass(100);
+  assert.deepEqual(state.value, server.assistants);
+  assert.deepEqual(gets().map(({ url }) => url), ["http://server.test/p/assistants"]);
+});
+
+rule("deleteThread resolves when the thread is gone, and who shows it gets nothing", async ({ page, server, thread, api, load, watch }) => {
+  server.say(thread, "hello");
+  const set = await load();
+  const state = watch(api.deleteThread("t"));
+  await page.pass(100);
+  assert.deepEqual([state.over, state.value, state.error], [true, undefined, undefined]);
+  assert.ok(!server.threads.has("t"));
+  assert.deepEqual(set.last, []);
+  const { method, url } = server.requests.at(-1);
+  assert.deepEqual([method, url], ["DELETE", "http://server.test/p/threads/t"]);
+  assert.equal(page.timers, 0);
+});
+
+rule("a deletion whose answer was lost is one all the same", async ({ page, server, api, watch }) => {
+  const faults = ["lose"];
+  server.fault = () => faults.shift();
+  const state = watch(api.deleteThread("t"));
+  await page.pass(5000);
+  assert.deepEqual([state.over, state.error], [true, undefined]);
+  assert.equal(server.requests.length, 2);
+});
+
+rule("deleteThread of none of the user's threads rejects", async ({ page, server, api, watch }) => {
+  const state = watch(api.deleteThread("another's"));
+  await page.pass(100);
+  assert.deepEqual([state.error.code, state.error.status], ["thread_not_found", 404]);
+  assert.equal(server.requests.length, 1);
+});
+
+rule("cancelRun cancels a run that another started, and set sees it", async ({ page, server, thread, api, load, posts, watch }) => {
+  const { run } = server.start(thread, "a");
+  const set = await load();
+  const state = watch(api.cancelRun("t", run.id));
+  await page.pass(100);
+  assert.equal(state.value.id, run.id);
+  assert.equal(state.value.status, "cancelled");
+  assert.equal(set.last[0].run.status, "cancelled");
+  assert.deepEqual(posts().map(({ url, body }) => [new URL(url).pathname, body]), [[`/p/threads/t/runs/${run.id}/cancel`, {}]]);
+});
+
+for (const [name, command] of [
+  ["listThreads", (api, options) => api.listThreads(options)],
+  ["deleteThread", (api, options) => api.deleteThread("t", options)],
+  ["listAssistants", (api, options) => api.listAssistants(options)],
+  ["cancelRun", (api, options) => api.cancelRun("t", "run_1", options)],
+]) {
+  rule(`${name} rejects with the server's words`, async ({ page, server, api, watch }) => {
+    for (const status of [400, 401, 403, 500]) {
+      server.requests.length = 0;
+      server.fault = () => [status, {}, { error: { type: "t", code: "some_code", message: "Do this." } }];
+      const state = watch(command(api));
+      await page.pass(60_000);
+      assert.deepEqual([state.error.code, state.error.status, state.error.message], ["some_code", status, "Do this."]);
+      assert.equal(server.requests.length, 1);
+    }
+  });
+
+  rule(`${name} is tried again while the server is away, for minutes`, async ({ page, server, thread, api, watch }) => {
+    server.start(thread, "a").run.id = "run_1";
+    server.fault = () => "refuse";
+    const [one, other] = [watch(command(api)), watch(command(api))];
+    await page.pass(20_000);
+    server.fault = () => undefined;
+    await page.pass(3000);
+    assert.ok(one.over && !one.error && other.over, `${one.error}`);
+    server.fault = () => "refuse";
+    const state = watch(command(api));
+    await page.pass(600_000);
+    assert.equal(state.error.code, "network_error");
+    assert.equal(page.timers, 0);
+  });
+
+  rule(`an abort ends ${name} at once, and for good`, async ({ page, server, api, watch }) => {
+    server.fault = () => "hang";
+    const stop = new AbortController();
+    const state = watch(command(api, { signal: stop.signal }));
+    await page.pass(1000);
+    stop.abort();
+    await page.pass(0);
+    assert.equal(state.error.name, "AbortError");
+    assert.ok(server.requests.at(-1).init.signal.aborted);
+    await page.pass(120_000);
+    assert.equal(server.requests.length, 1);
+    assert.equal(page.timers, 0);
+  });
+}
+
 // ---- where it is
 
 for (const [baseUrl, wanted] of [
@@ -1528,7 +1637,8 @@ test("importing does no work and needs no browser", () => {
     if (Object.keys(globalThis).length !== before) throw new Error("a global was made");
     console.log(Object.keys(m).sort().join(" "));`;
   const out = execFileSync(process.execPath, ["--input-type=module", "-e", code], { timeout: 10_000, encoding: "utf8" });
-  assert.equal(out.trim(), "addMessage addMessageAndRun addMessageAndRuns createAssistream createThread loadThread run text");
+  assert.equal(out.trim(), "addMessage addMessageAndRun addMessageAndRuns cancelRun createAssistream createThread " +
+    "deleteThread listAssistants listThreads loadThread run text");
   assert.ok(fileURLToPath(FILE));
 });
 
