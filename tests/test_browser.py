@@ -646,6 +646,25 @@ def test_the_page_shows_model_text_as_text_and_keeps_a_strict_policy(context: Br
     assert errors == []
 
 
+def test_a_conversation_is_listed_and_deleted(context: BrowserContext, example: str) -> None:
+    page, errors = watched(context)
+    page.goto(example)
+    page.get_by_role("checkbox", name="Tutor").wait_for()
+    page.get_by_role("textbox").first.fill("Tell me at length")
+    page.keyboard.press("Enter")
+    tutor = page.get_by_role("article", name="Tutor")
+    tutor.wait_for()
+    conversation = page.get_by_role("link", name="Tell me at length")
+    conversation.wait_for()
+    page.get_by_role("button", name="Delete “Tell me at length”").click()
+    page.get_by_role("button", name="Delete", exact=True).click()
+    conversation.wait_for(state="detached")
+    page.get_by_text("Conversations appear here.").wait_for()
+    tutor.wait_for(state="detached")
+    assert page.locator("#title").text_content() == "New chat"
+    assert errors == []
+
+
 def compose(page: Page, text: str) -> None:
     """Types as with an input method: the text is underlined, and not there for good yet."""
     session = page.context.new_cdp_session(page)
@@ -755,6 +774,23 @@ def test_a_run_says_what_it_waits_for(context: BrowserContext, example: str) -> 
     assert page.locator(".status").text_content() == "Waiting"
     page.get_by_text("The model is loading.").wait_for()
     assert not page.get_by_role("button", name="Retry").is_visible()
+    assert errors == []
+
+
+def test_stop_cancels_a_run_that_this_page_did_not_start(context: BrowserContext, example: str) -> None:
+    page, errors = watched(context)
+    show(page, example, reply("Half of", status="in_progress"))
+    cancelled: list[str] = []
+
+    def cancel(route: Route) -> None:
+        cancelled.append(route.request.url)
+        run = reply("", status="cancelled")["run"]
+        route.fulfill(status=202, content_type="application/json", body=json.dumps(run))
+
+    page.route("**/cancel", cancel)
+    page.get_by_role("button", name="Stop").click()
+    wait(page, lambda: cancelled)
+    assert cancelled == [f"{example}/assistream/threads/thread_1/runs/run_1/cancel"]
     assert errors == []
 
 
