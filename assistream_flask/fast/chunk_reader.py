@@ -11,9 +11,9 @@ from __future__ import annotations
 import os
 import re
 import ssl
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import httpcore2
 import httpx2
@@ -60,6 +60,39 @@ def _whole(data: bytes) -> list[bytes]:
     if lines[-1] or b"" in found or b" ".join(sizes).lower() != b" ".join([b"%x" % len(one) for one in found]):
         return []
     return found
+
+
+def _split(data: bytes, left: int) -> tuple[list[bytes], bytes, int, Literal["malformed", "h11"] | None]:
+    """Gives the data of chunks, cut ones too; the bytes behind it; and what of a chunk that is cut is still to come.
+
+    ``left`` is that of the read before, the chunk's CRLF included. The last of the four says why reading ends here: a
+    chunk is malformed, or what comes next is for h11, such as the last chunk or a head that is not an ordinary one.
+    """
+    found: list[bytes] = []
+    at = 0
+    while at < len(data):
+        if left == 0:
+            size = _CHUNK.match(data, at)
+            if size is None:
+                return found, data[at:], 0, None if _CUT.fullmatch(data, at) else "h11"
+            left = int(size[1], 16)
+            if left == 0:
+                return found, data[at:], 0, "h11"
+            at, left = size.end(), left + 2
+        stop = at + left
+        if stop <= len(data):
+            found.append(data[at : stop - 2])
+            if data[stop - 2 : stop] != b"\r\n":
+                return found, b"", 0, "malformed"
+            at, left = stop, 0
+        elif left > 2:
+            # All but what may be the line's end.
+            part = data[at : at + left - 2]
+            found.append(part)
+            at, left = at + len(part), left - len(part)
+        else:
+            break
+    return found, data[at:], left, None
 
 
 class _Backend(httpcore2.NetworkBackend):
@@ -138,49 +171,15 @@ class Connection(httpcore2.NetworkStream):
             return
         data, left = self._rest, 0
         self._rest, self._at_body = b"", False
-        raw = self.get_extra_info("socket")
-        # TLS within a proxy's TLS is decrypted above the socket.
-        if hasattr(raw, "recv") and not isinstance(self.get_extra_info("ssl_object"), ssl.SSLObject):
-            raw.settimeout(timeout)
-            read = raw.recv
-        else:
-            read, gate = partial(self._inner.read, timeout=timeout), None
-        if gate is not None:
-            gate.socket = raw
+        read, gate = self._reader(timeout, gate)
         while True:
-            found: list[bytes] = [] if left else _whole(data)
-            at, ordinary = len(data) if found else 0, True
-            while at < len(data):
-                if left == 0:
-                    size = _CHUNK.match(data, at)
-                    if size is None:
-                        # A head that is cut, or one for h11.
-                        ordinary = _CUT.fullmatch(data, at) is not None
-                        break
-                    left = int(size[1], 16)
-                    if left == 0:
-                        ordinary = False
-                        break
-                    at, left = size.end(), left + 2
-                stop = at + left
-                if stop <= len(data):
-                    found.append(data[at : stop - 2])
-                    if data[stop - 2 : stop] != b"\r\n":
-                        if some := b"".join(found):
-                            yield some
-                        raise httpcore2.RemoteProtocolError("a chunk does not end in CRLF")
-                    at, left = stop, 0
-                elif left > 2:
-                    # All but what may be the line's end.
-                    part = data[at : at + left - 2]
-                    found.append(part)
-                    at, left = at + len(part), left - len(part)
-                else:
-                    break
-            data = data[at:]
+            whole = [] if left else _whole(data)
+            found, data, left, end = (whole, b"", 0, None) if whole else _split(data, left)
             if some := b"".join(found):
                 yield some
-            if not ordinary:
+            if end is not None:
+                if end == "malformed":
+                    raise httpcore2.RemoteProtocolError("a chunk does not end in CRLF")
                 break
             more = None
             if gate is not None:
@@ -196,3 +195,14 @@ class Connection(httpcore2.NetworkStream):
         if gate is not None:
             gate.socket = None
             yield b""
+
+    def _reader(self, timeout: float | None, gate: Gate | None) -> tuple[Callable[[int], bytes], Gate | None]:
+        """Gives what reads the body's bytes, and the gate where it may wait at the socket itself."""
+        raw = self.get_extra_info("socket")
+        # TLS within a proxy's TLS is decrypted above the socket.
+        if not hasattr(raw, "recv") or isinstance(self.get_extra_info("ssl_object"), ssl.SSLObject):
+            return partial(self._inner.read, timeout=timeout), None
+        raw.settimeout(timeout)
+        if gate is not None:
+            gate.socket = raw
+        return raw.recv, gate
