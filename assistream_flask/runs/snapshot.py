@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterable
 
 from .. import events
 from ..events import TERMINAL, Json
 from ..log.protocol import EventId, Log, PositionExpiredError, Record
-from ..store.sql import ThreadStore
+from ..store.sql import Stored, ThreadStore
 
 Page = tuple[list[Json], bool, EventId]
+_Growing = dict[str | None, tuple[Json, int]]
 
 
 class SnapshotMovedError(Exception):
@@ -26,8 +27,8 @@ def read(
     about to do both, before and after the rows were read, and nothing of the kind was told in between. Growing text
     is told before it is stored, and each row says as of which place it has that.
 
-    Raises :class:`SnapshotMovedError`; :class:`PositionExpiredError` when a row that grows is not of this log, or the
-    log has not all since: those runs must be stored as they are now. ``ours`` are the runs that this worker can store.
+    Raises :class:`SnapshotMovedError`; :class:`PositionExpiredError` when a row that grows is not of this log, or the log has not all since:
+    those runs must be stored as they are now. ``ours`` are the runs that this worker can store.
     """
     start = log.quiet(thread_id)
     found = store.page(thread_id, limit, before) if start else None
@@ -37,27 +38,42 @@ def read(
     if found is None:
         return None
     stored, more = found
-    grow: dict[str | None, tuple[Json, int]] = {}
+    growing = _growing(stored, start, None if log.shared else ours)
+    oldest = min([start.offset, *(offset for _, offset in growing.values())])
+    if place.offset > oldest:
+        for record in log.since(thread_id, EventId(start.epoch, oldest)):
+            if record.place.offset > place.offset:
+                break
+            if grows(record):
+                _grow(growing, record)
+            elif record.place.offset > start.offset:
+                raise SnapshotMovedError
+    return [one.entry for one in stored], more, place
+
+
+def _growing(stored: Iterable[Stored], start: EventId, ours: Container[str] | None) -> _Growing:
+    """Gives the entry of each run that is not over, and the offset in the log up to which the row has its text.
+
+    Raises :class:`PositionExpiredError` for one of ``ours``, or of any worker where that is ``None``, whose row is not of this log.
+    """
+    found: _Growing = {}
     for entry, text in stored:
         run = entry["run"]
         if run is None or run["status"] in TERMINAL:
             continue
         known = start if run["status"] == "queued" else EventId.parse(text)
         if known is not None and known.epoch == start.epoch:
-            grow[run["id"]] = entry, known.offset
-        elif log.shared or run["id"] in ours:
+            found[run["id"]] = entry, known.offset
+        elif ours is None or run["id"] in ours:
             raise PositionExpiredError
-    oldest = min((offset for _, offset in grow.values()), default=start.offset)
-    if place.offset > min(oldest, start.offset):
-        for record in log.since(thread_id, EventId(start.epoch, min(oldest, start.offset))):
-            if record.place.offset > place.offset:
-                break
-            if not grows(record):
-                if record.place.offset > start.offset:
-                    raise SnapshotMovedError
-            elif record.key in grow and record.place.offset > grow[record.key][1]:
-                events.apply(grow[record.key][0], record.name, record.data())
-    return [one.entry for one in stored], more, place
+    return found
+
+
+def _grow(growing: _Growing, record: Record) -> None:
+    """Adds an event's text to its entry, unless the row has it."""
+    entry, offset = growing.get(record.key, (None, 0))
+    if entry is not None and record.place.offset > offset:
+        events.apply(entry, record.name, record.data())
 
 
 def grows(record: Record) -> bool:
