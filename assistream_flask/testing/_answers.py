@@ -259,6 +259,17 @@ class Responses(Answer):
         yield self.event("response.in_progress", response=self.response)
         if self.call:
             yield from self.function_call(*self.call)
+        yield from self.items()
+        if self.short:
+            reason = "max_output_tokens" if self.short == "length" else self.short
+            yield self.end("incomplete", incomplete_details={"reason": reason})
+        else:
+            yield self.end("completed")
+        if self.fault == "missing_fields":
+            yield None, "[DONE]"
+
+    def items(self) -> Iterator[Step]:
+        """The plan's reasoning and messages; what follows upon one of a kind is one part."""
         output, texts, n = self.response["output"], dict.fromkeys(("reasoning", "text", "refusal"), ""), 0
         item: JSON = {}
         for kind, group in itertools.groupby(self.plan, lambda entry: entry[0]):
@@ -304,13 +315,6 @@ class Responses(Answer):
                 if not summary:
                     item["status"] = "incomplete" if self.short else "completed"
                 yield self.event("response.output_item.done", output_index=len(output) - 1, item=item)
-        if self.short:
-            reason = "max_output_tokens" if self.short == "length" else self.short
-            yield self.end("incomplete", incomplete_details={"reason": reason})
-        else:
-            yield self.end("completed")
-        if self.fault == "missing_fields":
-            yield None, "[DONE]"
 
     def function_call(self, name: str, arguments: str) -> Iterator[Step]:
         item = {"id": self.server._id("fc"), "type": "function_call", "status": "in_progress", "arguments": "",
