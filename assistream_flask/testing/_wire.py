@@ -61,23 +61,27 @@ def read_messages(items: Any, param: str, parts: Mapping[str, tuple[str, ...]]) 
             supported = ", ".join(f"'{role}'" for role in parts)
             message = f"Invalid value: '{role}'. Supported values are: {supported}."
             raise Refused(400, message, param=f"{where}.role", code="invalid_value")
-        texts: list[str] = []
-        if isinstance(content, str):
-            texts.append(content)
-        elif content is None and item.get("tool_calls"):
-            pass
-        elif not isinstance(content, list):
-            raise Refused(400, f"Invalid type for '{where}.content'.", param=f"{where}.content", code="invalid_type")
-        else:
-            for m, part in enumerate(content):
-                kind = part.get("type") if isinstance(part, dict) else part
-                if kind not in parts[role]:
-                    supported = ", ".join(f"'{kind}'" for kind in parts[role])
-                    message = f"Invalid value: '{kind}'. Supported values are: {supported}."
-                    raise Refused(400, message, param=f"{where}.content[{m}].type", code="invalid_value")
-                texts.append(str(part.get("text") or part.get("refusal") or ""))
-        read.append((role, "\n".join(texts)))
+        if content is None and item.get("tool_calls"):
+            content = []
+        read.append((role, read_content(content, f"{where}.content", parts[role])))
     return read
+
+
+def read_content(content: Any, param: str, kinds: tuple[str, ...]) -> str:
+    """The text of a message's content; `kinds` are the types that its parts may have."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise Refused(400, f"Invalid type for '{param}'.", param=param, code="invalid_type")
+    texts: list[str] = []
+    for m, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else part
+        if kind not in kinds:
+            supported = ", ".join(f"'{kind}'" for kind in kinds)
+            message = f"Invalid value: '{kind}'. Supported values are: {supported}."
+            raise Refused(400, message, param=f"{param}[{m}].type", code="invalid_value")
+        texts.append(str(part.get("text") or part.get("refusal") or ""))
+    return "\n".join(texts)
 
 
 _INPUT = ("input_text", "input_image", "input_file")
