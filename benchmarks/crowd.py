@@ -87,49 +87,77 @@ class Floor:
 # The crowd
 
 
+class _Crowd:
+    """Viewers that only read; those whom the server has no room for come again."""
+
+    def __init__(self, host: str, port: int, due: list[str]) -> None:
+        self._address, self.due = (host, port), due
+        self._waiting = selectors.DefaultSelector()
+        self._waiting.register(0, selectors.EVENT_READ)
+        self._readers: dict[socket.socket, str] = {}
+        self.silent: set[socket.socket] = set()
+        """Those that were sent nothing yet, or nothing since stdin asked."""
+        self.refused = 0
+        self._last, self._cut = 0.0, 0
+
+    def open(self, at_once: int) -> None:
+        """Opens streams until so many are silent."""
+        while self.due and len(self.silent) < at_once:
+            viewer = socket.create_connection(self._address)
+            viewer.sendall(f"GET {self.due[-1]} HTTP/1.1\r\nHost: crowd\r\nX-Caller: me\r\n\r\n".encode())
+            self._waiting.register(viewer, selectors.EVENT_READ)
+            self._readers[viewer] = self.due.pop()
+            self.silent.add(viewer)
+
+    def attend(self) -> None:
+        """Waits for what comes, and takes it; ends the process where stdin ended."""
+        for key, _ in self._waiting.select():
+            if key.fd == 0:
+                self._answer()
+            else:
+                self._read(cast(socket.socket, key.fileobj))
+
+    def _answer(self) -> None:
+        if not os.read(0, 1):
+            os._exit(0)
+        print(json.dumps([len(self.silent), self._last, self._cut]), flush=True)
+        self.silent = set(self._readers)
+
+    def _read(self, viewer: socket.socket) -> None:
+        try:
+            found = viewer.recv(65536)
+        except OSError:
+            found = b""
+        if not found:
+            self._leave(viewer)
+            self._cut += 1
+        elif found.startswith(b"HTTP/1.1 503"):
+            self.due.append(self._leave(viewer))
+            self.refused += 1
+            time.sleep(0.1)
+        elif viewer in self.silent and b"event: ping" not in found:
+            self.silent.remove(viewer)
+            self._last = time.time()
+
+    def _leave(self, viewer: socket.socket) -> str:
+        """Closes the viewer's stream; gives its path."""
+        self._waiting.unregister(viewer)
+        viewer.close()
+        self.silent.discard(viewer)
+        return self._readers.pop(viewer)
+
+
 def view(host: str, port: int, paths: list[str], streams: int, at_once: int) -> None:
     """Opens so many streams, at most so many ``at_once``, and reads them until stdin ends; a line tells that all are
     open, and one answers each that is asked."""
     _files()
-    waiting, readers, last, cut = selectors.DefaultSelector(), dict[socket.socket, str](), 0.0, 0
-    waiting.register(0, selectors.EVENT_READ)
-    opening, refused, silent = True, 0, set[socket.socket]()
-    due = [paths[at % len(paths)] for at in range(streams)]
+    crowd, opening = _Crowd(host, port, [paths[at % len(paths)] for at in range(streams)]), True
     while True:
-        while due and len(silent) < at_once:
-            viewer = socket.create_connection((host, port))
-            viewer.sendall(f"GET {due[-1]} HTTP/1.1\r\nHost: crowd\r\nX-Caller: me\r\n\r\n".encode())
-            waiting.register(viewer, selectors.EVENT_READ)
-            readers[viewer] = due.pop()
-            silent.add(viewer)
-        for key, _ in waiting.select():
-            if key.fd == 0:
-                if not os.read(0, 1):
-                    os._exit(0)
-                print(json.dumps([len(silent), last, cut]), flush=True)
-                silent = set(readers)
-                continue
-            viewer = cast(socket.socket, key.fileobj)
-            try:
-                found = viewer.recv(65536)
-            except OSError:
-                found = b""
-            if not found or found.startswith(b"HTTP/1.1 503"):
-                waiting.unregister(viewer)
-                path = readers.pop(viewer)
-                viewer.close()
-                silent.discard(viewer)
-                cut += not found
-                if found:
-                    refused += 1
-                    due.append(path)
-                    time.sleep(0.1)
-            elif viewer in silent and b"event: ping" not in found:
-                silent.remove(viewer)
-                last = time.time()
-        if opening and not due and not silent:
+        crowd.open(at_once)
+        crowd.attend()
+        if opening and not crowd.due and not crowd.silent:
             opening = False
-            print(f"all opened; {refused} were told to come again, and did", flush=True)
+            print(f"all opened; {crowd.refused} were told to come again, and did", flush=True)
 
 
 # The measurements

@@ -89,70 +89,96 @@ class _Peer:
             self.write(_COMPLETED)
 
 
-def serve_upstream(port: int) -> None:
-    """Serves until it is killed."""
-    server = socket.create_server(("127.0.0.1", port), backlog=4096)
-    server.setblocking(False)
-    poll = select.epoll()
-    poll.register(server, select.EPOLLIN)
-    peers: dict[int, _Peer] = {}
-    timers: list[tuple[float, int, _Peer]] = []
-    fast: dict[int, _Peer] = {}
-    while True:
-        wait = 0.0 if any(not peer.rest for peer in fast.values()) else 1.0
-        if timers:
-            wait = min(wait, max(0.0, timers[0][0] - time.monotonic()))
-        for fd, event in poll.poll(wait):
-            if fd == server.fileno():
-                connection, _ = server.accept()
-                connection.setblocking(False)
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                peers[connection.fileno()] = _Peer(connection)
-                poll.register(connection, select.EPOLLIN | select.EPOLLOUT | select.EPOLLET)
-                continue
-            peer = peers[fd]
-            try:
-                if event & select.EPOLLOUT and peer.rest:
-                    rest, peer.rest = peer.rest, b""
-                    peer.write(rest)
-                if event & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR) and peer.asks():
-                    if peer.rate:
-                        peer.due = time.monotonic()
-                        heapq.heappush(timers, (peer.due, fd, peer))
-                    else:
-                        fast[fd] = peer
-            except BlockingIOError:
-                pass
-            except OSError:
-                _drop(peers, fast, fd)
+class _Upstream:
+    """The model server: its connections, those whose deltas come at a rate and those whose come as they are taken."""
+
+    def __init__(self, port: int) -> None:
+        self._server = socket.create_server(("127.0.0.1", port), backlog=4096)
+        self._server.setblocking(False)
+        self._poll = select.epoll()
+        self._poll.register(self._server, select.EPOLLIN)
+        self._peers: dict[int, _Peer] = {}
+        self._timers: list[tuple[float, int, _Peer]] = []
+        self._fast: dict[int, _Peer] = {}
+
+    def turn(self) -> None:
+        """Waits until there is something to do, and does it."""
+        for fd, event in self._poll.poll(self._wait()):
+            if fd == self._server.fileno():
+                self._accept()
+            else:
+                self._attend(fd, event)
+        self._send_due()
+        self._send_fast()
+
+    def _wait(self) -> float:
+        wait = 0.0 if any(not peer.rest for peer in self._fast.values()) else 1.0
+        if self._timers:
+            wait = min(wait, max(0.0, self._timers[0][0] - time.monotonic()))
+        return wait
+
+    def _accept(self) -> None:
+        connection, _ = self._server.accept()
+        connection.setblocking(False)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._peers[connection.fileno()] = _Peer(connection)
+        self._poll.register(connection, select.EPOLLIN | select.EPOLLOUT | select.EPOLLET)
+
+    def _attend(self, fd: int, event: int) -> None:
+        """Sends what was held up, and takes a request."""
+        peer = self._peers[fd]
+        try:
+            if event & select.EPOLLOUT and peer.rest:
+                rest, peer.rest = peer.rest, b""
+                peer.write(rest)
+            if event & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR) and peer.asks():
+                if peer.rate:
+                    peer.due = time.monotonic()
+                    heapq.heappush(self._timers, (peer.due, fd, peer))
+                else:
+                    self._fast[fd] = peer
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._drop(fd)
+
+    def _send_due(self) -> None:
         now = time.monotonic()
-        while timers and timers[0][0] <= now:
-            _, fd, peer = heapq.heappop(timers)
-            if peers.get(fd) is not peer:
+        while self._timers and self._timers[0][0] <= now:
+            _, fd, peer = heapq.heappop(self._timers)
+            if self._peers.get(fd) is not peer:
                 continue
             try:
                 peer.delta()
             except OSError:
-                _drop(peers, fast, fd)
+                self._drop(fd)
                 continue
             if peer.left:
                 peer.due += 1 / peer.rate
-                heapq.heappush(timers, (peer.due, fd, peer))
-        for fd, peer in list(fast.items()):
+                heapq.heappush(self._timers, (peer.due, fd, peer))
+
+    def _send_fast(self) -> None:
+        for fd, peer in list(self._fast.items()):
             try:
                 for _ in range(8):
                     if peer.rest or not peer.left:
                         break
                     peer.delta()
             except OSError:
-                _drop(peers, fast, fd)
+                self._drop(fd)
             if not peer.left:
-                fast.pop(fd, None)
+                self._fast.pop(fd, None)
+
+    def _drop(self, fd: int) -> None:
+        self._fast.pop(fd, None)
+        self._peers.pop(fd).socket.close()
 
 
-def _drop(peers: dict[int, _Peer], fast: dict[int, _Peer], fd: int) -> None:
-    fast.pop(fd, None)
-    peers.pop(fd).socket.close()
+def serve_upstream(port: int) -> None:
+    """Serves until it is killed."""
+    upstream = _Upstream(port)
+    while True:
+        upstream.turn()
 
 
 def serve_raw(port: int, upstream: int, model: str) -> None:
