@@ -46,20 +46,26 @@ class Viewer:
             assert data["id"] not in [one["message"]["id"] for one in self.entries], "a message came twice"
             self.entries.append({"assistant_id": data["assistant_id"], "message": data, "run": None, "steps": []})
         elif event.name == "thread.message.delta":
-            content = self._entry("message", data["id"])["message"]["content"]
-            for part in data["delta"]["content"]:
-                if part["index"] == len(content):
-                    content.append({"type": "text", "text": {"value": "", "annotations": []}})
-                content[part["index"]]["text"]["value"] += part["text"]["value"]
+            self._take_delta(data)
         elif event.name in ("thread.message.completed", "thread.message.incomplete"):
-            entry = self._entry("message", data["id"])
-            if entry["message"]["status"] == "in_progress":
-                assert entry["message"]["content"] == data["content"], "the deltas are not the whole"
-            entry["message"] = data
+            self._take_end(data)
         elif event.name.startswith("thread.run.") and not event.name.startswith("thread.run.step."):
             for entry in self.entries:
                 if entry["message"]["run_id"] == data["id"]:
                     entry["run"] = data
+
+    def _take_delta(self, data: Any) -> None:
+        content = self._entry("message", data["id"])["message"]["content"]
+        for part in data["delta"]["content"]:
+            if part["index"] == len(content):
+                content.append({"type": "text", "text": {"value": "", "annotations": []}})
+            content[part["index"]]["text"]["value"] += part["text"]["value"]
+
+    def _take_end(self, data: Any) -> None:
+        entry = self._entry("message", data["id"])
+        if entry["message"]["status"] == "in_progress":
+            assert entry["message"]["content"] == data["content"], "the deltas are not the whole"
+        entry["message"] = data
 
     def _entry(self, kind: str, id: str) -> Any:
         return next(one for one in self.entries if one[kind]["id"] == id)
@@ -180,6 +186,22 @@ def test_a_reload_of_the_workers_loses_nothing(tmp_path: Path) -> None:
         assert [one["run"]["status"] for one in viewer.entries if one["run"]] == ["completed", "completed"]
 
 
+def _view_with_cuts(live: Gunicorn, thread: str, chance: random.Random, stop: threading.Event) -> tuple[Viewer, int]:
+    """Follows the thread until its 36 messages are over; leaves after some events, 160 times, and comes back."""
+    viewer, cuts = Viewer(), 0
+    while not viewer.settled(36):
+        last = viewer.ids[-1] if viewer.ids else None
+        events = stream(live, f"{thread}/events", last=last, by=chance.choice(["header", "query"]))
+        enough = len(viewer.ids) + (chance.randrange(1, 22) if cuts < 160 else 10**9)
+        with contextlib.closing(events):  # type: ignore[type-var]
+            for event in events:
+                viewer.take(event)
+                if len(viewer.ids) >= enough or viewer.settled(36) or stop.is_set():
+                    break
+        cuts += 1
+    return viewer, cuts
+
+
 def test_1000_cuts_under_load_lose_repeat_and_reorder_nothing(tmp_path: Path) -> None:
     with running(tmp_path, delay=0.01, max_runs=1000, max_streams=1000, log_events=100_000) as live:
         threads = [live.thread() for _ in range(8)]
@@ -192,23 +214,9 @@ def test_1000_cuts_under_load_lose_repeat_and_reorder_nothing(tmp_path: Path) ->
                 live.run(thread, "responses", "chat", content=f"Question {number}")
 
         def view(thread: str, seed: int) -> None:
-            chance = random.Random(seed)
-            viewer, cuts, last = Viewer(), 0, None
-            offsets: list[int] = []
             try:
-                while not viewer.settled(36):
-                    events = stream(live, f"{thread}/events", last=last, by=chance.choice(["header", "query"]))
-                    left = chance.randrange(1, 22) if cuts < 160 else 10**9
-                    with contextlib.closing(events):  # type: ignore[type-var]
-                        for event in events:
-                            viewer.take(event)
-                            if event.id is not None:
-                                last = event.id
-                                offsets.append(int(event.id.partition("-")[2]))
-                                left -= 1
-                            if left <= 0 or viewer.settled(36) or stop.is_set():
-                                break
-                    cuts += 1
+                viewer, cuts = _view_with_cuts(live, thread, random.Random(seed), stop)
+                offsets = [int(id.partition("-")[2]) for id in viewer.ids]
                 assert offsets[1:] == list(range(offsets[0] + 1, offsets[0] + len(offsets)))
                 assert viewer.entries == live.entries(thread)
                 counts.append(cuts)

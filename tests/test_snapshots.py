@@ -136,18 +136,7 @@ class Viewer:
                 mine[0]["message"] = data
             case "message.delta":
                 (part,) = data["delta"]["content"]
-                content = mine[0]["message"]["content"]
-                assert part["index"] <= len(content)
-                if part["type"] == "refusal":
-                    if part["index"] == len(content):
-                        content.append({"type": "refusal", "refusal": ""})
-                    content[part["index"]]["refusal"] += part["refusal"]
-                else:
-                    if part["index"] == len(content):
-                        content.append({"type": "text", "text": {"value": "", "annotations": []}})
-                    text = content[part["index"]]["text"]
-                    text["value"] += part["text"].get("value", "")
-                    text["annotations"] += part["text"].get("annotations", [])
+                self._extend(mine[0]["message"]["content"], part)
             case "run.step.created":
                 mine[0]["steps"].append(data)
             case "run.step.delta":
@@ -163,6 +152,19 @@ class Viewer:
                     mine[0]["run"] = data
             case _:
                 pytest.fail(f"unknown event {name}")
+
+    def _extend(self, content: list[Json], part: Json) -> None:
+        assert part["index"] <= len(content)
+        if part["type"] == "refusal":
+            if part["index"] == len(content):
+                content.append({"type": "refusal", "refusal": ""})
+            content[part["index"]]["refusal"] += part["refusal"]
+        else:
+            if part["index"] == len(content):
+                content.append({"type": "text", "text": {"value": "", "annotations": []}})
+            text = content[part["index"]]["text"]
+            text["value"] += part["text"].get("value", "")
+            text["annotations"] += part["text"].get("annotations", [])
 
 
 class Clock:
@@ -399,54 +401,80 @@ class Seat:
         return False
 
 
+class Trial:
+    """A thread with viewers, to which random things happen."""
+
+    def __init__(self, house: House, choose: random.Random) -> None:
+        self.house, self.choose = house, choose
+        self.thread_id = house.thread()
+        self.seats: list[Seat] = []
+        self.scripts: list[Script] = []
+        self.run_ids: list[str] = []
+
+    def step(self) -> None:
+        """Does one thing, or nothing where what was chosen can't be done now."""
+        choose = self.choose
+        match choose.choice(self.house.steps):
+            case "post" if len(self.scripts) < 6:
+                self._post()
+            case "go" if self.scripts:
+                choose.choice(self.scripts).go(choose.randrange(1, 4))
+                if choose.random() < 0.5:
+                    time.sleep(0.002)
+            case "flush":
+                self.house.pick().runner.flush()
+            case "trim":
+                self.house.trim(self.thread_id, choose)
+            case "cancel" if self.run_ids and choose.random() < 0.4:
+                self.house.pick().runner.cancel(self.thread_id, choose.choice(self.run_ids))
+            case step:
+                self._view(step)
+
+    def _post(self) -> None:
+        choose = self.choose
+        new = [random_script(choose) for _ in range(choose.choice([0, 1, 1, 2, 3]))]
+        text = "hi" if not new or choose.random() < 0.7 else None
+        mode = choose.choice(["parallel", "sequential"])
+        self.run_ids += self.house.post(self.thread_id, new, text, mode)
+        self.scripts += new
+
+    def _view(self, step: str) -> None:
+        match step:
+            case "sit" if len(self.seats) < 4:
+                self.seats.append(Seat(self.house, self.thread_id))
+            case "look":
+                self.house.attach(self.thread_id)
+            case "read" if self.seats:
+                self.choose.choice(self.seats).read()
+            case "cut" if self.seats:
+                self.choose.choice(self.seats).cut()
+
+    def end(self, *, deleted: bool) -> list[Json]:
+        """Lets all scripts come to their end; gives the entries that are stored then."""
+        self.house.heal()
+        if deleted:
+            self.house.pick().runner.delete(self.thread_id)
+            assert self.house.post(self.thread_id) == []
+        for script in self.scripts:
+            script.go(100)
+        self.house.settle(self.thread_id)
+        final = self.house.store.page(self.thread_id, 200) or ([], False)
+        return [stored.entry for stored in final[0]]
+
+
 def trial(house: House, choose: random.Random) -> int:
     """Does random things to a thread with viewers; all must end up with the store's state. Gives how many."""
-    thread_id = house.thread()
-    seats: list[Seat] = []
-    scripts: list[Script] = []
-    run_ids: list[str] = []
+    trial = Trial(house, choose)
     steps = choose.randrange(10, 30)
     deletes = choose.random() < 0.1
     for _ in range(steps):
         with house.trouble():
-            match choose.choice(house.steps):
-                case "post" if len(scripts) < 6:
-                    new = [random_script(choose) for _ in range(choose.choice([0, 1, 1, 2, 3]))]
-                    text = "hi" if not new or choose.random() < 0.7 else None
-                    mode = choose.choice(["parallel", "sequential"])
-                    run_ids += house.post(thread_id, new, text, mode)
-                    scripts += new
-                case "go" if scripts:
-                    choose.choice(scripts).go(choose.randrange(1, 4))
-                    if choose.random() < 0.5:
-                        time.sleep(0.002)
-                case "flush":
-                    house.pick().runner.flush()
-                case "trim":
-                    house.trim(thread_id, choose)
-                case "sit" if len(seats) < 4:
-                    seats.append(Seat(house, thread_id))
-                case "look":
-                    house.attach(thread_id)
-                case "read" if seats:
-                    choose.choice(seats).read()
-                case "cut" if seats:
-                    choose.choice(seats).cut()
-                case "cancel" if run_ids and choose.random() < 0.4:
-                    house.pick().runner.cancel(thread_id, choose.choice(run_ids))
-    house.heal()
-    if deletes:
-        house.pick().runner.delete(thread_id)
-        assert house.post(thread_id) == []
-    for script in scripts:
-        script.go(100)
-    house.settle(thread_id)
-    final = house.store.page(thread_id, 200) or ([], False)
-    whole = [stored.entry for stored in final[0]]
+            trial.step()
+    whole = trial.end(deleted=deletes)
     assert all(one["run"] is None or one["run"]["status"] in TERMINAL for one in whole)
-    assert (whole == []) is deletes or not run_ids
-    house.check(thread_id, whole)
-    for seat in seats:
+    assert (whole == []) is deletes or not trial.run_ids
+    house.check(trial.thread_id, whole)
+    for seat in trial.seats:
         # What the log was not told, a snapshot tells, soon.
         until(lambda seat=seat: seat.caught_up() and (house.exact or seat.viewer.entries == whole))  # type: ignore[misc]
         seat.cut()

@@ -456,75 +456,115 @@ def said(entry: Json) -> Said:
     return {what: value for what, value in found.items() if value}
 
 
-def death(houses: Houses, choose: random.Random) -> None:
-    """One worker of two dies while runs of both are under way."""
-    thread_id = houses.thread()
-    seats: list[Seat] = []
-    scripts: list[Script] = []
-    cancelled: set[str] = set()
-    for _ in range(choose.randrange(5, 25)):
+class Death:
+    """One worker of two, with runs of both under way, and how it dies."""
+
+    def __init__(self, houses: Houses, choose: random.Random) -> None:
+        self.houses, self.choose = houses, choose
+        self.thread_id = houses.thread()
+        self.seats: list[Seat] = []
+        self.cancelled: set[str] = set()
+        self._scripts: list[Script] = []
+        self._run_ids: list[str] = []
+
+    def step(self) -> None:
+        """Does one random thing, or nothing where what was chosen can't be done now."""
+        choose = self.choose
         match choose.choice(["post", "post", "go", "go", "go", "go", "flush", "sit", "read", "cut", "cancel"]):
-            case "post" if len(scripts) < 8:
-                new = [choose.choice([random_script, random_response])(choose) for _ in range(choose.choice([1, 2, 3]))]
-                run_ids = houses.post(thread_id, new, mode=choose.choice(["parallel", "sequential"]))
-                scripts += new
-            case "go" if scripts:
-                choose.choice(scripts[-4:]).go(choose.randrange(1, 4))
+            case "post" if len(self._scripts) < 8:
+                self._post()
+            case "go" if self._scripts:
+                choose.choice(self._scripts[-4:]).go(choose.randrange(1, 4))
                 if choose.random() < 0.7:
                     time.sleep(0.003)
+            case "cancel" if self._scripts and choose.random() < 0.3:
+                run_id = choose.choice(self._run_ids)
+                self.cancelled.add(run_id)
+                self.houses.pick().runner.cancel(self.thread_id, run_id)
             case "flush":
-                houses.pick().runner.flush()
-            case "sit" if len(seats) < 3:
-                seats.append(Seat(houses, thread_id))
-            case "read" if seats:
-                choose.choice(seats).read()
-            case "cut" if seats:
-                choose.choice(seats).cut()
-            case "cancel" if scripts and choose.random() < 0.3:
-                run_id = choose.choice(run_ids)
-                cancelled.add(run_id)
-                houses.pick().runner.cancel(thread_id, run_id)
-    for script in scripts:
-        # What nobody stores any more.
-        script.go()
-    time.sleep(0.005)
-    dead = choose.choice(houses.workers)
-    houses.kill(dead)
+                self.houses.pick().runner.flush()
+            case step:
+                self._view(step)
+
+    def _post(self) -> None:
+        choose = self.choose
+        new = [choose.choice([random_script, random_response])(choose) for _ in range(choose.choice([1, 2, 3]))]
+        self._run_ids = self.houses.post(self.thread_id, new, mode=choose.choice(["parallel", "sequential"]))
+        self._scripts += new
+
+    def _view(self, step: str) -> None:
+        match step:
+            case "sit" if len(self.seats) < 3:
+                self.seats.append(Seat(self.houses, self.thread_id))
+            case "read" if self.seats:
+                self.choose.choice(self.seats).read()
+            case "cut" if self.seats:
+                self.choose.choice(self.seats).cut()
+
+    def kill(self) -> Worker:
+        """Ends one of the two, in the midst of what it does."""
+        for script in self._scripts:
+            # What nobody stores any more.
+            script.go()
+        time.sleep(0.005)
+        dead = self.choose.choice(self.houses.workers)
+        self.houses.kill(dead)
+        return dead
+
+    def settled(self, dead: Worker) -> bool:
+        """Has the models go on, and the dead one's leases end; gives whether all runs are over."""
+        self.houses.end_leases(dead)
+        for script in self._scripts:
+            script.go(100)
+        time.sleep(0.01)
+        return all(not entry["run"] or entry["run"]["status"] in TERMINAL for entry in self.entries())
+
+    def entries(self) -> list[Json]:
+        """What is stored."""
+        found = self.houses.store.page(self.thread_id, 200)
+        assert found is not None
+        return [stored.entry for stored in found[0]]
+
+
+def death(houses: Houses, choose: random.Random) -> None:
+    """One worker of two dies while runs of both are under way."""
+    death = Death(houses, choose)
+    thread_id, seats = death.thread_id, death.seats
+    for _ in range(choose.randrange(5, 25)):
+        death.step()
+    dead = death.kill()
     before = {one["message"]["id"]: one for one in Viewer().see(houses.tape.until(thread_id)).entries}
     epoch = houses.pick().log.end(thread_id).epoch
     for seat in seats:
         seat.cut()
-
-    def settled() -> bool:
-        houses.end_leases(dead)
-        for script in scripts:
-            script.go(100)
-        time.sleep(0.01)
-        return all(not one.entry["run"] or one.entry["run"]["status"] in TERMINAL for one in rows())
-
-    def rows() -> Any:
-        found = houses.store.page(thread_id, 200)
-        assert found is not None
-        return found[0]
-
-    until(settled, 30)
+    until(lambda: death.settled(dead), 30)
     houses.settle(thread_id)
-    whole = [one.entry for one in rows()]
+    whole = death.entries()
     houses.check(thread_id, whole)
+    same_epoch = houses.pick().log.end(thread_id).epoch == epoch
     for entry in (entry for entry in whole if entry["run"]):
-        run, script = entry["run"], houses.groups[entry["run"]["id"]][1]
-        lost = run["last_error"] is not None and run["last_error"]["code"] == "worker_lost"
+        script, told = houses.groups[entry["run"]["id"]][1], before.get(entry["message"]["id"])
         if isinstance(script, Response):
-            assert not lost
-            empty = run["last_error"] is not None and run["last_error"]["code"] == "empty_answer"
-            assert run["status"] in ("completed", "incomplete") or run["id"] in cancelled or empty
-            if run["status"] != "cancelled":
-                assert said(entry) == script.said()
-        elif lost and houses.pick().log.end(thread_id).epoch == epoch:
-            assert said(entry) == said(before[entry["message"]["id"]])
+            _goes_on(entry, script, is_cancelled=entry["run"]["id"] in death.cancelled)
+        elif _code(entry) == "worker_lost" and same_epoch:
+            assert told is not None
+            assert said(entry) == said(told)
     for seat in seats:
         until(lambda seat=seat: seat.caught_up() and seat.viewer.entries == whole)  # type: ignore[misc]
         seat.cut()
+
+
+def _code(entry: Json) -> str | None:
+    error = entry["run"]["last_error"]
+    return None if error is None else str(error["code"])
+
+
+def _goes_on(entry: Json, response: Response, *, is_cancelled: bool) -> None:
+    """Checks that a background response was not lost, and that all of it is in the entry unless it was cancelled."""
+    assert _code(entry) != "worker_lost"
+    assert entry["run"]["status"] in ("completed", "incomplete") or is_cancelled or _code(entry) == "empty_answer"
+    if entry["run"]["status"] != "cancelled":
+        assert said(entry) == response.said()
 
 
 class Mourning(Houses):
