@@ -147,13 +147,7 @@ def follow(
     """
 
     def frames_of(records: list[Record]) -> bytes | None:
-        found = []
-        for one in records:
-            if one.key is None or one.name in _ENDS:
-                return None
-            if one.key in runs:
-                found.append(one.frame)
-        return None if first else b"".join(found)
+        return None if first else _frames_of(records, runs)
 
     reader = _Reader(runtime, thread_id, place, send, frames_of)
     waiting = set(runs)
@@ -187,6 +181,17 @@ def follow(
         return
     finally:
         reader.close()
+
+
+def _frames_of(records: list[Record], runs: set[str]) -> bytes | None:
+    """Gives the frames of ``runs``, where no record is one that the stream has to look at itself."""
+    found = []
+    for one in records:
+        if one.key is None or one.name in _ENDS:
+            return None
+        if one.key in runs:
+            found.append(one.frame)
+    return b"".join(found)
 
 
 def _joined(records: list[Record]) -> bytes:
