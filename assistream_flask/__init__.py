@@ -1,13 +1,41 @@
 """assistream: OpenAI streams as Server-Sent Events, for Flask under gunicorn and gevent.
 
-Here is what an app imports, beside :mod:`assistream_flask.testing`; all else is the package's own.
+Here is what an app imports, beside :mod:`assistream_flask.testing`; all else is the package's own. A public name's
+module is imported when the name is first asked for: so `assistream_flask.testing`, and whoever needs only that, does without
+Flask, SQLAlchemy and the OpenAI SDK, which take more than a second of CPU to import.
 """
 
-from .assistants import Assistant
-from .errors import AssistreamError, ConfigurationError
-from .fast.chunk_reader import lean
+from typing import TYPE_CHECKING
+
 from .version import VERSION
-from .web.blueprint import create_blueprint, event_response
 
 __all__ = ["Assistant", "AssistreamError", "ConfigurationError", "create_blueprint", "event_response", "lean"]
 __version__ = VERSION
+
+if TYPE_CHECKING:
+    from .assistants import Assistant
+    from .web.blueprint import create_blueprint, event_response
+    from .errors import AssistreamError, ConfigurationError
+    from .fast.chunk_reader import lean
+else:
+    # Type checkers don't see it: to them a module that has a __getattr__ has every name there is.
+    _MODULES = {
+        "Assistant": "assistants",
+        "AssistreamError": "errors",
+        "ConfigurationError": "errors",
+        "create_blueprint": "web.blueprint",
+        "event_response": "web.blueprint",
+        "lean": "fast.chunk_reader",
+    }
+
+    def __getattr__(name):
+        """Import a public name's module, and keep the name here."""
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        found = globals()[name] = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+        return found
+
+    def __dir__():
+        return sorted({*globals(), *__all__})

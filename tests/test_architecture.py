@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import importlib
 import os
 import re
 import subprocess
@@ -243,8 +244,9 @@ def watch(event, args):
     if event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+") and ".pyc" not in str(args[0]):
         seen.append((event, args))
 sys.addaudithook(watch)
-import assistream_flask
 import assistream_flask.testing
+from assistream_flask import *
+assert create_blueprint and "assistream_flask.runs.executor" in sys.modules
 assert seen == [], seen
 assert threading.enumerate() == [threading.main_thread()]
 assert gevent._hub_local.get_hub_if_exists() is None
@@ -257,3 +259,26 @@ assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 def test_importing_starts_no_thread_and_opens_no_socket_or_file() -> None:
     done = subprocess.run([sys.executable, "-W", "error", "-c", WATCH], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_public_name_is_imported_when_it_is_asked_for_and_type_checkers_see_the_same() -> None:
+    (typed,) = (node for node in ast.parse((HOUSE / "__init__.py").read_text()).body if isinstance(node, ast.If))
+    homes = {
+        alias.name: f"assistream_flask.{node.module}"
+        for node in typed.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert set(homes) == set(assistream_flask.__all__) <= set(dir(assistream_flask))
+    for name, home in homes.items():
+        assert getattr(assistream_flask, name) is getattr(importlib.import_module(home), name)
+    with pytest.raises(AttributeError, match="no attribute 'create_blueprints'"):
+        assistream_flask.create_blueprints  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_the_offline_server_needs_nothing_but_the_standard_library() -> None:
+    # -S leaves out what is installed.
+    command = [sys.executable, "-S", "-m", "assistream_flask.testing", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HOUSE.parent, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "offline" in done.stdout
