@@ -1,8 +1,8 @@
 """assistream: OpenAI streams as Server-Sent Events, for Flask under gunicorn and gevent.
 
 Here is what an app imports, beside :mod:`assistream_flask.testing`; all else is the package's own. A public name's
-module is imported when the name is first asked for: so `assistream_flask.testing`, and whoever needs only that, does without
-Flask, SQLAlchemy and the OpenAI SDK, which take more than a second of CPU to import.
+module is imported when the name is first asked for: so `assistream_flask.testing`, and whoever needs only that, does
+without Flask, SQLAlchemy and the OpenAI SDK, which take more than a second of CPU to import.
 """
 
 from typing import TYPE_CHECKING
@@ -14,9 +14,9 @@ __version__ = VERSION
 
 if TYPE_CHECKING:
     from .assistants import Assistant
-    from .web.blueprint import create_blueprint, event_response
     from .errors import AssistreamError, ConfigurationError
     from .fast.chunk_reader import lean
+    from .web.blueprint import create_blueprint, event_response
 else:
     # Type checkers don't see it: to them a module that has a __getattr__ has every name there is.
     _MODULES = {

@@ -16,6 +16,7 @@ from flask.testing import FlaskClient
 from assistream_flask import Assistant, create_blueprint
 from assistream_flask.testing import OfflineServer
 
+from .kinds import kind_of
 from .postgres_server import database_url as database_url
 from .postgres_server import postgres as postgres
 from .redis_server import own_redis as own_redis
@@ -35,10 +36,18 @@ OVER = ("completed", "incomplete", "failed", "cancelled")
 APART = ("test_complaints", "test_crashes", "test_leaks", "test_locked_database", "test_recycle", "test_runtime")
 
 
+# Fixtures that start a server in a process of its own. What starts one itself is of the other kinds, see kinds.py.
+SERVERS = {"own_redis", "postgres", "redis_server"}
+
+
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
     for item in items:
         if item.path.stem not in APART:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        kind = kind_of(item.path)
+        item.add_marker(kind)
+        if kind not in ("unit", "contract") or SERVERS & set(getattr(item, "fixturenames", ())):
+            item.add_marker("server")
 
 
 @pytest.fixture(autouse=True)

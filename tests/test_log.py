@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import random
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import pytest
 
@@ -54,7 +55,7 @@ class MakeLog(Protocol):
 class MakeMemoryLog:
     trims_by_age = True
 
-    def __init__(self, _: RedisServer) -> None:
+    def __init__(self, request: pytest.FixtureRequest) -> None:
         self.clock = Clock()
 
     def __call__(self, *, max_events: int = 10_000, max_bytes: int = 8 << 20, max_age: float = 600) -> Log:
@@ -64,10 +65,10 @@ class MakeMemoryLog:
 class MakeRedisLog:
     trims_by_age = False
 
-    def __init__(self, server: RedisServer) -> None:
+    def __init__(self, request: pytest.FixtureRequest) -> None:
         # A stream lives for a real second, so that a machine which is busy for half of one loses none.
-        self.clock, self._server = Clock(0.1), server
-        server.start()
+        self.clock, self._server = Clock(0.1), cast(RedisServer, request.getfixturevalue("redis_server"))
+        self._server.start()
 
     def __call__(self, *, max_events: int = 10_000, max_bytes: int = 8 << 20, max_age: float = 600) -> Log:
         # Every log of these tests is one of its own, of a user that may do no more than the docs say.
@@ -75,17 +76,16 @@ class MakeRedisLog:
         return RedisLog(url, max_events=max_events, max_bytes=max_bytes, max_age=max_age * self.clock.real)
 
 
-@pytest.fixture(scope="module")
-def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    server = RedisServer(tmp_path_factory.mktemp("redis"))
-    yield server
-    server.stop()
+LOGS = [
+    pytest.param(MakeMemoryLog, id="memory"),
+    pytest.param(MakeRedisLog, id="redis", marks=pytest.mark.server),
+]
 
 
-@pytest.fixture(params=[MakeMemoryLog, MakeRedisLog], ids=["memory", "redis"])
-def make(request: pytest.FixtureRequest, redis_server: RedisServer) -> Iterator[MakeLog]:
+@pytest.fixture(params=LOGS)
+def make(request: pytest.FixtureRequest) -> Iterator[MakeLog]:
     made: list[Log] = []
-    factory = request.param(redis_server)
+    factory = request.param(request)
 
     class Make:
         clock, trims_by_age = factory.clock, factory.trims_by_age
@@ -770,6 +770,20 @@ def test_appending_and_reading_need_no_lock(make: MakeLog) -> None:
 # Races
 
 
+def _attach(log: Log, name: str, choose: random.Random, stop: int) -> tuple[EventId, list[int]]:
+    """Reads from the log's end as it is now up to the offset ``stop``, with cuts; gives that end and what came."""
+    place, got = log.end(name), list[int]()
+    reader = log.subscribe(name, place)
+    while place.offset + len(got) < stop:
+        got += numbers(reader.read(5))
+        if choose.random() < 0.3:
+            # A cut: back at the place of the last record seen.
+            reader.close()
+            reader = log.subscribe(name, place._replace(offset=place.offset + len(got)))
+    reader.close()
+    return place, got
+
+
 def test_10000_attaches_while_appending_miss_and_repeat_nothing(make: MakeLog) -> None:
     log, wrong, trials, readers = make(), 0, 10_000, 4
     ready = threading.Barrier(readers + 1)
@@ -782,21 +796,9 @@ def test_10000_attaches_while_appending_miss_and_repeat_nothing(make: MakeLog) -
         choose = random.Random(at)
         for number in range(rounds):
             ready.wait()
-            name, got = f"t{number}", list[int]()
             for _ in range(choose.randrange(3)):
                 time.sleep(0)
-            place = log.end(name)
-            places[at] = place
-            got = []
-            reader = log.subscribe(name, place)
-            while place.offset + len(got) < stop:
-                got += numbers(reader.read(5))
-                if choose.random() < 0.3:
-                    # A cut: back at the place of the last record seen.
-                    reader.close()
-                    reader = log.subscribe(name, place._replace(offset=place.offset + len(got)))
-            reader.close()
-            results[at] = got
+            places[at], results[at] = _attach(log, f"t{number}", choose, stop)
             ready.wait()
 
     threads = [threading.Thread(target=read, args=(at,), daemon=True) for at in range(readers)]
@@ -873,6 +875,19 @@ def test_writers_at_once_leave_no_hole_and_each_batch_whole(make: MakeLog) -> No
         assert [d["n"] for d in data if d["w"] == writer and not d["part"]] == list(range(200))
 
 
+def _read_on(log: Log, place: EventId, is_whole: Callable[[EventId], bool], wrong: list[str]) -> None:
+    """Reads on from a place until all is read; ``wrong`` gets each record that is not the next.
+
+    An epoch may end only while nobody reads, so a hole shows as an offset that is not the next.
+    """
+    with contextlib.closing(log.subscribe("t", place)) as reader:
+        while not is_whole(place):
+            for record in reader.read(0.01):
+                if record.place != place._replace(offset=place.offset + 1):
+                    wrong.append(f"{record.place} after {place}")
+                place = record.place
+
+
 def test_trimming_at_once_with_readers_and_writers_loses_nothing_silently(make: MakeLog) -> None:
     clock = make.clock
     # Redis's time passes for real.
@@ -887,22 +902,15 @@ def test_trimming_at_once_with_readers_and_writers_loses_nothing_silently(make: 
                 log.tend()
         written.set()
 
+    def is_whole(place: EventId) -> bool:
+        return written.is_set() and log.end("t") == place
+
     def read(found: list[str]) -> None:
-        # An epoch may end only while nobody reads, so a hole shows as an offset that is not the next.
         place = log.end("t")
-        while not (written.is_set() and log.end("t") == place):
-            try:
-                reader = log.subscribe("t", place)
-                try:
-                    while not (written.is_set() and log.end("t") == place):
-                        for record in reader.read(0.01):
-                            if record.place != place._replace(offset=place.offset + 1):
-                                found.append(f"{record.place} after {place}")
-                            place = record.place
-                finally:
-                    reader.close()
-            except PositionExpiredError:
-                place = log.end("t")
+        while not is_whole(place):
+            with contextlib.suppress(PositionExpiredError):
+                _read_on(log, place, is_whole, found)
+            place = log.end("t")
 
     wrong: list[str] = []
     threads = [threading.Thread(target=read, args=(wrong,)) for _ in range(3)]
@@ -937,55 +945,79 @@ class Model:
         return [n for _, n in self.events[offset:]]
 
 
+class Beside:
+    """A log and its model, to both of which the same happens, at random."""
+
+    def __init__(self, make: MakeLog, choose: random.Random) -> None:
+        self._make, self._choose, self._clock = make, choose, make.clock
+        size, age = choose.randrange(1, 8), choose.randrange(1, 20)
+        self._log = make(max_events=size, max_age=age if make.trims_by_age else 30_000)
+        self._model = Model(size, age)
+        # One reader throughout, so that the epoch stays.
+        self._anchor = self._log.subscribe("t", self._log.end("t"))
+        self._epoch, self._counter = self._log.end("t").epoch, 0
+        self._readers: list[tuple[Subscription, int]] = []
+
+    def step(self) -> None:
+        match self._choose.randrange(6):
+            case 0 | 1:
+                self._append()
+            case 2:
+                self._trim()
+            case 3:
+                self._attach()
+            case 4 if self._readers:
+                self._read()
+            case 5 if self._readers:
+                self._readers.pop(self._choose.randrange(len(self._readers)))[0].close()
+
+    def _append(self) -> None:
+        new = [self._counter + n for n in range(self._choose.randrange(4))]
+        self._counter += len(new)
+        self._model.append(self._clock(), new)
+        assert self._log.append("t", [event(n) for n in new]) == EventId(self._epoch, self._counter)
+
+    def _trim(self) -> None:
+        self._log.tend()
+        if self._make.trims_by_age:
+            self._clock.forward(self._choose.random() * 8)
+            self._log.tend()
+            self._model.trim(self._clock())
+
+    def _attach(self) -> None:
+        place = EventId(self._epoch, self._choose.randrange(self._counter + 3))
+        expected = self._model.after(place.offset)
+        if expected is None:
+            assert lost(self._log, place)
+        else:
+            assert after(self._log, place) == expected
+            self._readers.append((self._log.subscribe("t", place), place.offset))
+
+    def _read(self) -> None:
+        reader, offset = self._readers.pop(self._choose.randrange(len(self._readers)))
+        expected = self._model.after(offset)
+        if expected is None:
+            with pytest.raises(PositionExpiredError):
+                reader.read(0)
+            reader.close()
+        else:
+            assert numbers(reader.read(0)) == expected
+            self._readers.append((reader, self._counter))
+
+    def close(self) -> None:
+        self._anchor.close()
+        for reader, _ in self._readers:
+            reader.close()
+        self._log.close()
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_any_interleaving_of_appends_trims_attaches_and_cuts_is_as_the_model_says(make: MakeLog, seed: int) -> None:
     for trial in range(500 if make.trims_by_age else 60):
-        choose = random.Random(seed * 10_000 + trial)
-        clock = make.clock
-        size, age = choose.randrange(1, 8), choose.randrange(1, 20)
-        log = make(max_events=size, max_age=age if make.trims_by_age else 30_000)
-        model = Model(size, age)
-        # One reader throughout, so that the epoch stays.
-        anchor = log.subscribe("t", log.end("t"))
-        epoch, counter = log.end("t").epoch, 0
-        readers: list[tuple[Subscription, int]] = []
+        beside = Beside(make, random.Random(seed * 10_000 + trial))
         for _ in range(40):
-            match choose.randrange(6):
-                case 0 | 1:
-                    new = [counter + n for n in range(choose.randrange(4))]
-                    counter += len(new)
-                    model.append(clock(), new)
-                    assert log.append("t", [event(n) for n in new]) == EventId(epoch, counter)
-                case 2:
-                    log.tend()
-                    if make.trims_by_age:
-                        clock.forward(choose.random() * 8)
-                        log.tend()
-                        model.trim(clock())
-                case 3:
-                    offset = choose.randrange(counter + 3)
-                    expected = model.after(offset)
-                    if expected is None:
-                        assert lost(log, EventId(epoch, offset))
-                    else:
-                        assert after(log, EventId(epoch, offset)) == expected
-                        readers.append((log.subscribe("t", EventId(epoch, offset)), offset))
-                case 4 if readers:
-                    reader, offset = readers.pop(choose.randrange(len(readers)))
-                    expected = model.after(offset)
-                    if expected is None:
-                        with pytest.raises(PositionExpiredError):
-                            reader.read(0)
-                        reader.close()
-                    else:
-                        assert numbers(reader.read(0)) == expected
-                        readers.append((reader, counter))
-                case 5 if readers:
-                    readers.pop(choose.randrange(len(readers)))[0].close()
-        anchor.close()
-        for reader, _ in readers:
-            reader.close()
-        log.close()
+            beside.step()
+        beside.close()
 
 
 def test_what_is_kept_is_nothing_that_the_garbage_collector_looks_at_again() -> None:

@@ -34,7 +34,7 @@ from assistream_flask.store.sql import (
 
 from .postgres_server import PostgresServer
 
-LASTING = ["sqlite file", "postgresql"]
+LASTING = ["sqlite file", pytest.param("postgresql", marks=pytest.mark.server)]
 DATABASES = [*LASTING, "sqlite in memory"]
 ME, OTHER, ELSEWHERE = Owner("blue", "me"), Owner("blue", "other"), Owner("green", "me")
 FUTURE = time.time() + 3600

@@ -196,7 +196,7 @@ class Connection(httpcore2.NetworkStream):
             gate.socket = None
             yield b""
 
-    def _reader(self, timeout: float | None, gate: Gate | None) -> tuple[Callable[[int], bytes], Gate | None]:
+    def _reader(self, timeout: float | None, gate: ReadGate | None) -> tuple[Callable[[int], bytes], ReadGate | None]:
         """Gives what reads the body's bytes, and the gate where it may wait at the socket itself."""
         raw = self.get_extra_info("socket")
         # TLS within a proxy's TLS is decrypted above the socket.

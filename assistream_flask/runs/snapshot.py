@@ -27,8 +27,8 @@ def read(
     about to do both, before and after the rows were read, and nothing of the kind was told in between. Growing text
     is told before it is stored, and each row says as of which place it has that.
 
-    Raises :class:`SnapshotMovedError`; :class:`PositionExpiredError` when a row that grows is not of this log, or the log has not all since:
-    those runs must be stored as they are now. ``ours`` are the runs that this worker can store.
+    Raises :class:`SnapshotMovedError`; :class:`PositionExpiredError` when a row that grows is not of this log, or the
+    log has not all since: those runs must be stored as they are now. ``ours`` are the runs that this worker can store.
     """
     start = log.quiet(thread_id)
     found = store.page(thread_id, limit, before) if start else None
@@ -54,7 +54,8 @@ def read(
 def _growing(stored: Iterable[Stored], start: EventId, ours: Container[str] | None) -> _Growing:
     """Gives the entry of each run that is not over, and the offset in the log up to which the row has its text.
 
-    Raises :class:`PositionExpiredError` for one of ``ours``, or of any worker where that is ``None``, whose row is not of this log.
+    Raises :class:`PositionExpiredError` for one of ``ours``, or of any worker where that is ``None``, whose row is not
+    of this log.
     """
     found: _Growing = {}
     for entry, text in stored:
