@@ -19,7 +19,7 @@ import redis
 
 
 def _documented() -> str:
-    text = (Path(__file__).resolve().parent.parent / "docs/deploy.md").read_text()
+    text = (Path(__file__).resolve().parent.parent / "docs/guides/deploy.md").read_text()
     found = re.search(
         r"^ *redis-cli ACL SETUSER assistream on '>password' (.*?)\n *```", text, re.DOTALL | re.MULTILINE
     )
@@ -28,7 +28,7 @@ def _documented() -> str:
 
 
 DOCUMENTED = _documented()
-"""What docs/deploy.md has a Redis user be allowed."""
+"""What docs/guides/deploy.md has a Redis user be allowed."""
 
 
 class RedisServer:

@@ -27,8 +27,8 @@ from assistream_flask.testing import FAULTS, OfflineServer
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-DEPLOY = (ROOT / "docs/deploy.md").read_text()
-DOCS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+DEPLOY = (ROOT / "docs/guides/deploy.md").read_text()
+DOCS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 
 
 def section(title: str, text: str = README) -> str:

@@ -1031,7 +1031,7 @@ class Watchdog {
 		}
 		this.#suspected = true;
 		warn("Nothing arrives on the event stream although plain requests are answered: a proxy buffers it. Turn that off " +
-			"(nginx: proxy_buffering off, or let X-Accel-Buffering pass; see docs/deploy.md). Until then the thread is " +
+			"(nginx: proxy_buffering off, or let X-Accel-Buffering pass; see docs/guides/deploy.md). Until then the thread is " +
 			"asked for every few seconds.");
 		this.#connection.startPolling();
 	}
