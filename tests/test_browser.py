@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Dialog, Page, Route, sync_playwright
 
-from tests.live import APP, ROOT, Gunicorn, running
+from tests.conftest import wait_until
+from tests.live import APP, ROOT, Gunicorn, answered, running
 from tests.test_doctor import BUFFERS, behind_nginx
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -838,7 +840,7 @@ def test_the_page_says_that_the_user_is_signed_out_and_goes_on_when_they_are_bac
         page.get_by_text("You are signed out.").wait_for(state="detached")
 
 
-# The README's examples
+# The docs' examples
 
 ENTRY = {
     "React": """
@@ -872,10 +874,9 @@ def page():
 """
 
 
-def example_code(language: str) -> str:
-    found = re.search(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    assert found
-    return found[1]
+def example_code(language: str, page: str = "README.md", number: int = 0) -> str:
+    found = re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    return str(found[number])
 
 
 def test_the_page_of_the_readme_shows_a_question_and_its_answer(context: BrowserContext, tmp_path: Path) -> None:
@@ -910,11 +911,12 @@ def test_the_page_of_the_readme_works_under_the_policy_that_it_names(context: Br
 
 
 def bundle(folder: Path, name: str, language: str) -> None:
-    """Makes a page of a README snippet."""
+    """Makes a page of a snippet of the guide to pages."""
     esbuild = ROOT / "node_modules" / ".bin" / "esbuild"
     if not esbuild.exists() and not os.environ.get("CI"):
         pytest.skip("no esbuild: python3 run_tests.py installs it")
-    (folder / "example.jsx").write_text(example_code(language))
+    # The last of each: Vue's stands behind the stop button's.
+    (folder / "example.jsx").write_text(example_code(language, "docs/guides/page.md", -1))
     (folder / "entry.js").write_text(ENTRY[name])
     (folder / "page.html").write_text(
         '<!doctype html><link rel=icon href=data:,><script type="module" src="/static/bundle.js"></script>'
@@ -929,7 +931,7 @@ SNIPPETS = pytest.mark.parametrize(("name", "language"), [("React", "jsx"), ("Vu
 
 
 @SNIPPETS
-def test_the_snippet_of_the_readme_runs_and_leaves_alone_what_is_typed_during_the_answer(
+def test_the_snippet_of_the_docs_runs_and_leaves_alone_what_is_typed_during_the_answer(
     context: BrowserContext, tmp_path: Path, name: str, language: str
 ) -> None:
     bundle(tmp_path, name, language)
@@ -952,7 +954,7 @@ def test_the_snippet_of_the_readme_runs_and_leaves_alone_what_is_typed_during_th
 
 
 @SNIPPETS
-def test_the_snippet_of_the_readme_gives_back_what_was_not_sent(
+def test_the_snippet_of_the_docs_gives_back_what_was_not_sent(
     context: BrowserContext, tmp_path: Path, name: str, language: str
 ) -> None:
     bundle(tmp_path, name, language)
@@ -972,3 +974,122 @@ def test_the_snippet_of_the_readme_gives_back_what_was_not_sent(
         page.keyboard.press("Enter")
         wait(page, lambda: told)
         wait(page, lambda: page.locator("input").input_value() == "Why?")
+
+
+def test_the_stop_button_of_the_docs_cancels_the_answer(context: BrowserContext, tmp_path: Path) -> None:
+    stop = example_code("js", "docs/guides/page.md")
+    (tmp_path / "page.html").write_text(
+        f"""<!doctype html><link rel=icon href=data:,><script type="module">
+        import {{ addMessageAndRuns, createThread }} from "/assistream/assistream.js";
+        {stop}
+        window.thread = await createThread();
+        window.done = ask(window.thread, "Why?", (entries) => {{
+          if (entries[1]?.message.content.length) stop();
+        }}).then(() => true);
+        </script>"""
+    )
+    with running(tmp_path, app=EXAMPLE_APP) as live:
+        page, errors = watched(context)
+        page.goto(f"{live.url}/page")
+        page.wait_for_function("window.done")
+        assert page.evaluate("window.done")
+        _, entry = live.settled(f"/assistream/threads/{page.evaluate('window.thread')}")
+        assert entry["run"]["status"] == "cancelled"
+        assert errors == []
+
+
+TUTORIAL = "docs/tutorial/first-app.md"
+
+
+def commands(page: str) -> list[str]:
+    """All commands of a page, in order."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.splitlines()]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+def test_the_tutorial_leads_to_an_app_with_two_assistants_and_one_that_fails(
+    context: BrowserContext, tmp_path: Path
+) -> None:
+    wsgi, two, three = (example_code("python", TUTORIAL, number) for number in range(3))
+    one = wsgi[wsgi.index("assistants = [") : wsgi.index("\n]") + 3]
+    assert one[:-2] in two
+    assert two[:-2] in three
+    html, (both, all_three) = example_code("html", TUTORIAL), (example_code("js", TUTORIAL, n) for n in range(2))
+    ask = next(line for line in html.splitlines(keepends=True) if "addMessageAndRuns(id" in line)
+    # What it has the reader install is what runs here already; the ports are others, as those may be taken.
+    _, _, install, model_server, export, app, *_ = commands(TUTORIAL)
+    assert "pip install" in install
+    ports = {"9000": str(free_port()), "8000": str(free_port())}
+    variables = dict(re.findall(r"(OPENAI_\w+)=(\S+)", export.replace("9000", ports["9000"])))
+    assert set(variables) == {"OPENAI_BASE_URL", "OPENAI_API_KEY"}
+
+    def start(command: str) -> subprocess.Popen[bytes]:
+        words = [re.sub("9000|8000", lambda port: ports[port[0]], word) for word in command.split()]
+        program = Path(sys.executable).with_name(Path(words[0]).name)
+        with (tmp_path / "log").open("ab") as log:
+            return subprocess.Popen(
+                [program, *words[1:]], cwd=tmp_path, env={**os.environ, **variables}, stdout=log, stderr=log
+            )
+
+    def reached(port: str) -> bool:
+        with contextlib.suppress(OSError):
+            socket.create_connection(("127.0.0.1", int(port)), timeout=1).close()
+            return True
+        return False
+
+    (tmp_path / "wsgi.py").write_text(wsgi)
+    (tmp_path / "static").mkdir()
+    (tmp_path / "static/index.html").write_text(html)
+    processes = [start(model_server), start(app)]
+    try:
+        wait_until(lambda: all(map(reached, ports.values())), 60)
+        page, errors = watched(context)
+        dialogs: list[str] = []
+
+        def close(dialog: Dialog) -> None:
+            dialogs.append(dialog.message)
+            dialog.accept()
+
+        page.on("dialog", close)
+        page.goto(f"http://127.0.0.1:{ports['8000']}/")
+        wait(page, lambda: "#thread_" in page.url)
+        page.locator("input").fill("Why?")
+        page.keyboard.press("Enter")
+        page.get_by_text("You: Why?").wait_for()
+        page.get_by_text(re.compile("tutor: .*I am the offline assistant", re.DOTALL)).wait_for()
+        # The page goes on where it was, and the app takes what was changed.
+        (tmp_path / "static/index.html").write_text(html.replace(ask, all_three))
+        assert both.strip() in all_three.replace(', "unlucky"', "")
+        (tmp_path / "wsgi.py").write_text(wsgi.replace(one, three))
+        found: list[str] = []
+
+        def taken() -> bool:
+            with contextlib.suppress(OSError, urllib.error.HTTPError):
+                url = f"http://127.0.0.1:{ports['8000']}/assistream/assistants"
+                found[:] = [one["id"] for one in json.loads(answered(url))["data"]]
+            return found == ["tutor", "critic", "unlucky"]
+
+        wait_until(taken, 60)
+        page.reload()
+        page.get_by_text("You: Why?").wait_for()
+        page.locator("input").fill("And how?")
+        page.keyboard.press("Enter")
+        page.get_by_text(re.compile("critic: .*I am the offline assistant", re.DOTALL)).wait_for()
+        page.get_by_text(re.compile("unlucky: .*broke in mid-answer", re.DOTALL)).wait_for()
+        page.get_by_text(re.compile("tutor: .*Turn 2.*I am the offline assistant", re.DOTALL)).wait_for()
+        wait(page, lambda: dialogs)
+        assert "broke in mid-answer" in dialogs[0]
+        # It has no icon, and the app was away while it took what was changed.
+        assert [error for error in errors if not error.startswith("Failed to load resource")] == []
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait(40)

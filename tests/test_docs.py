@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import runpy
@@ -26,32 +27,46 @@ from assistream_flask.settings import Settings
 from assistream_flask.testing import FAULTS, OfflineServer
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
+HOUSE = ROOT / "assistream_flask"
 DEPLOY = (ROOT / "docs/guides/deploy.md").read_text()
+EVENTS = (ROOT / "docs/reference/events.md").read_text()
 DOCS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 
 
-def section(title: str, text: str = README) -> str:
+def section(title: str, text: str) -> str:
     """The text under a heading."""
     found = re.search(rf"^(#+) {re.escape(title)}\n(.*?)(?=^#{{1,3}} |\Z)", text, re.MULTILINE | re.DOTALL)
     assert found, title
     return found[2]
 
 
-def rows(title: str, text: str = README) -> list[list[str]]:
+def rows(title: str, text: str) -> list[list[str]]:
     """The table under a heading, without its head."""
     lines = [line for line in section(title, text).splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[2:]]
 
 
-def code(language: str) -> list[str]:
-    """All examples in a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def code(language: str, page: str) -> list[str]:
+    """All examples of a page in a language."""
+    found = re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    return [str(one) for one in found]
+
+
+def test_no_example_in_python_stands_where_no_test_runs_it() -> None:
+    assert {path.relative_to(ROOT).as_posix(): n for path in DOCS if (n := len(code("python", str(path))))} == {
+        "README.md": 1,
+        "docs/guides/existing-app.md": 3,
+        "docs/guides/model-servers.md": 2,
+        "docs/guides/owners.md": 1,
+        "docs/guides/testing.md": 1,
+        # Of these, tests/test_browser.py makes an app.
+        "docs/tutorial/first-app.md": 3,
+    }
 
 
 def test_the_settings_table_is_the_settings() -> None:
     expected = [[f"`ASSISTREAM_{one.name.upper()}`", str(one.default), one.metadata["doc"]] for one in fields(Settings)]
-    assert rows("Settings") == expected
+    assert rows("Settings", (ROOT / "docs/reference/settings.md").read_text()) == expected
 
 
 def test_the_event_table_names_all_events_and_no_other() -> None:
@@ -59,40 +74,61 @@ def test_the_event_table_names_all_events_and_no_other() -> None:
     declared = re.search(r"const EVENTS =(.*?);", helper, re.DOTALL)
     assert declared
     listened = {f"thread.{name}" for name in " ".join(re.findall(r'"(.*?)"', declared[1])).split()}
-    assert {row[0].strip("`") for row in rows("Events")} == listened | {"ping"}
+    assert {row[0].strip("`") for row in rows("All events", EVENTS)} == listened | {"ping"}
 
 
-def test_the_route_table_is_the_blueprint() -> None:
-    app = Flask("docs")
-    app.secret_key = "only for tests"
-    app.register_blueprint(assistream_flask.create_blueprint([]), url_prefix="/p")
-    routes = {
-        f"{method} {re.sub(r'<.*?>', '<>', rule.rule.removeprefix('/p'))}"
-        for rule in app.url_map.iter_rules()
-        if rule.endpoint.startswith("assistream.") and not rule.endpoint.endswith(".nothing")
-        for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
-    }
-    told = {re.sub(r"<.*?>", "<>", row[0].strip("`").partition("?")[0]) for row in rows("Routes")}
-    assert told == routes
-
-
-def test_the_readme_tells_every_function_of_the_helper() -> None:
+def test_the_helpers_page_tells_every_function_of_it() -> None:
     helper = (ROOT / "assistream_flask/static/assistream.js").read_text()
     bound = re.search(r"^export const \{(.*?)\} = createAssistream", helper, re.MULTILINE | re.DOTALL)
     assert bound
     exported = [*re.findall(r"\w+", bound[1]), *re.findall(r"^export const (\w+)", helper, re.MULTILINE)]
     assert {"addMessageAndRuns", "cancelRun", "createAssistream", "text"} <= set(exported)
-    told = section("The five functions")
+    told = (ROOT / "docs/reference/helper.md").read_text()
     assert [name for name in exported if f"`{name}(" not in told] == []
 
 
-def test_the_flask_example_makes_an_app() -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/guides/existing-app.md"])
+def test_the_flask_example_makes_an_app(page: str) -> None:
     names: dict[str, Any] = {"__name__": __name__}
-    exec(code("python")[0], names)
+    exec(code("python", page)[0], names)
     names["app"].config["ASSISTREAM_DATABASE_URL"] = "sqlite://"
     found = names["app"].test_client().get("/assistream/assistants").get_json()
     assert found == {"data": [{"id": "tutor", "name": "tutor", "description": ""}]}
     names["app"].extensions["assistream"].close()
+
+
+def test_the_example_of_a_list_for_each_user_gives_each_their_own() -> None:
+    app = Flask("docs")
+    names: dict[str, Any] = {
+        "Assistant": assistream_flask.Assistant,
+        "create_blueprint": assistream_flask.create_blueprint,
+        "current_user": SimpleNamespace(id="7", language="Swiss German"),
+        "find_user": {"8": SimpleNamespace(language="French")}.get,
+    }
+    example = code("python", "docs/guides/existing-app.md")[1].replace(
+        "\ncreate_blueprint(", "\nblueprint = create_blueprint("
+    )
+    exec(example, names)
+    app.register_blueprint(names["blueprint"])
+    app.config["ASSISTREAM_DATABASE_URL"] = "sqlite://"
+    (assistant,) = app.extensions["assistream"].parts["assistream"].assistants().values()
+    assert assistant.instructions == "Explain step by step, in Swiss German."
+    adopted = app.extensions["assistream"].parts["assistream"].adopted("8", "tutor")
+    assert adopted.assistant.instructions == "Explain step by step, in French."
+    assert app.extensions["assistream"].parts["assistream"].adopted("8", "critic") is None
+
+
+def test_the_examples_of_model_servers_ask_them() -> None:
+    names: dict[str, Any] = {
+        "Assistant": assistream_flask.Assistant,
+        "assistants": [],
+        "create_blueprint": lambda assistants, client: names.update(made=client()),
+    }
+    for example in code("python", "docs/guides/model-servers.md"):
+        exec(example.replace("\nAssistant(", "\nassistant = Assistant("), names)
+    with names["made"] as client:
+        assert str(client.base_url) == "http://127.0.0.1:8080/v1/"
+    assert names["assistant"].max_history([1, 2, 3]) == [3]
 
 
 def test_the_owner_example_names_signed_in_users_only() -> None:
@@ -107,7 +143,7 @@ def test_the_owner_example_names_signed_in_users_only() -> None:
             "assistants": [],
             "current_user": user,
         }
-        exec("blueprint = " + code("python")[1], names)
+        exec("blueprint = " + code("python", "docs/guides/owners.md")[0], names)
         app.register_blueprint(names["blueprint"])
         app.config["ASSISTREAM_DATABASE_URL"] = "sqlite://"
         assert app.test_client().get("/threads").status_code == status
@@ -119,7 +155,7 @@ def test_the_event_response_example_streams(server: OfflineServer) -> None:
     server.replies = "Forty-two."
     with server.client() as client:
         exec(
-            code("python")[2],
+            code("python", "docs/guides/existing-app.md")[2],
             {"app": app, "client": client},
         )
         answer = app.test_client().post("/ask", json={"question": "What?"})
@@ -132,13 +168,14 @@ def test_the_testing_example_runs(tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text(
         "import pytest\n\n@pytest.fixture\ndef make_my_app():\n    return lambda client: client\n"
     )
-    (tmp_path / "test_example.py").write_text(code("python")[3])
+    (tmp_path / "test_example.py").write_text(code("python", "docs/guides/testing.md")[0])
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", str(tmp_path)], capture_output=True, text=True)
     assert "1 passed" in done.stdout, done.stdout
 
 
-def test_the_readme_says_where_the_helper_and_its_types_are_installed() -> None:
-    (command,) = [line for block in code("sh") for line in block.splitlines() if line.startswith("python -c ")]
+def test_the_docs_say_where_the_helper_and_its_types_are_installed() -> None:
+    blocks = code("sh", "docs/guides/page.md")
+    (command,) = [line for block in blocks for line in block.splitlines() if line.startswith("python -c ")]
     words = [sys.executable, *shlex.split(command)[1:]]
     told = Path(subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip())
     assert told.name == "assistream.js"
@@ -146,9 +183,10 @@ def test_the_readme_says_where_the_helper_and_its_types_are_installed() -> None:
     assert told.with_suffix(".d.ts").exists()
 
 
-def test_the_readme_names_no_fault_or_reason_that_is_not_there() -> None:
-    assert "stall" in FAULTS
-    reasons = re.findall(r"`(\w+)`", next(row[1] for row in rows("Events") if "message.incomplete" in row[0]))
+def test_the_docs_name_no_fault_or_reason_that_is_not_there() -> None:
+    named = {fault for path in DOCS for fault in re.findall(r"\boffline-(\w+)", path.read_text())}
+    assert {"stall", "cut"} <= named <= set(FAULTS)
+    reasons = re.findall(r"`(\w+)`", next(row[1] for row in rows("All events", EVENTS) if "e.incomplete" in row[0]))
     source = "".join(path.read_text() for path in (ROOT / "assistream_flask").rglob("*.py"))
     assert all(f'"{reason}"' in source for reason in reasons)
 
@@ -198,7 +236,9 @@ def test_what_users_see_when_something_fails_is_what_the_code_says() -> None:
 def test_all_servers_are_started_by_the_same_command() -> None:
     command = section("Any number of workers", DEPLOY).partition("\ngunicorn ")[2].partition("\n")[0]
     words = shlex.split(command)
-    assert [line for line in section("Deploy").splitlines() if line == f"gunicorn {command}"]
+    alone = section("One worker", DEPLOY).partition("\ngunicorn ")[2].partition("\n")[0]
+    assert shlex.split(alone) == [word if word != "4" else "1" for word in words]
+    assert [block for block in code("sh", "README.md") if block == f"gunicorn {alone}\n"]
     assert (ROOT / "deploy/Procfile").read_text() == f"web: gunicorn {command}\n"
     unit = re.search(r"^ExecStart=\S+/gunicorn (.*)", (ROOT / "deploy/assistream.service").read_text(), re.MULTILINE)
     image = re.search(r"^CMD (\[.*\])", (ROOT / "deploy/Dockerfile").read_text(), re.MULTILINE)
@@ -282,6 +322,73 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return zipfile.ZipFile(wheel).namelist()
 
 
-def test_the_readme_has_every_code_that_a_run_can_fail_with() -> None:
-    text = (ROOT / "README.md").read_text()
-    assert [code for code in RUN_ERRORS if f"`{code}`" not in text] == []
+ERRORS = (ROOT / "docs/reference/errors.md").read_text()
+
+
+def test_the_docs_have_every_code_that_a_run_can_fail_with_and_no_other() -> None:
+    told = [code for row in rows("When a run fails", ERRORS) for code in re.findall(r"`(\w+)`", row[0])]
+    assert sorted(told) == sorted(RUN_ERRORS)
+
+
+def test_the_docs_have_every_code_that_a_request_is_refused_with_and_no_other() -> None:
+    told = [code for row in rows("When a request is refused", ERRORS) for code in re.findall(r"`(\w+)`", row[1])]
+    source = "".join(path.read_text() for path in HOUSE.rglob("*.py"))
+    assert [code for code in told if f'"{code}"' not in source] == []
+    assert [code for code in re.findall(r"RequestError\(\s*\d+,\s*\"(\w+)\"", source) if code not in told] == []
+    # The same as the OpenAPI file has, for each status; 405 is every route's.
+    page = {row[0]: set(re.findall(r"`(\w+)`", row[1])) for row in rows("Errors", HTTP)}
+    assert {row[0] for row in rows("When a request is refused", ERRORS)} == page.keys() | {"405"}
+    assert set(told) - {"method_not_allowed"} <= set().union(*page.values())
+
+
+HTTP = (ROOT / "docs/reference/http.md").read_text()
+
+
+def test_the_page_of_the_routes_is_made_of_the_openapi_file() -> None:
+    names = runpy.run_path(str(ROOT / "docs/http_page.py"))
+    assert names["page"](names["load"]()) == HTTP, "make it anew: python docs/http_page.py"
+
+
+def test_the_glossary_has_at_most_forty_terms_each_of_them_once() -> None:
+    text = (ROOT / "docs/explanation/glossary.md").read_text()
+    blocks = re.findall(r"^```\{glossary\}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    terms = re.findall(r"^(\w.*)$", "".join(blocks), re.MULTILINE)
+    assert len(terms) == len(set(terms))
+    assert 30 <= len(terms) <= 40
+
+
+LOCK = re.compile("R?Lock|Condition|(Bounded)?Semaphore|plain_lock|allocate_lock")
+
+
+def locks(path: Path) -> set[str]:
+    """The locks that a module's objects make for themselves, as ``Class.name``."""
+    found = set()
+    for kind in [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)]:
+        for node in ast.walk(kind):
+            if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+                target = ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target)
+                # The name of what is called, or of what gevent is asked for.
+                made = re.findall(r"(?:^|[ (])(?:threading\.)?(\w+)\(|'(\w+)'\)\(\)", ast.unparse(node.value))
+                if any(LOCK.fullmatch(name) for names in made for name in names):
+                    found |= {f"{kind.name}.{name}" for name in re.findall(r"self\.(\w+)", target)}
+    return found
+
+
+def test_the_lock_order_has_every_lock_of_the_package_and_no_other() -> None:
+    table = rows("The order", (ROOT / "docs/explanation/locks.md").read_text())
+    told = {found for row in table for found in re.findall(r"(`[\w.]+` in `[\w/.]+`)", row[1])}
+    made = {
+        f"`{lock}` in `{path.relative_to(HOUSE).as_posix()}`"
+        for path in HOUSE.rglob("*.py")
+        if "testing" not in path.parts
+        for lock in locks(path)
+    }
+    assert told == made
+
+
+def test_every_module_that_the_docs_name_is_there() -> None:
+    for path in (ROOT / "docs").rglob("*.md"):
+        named = re.findall(r"`((?:\w+/)*\w+\.py|\w+/)`", path.read_text())
+        places = (HOUSE, ROOT)
+        missing = [name for name in named if name != "wsgi.py" and not any((one / name).exists() for one in places)]
+        assert missing == [], path

@@ -48,7 +48,7 @@ Adopt = Callable[[str, str], Assistant | None]
 _EXTENSION: Final = "assistream"
 _SESSION_KEY: Final = "assistream_owner"
 _ID: Final = re.compile(r"(thread|msg|run)_[0-9a-f]{32}")
-_NOTHING: Final = "There is nothing at this address. See the route table in assistream's README."
+_NOTHING: Final = "There is nothing at this address. assistream's README says where all routes are listed."
 
 
 class _Part:
