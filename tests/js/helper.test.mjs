@@ -1035,7 +1035,7 @@ rule("a stream that a proxy holds back is told, polled, and taken up again when 
   assert.equal(gets().length, 0);
   await page.pass(9_000);
   assert.deepEqual(states, ["connecting", "polling"]);
-  assert.match(page.warned[0], /X-Accel-Buffering.*docs\/deploy\.md/);
+  assert.match(page.warned[0], /X-Accel-Buffering.*docs\/guides\/deploy\.md/);
   assert.deepEqual(state.value, thread.entries);
   // Ten seconds apart while idle, two while a run is under way; at once after a POST.
   const running = watch(api.run("t", "a", set));
