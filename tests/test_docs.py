@@ -322,6 +322,19 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return zipfile.ZipFile(wheel).namelist()
 
 
+def test_the_docs_tell_of_every_function_of_the_helper_and_of_no_other() -> None:
+    types = (HOUSE / "static/assistream.d.ts").read_text()
+    # Several stand in one declaration, each with the type of a function.
+    exported = set(re.findall(r"(\w+): \(", types.partition("export declare const text")[2])) | {"text"}
+    exported |= set(re.findall(r"^export declare const (\w+)", types, re.MULTILINE))
+    page = (ROOT / "docs/reference/helper.md").read_text()
+    told = re.findall(r"^### (\w+)$", page.partition("\n## The functions\n")[2].partition("\n## ")[0], re.MULTILINE)
+    assert set(told) == exported
+    five = [row[0].strip("`").partition("(")[0] for row in rows("The five functions", (ROOT / "README.md").read_text())]
+    assert len(five) == 5
+    assert set(five) <= set(told)
+
+
 ERRORS = (ROOT / "docs/reference/errors.md").read_text()
 
 
