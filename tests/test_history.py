@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import random
@@ -16,10 +17,12 @@ import pytest
 from flask import current_app
 
 from assistream_flask import Assistant, ConfigurationError
+from assistream_flask import events as vocabulary
 from assistream_flask.events import Said
+from assistream_flask.runs.message_accumulator import MessageAccumulator
 from assistream_flask.store.sql import ThreadStore
 from assistream_flask.testing import OfflineServer, Reply, Request
-from assistream_flask.upstream.deltas import End, Failed, Part, Reasoning, Text
+from assistream_flask.upstream.deltas import Annotation, End, Failed, Part, Reasoning, Refusal, Text
 from assistream_flask.upstream.items import (
     AGAIN,
     BEGIN,
@@ -349,6 +352,16 @@ def test_a_first_part_of_which_nothing_is_left_is_no_gap(
         caller.run("tutor")
         entry = caller.wait()[-1]
     assert (entry["run"]["status"], text(entry)) == ("completed", shown)
+
+
+def test_the_deltas_of_a_message_add_up_to_it_also_where_a_first_part_says_nothing() -> None:
+    run, message = vocabulary.run("thread", "tutor", None), vocabulary.message("thread", "assistant", [])
+    reply, entry = MessageAccumulator(run, message, []), vocabulary.entry(copy.deepcopy(message), run, [])
+    for part in (Refusal(1, "No"), Text(3, "But"), Annotation(5, {"type": "url_citation"})):
+        for event in reply.add([part]):
+            vocabulary.apply(entry, event.name, event.data)
+        assert entry["message"]["content"] == reply.snapshot()[1]["content"]
+    assert len(entry["message"]["content"]) == 6
 
 
 # Strict servers

@@ -52,13 +52,13 @@ class MessageAccumulator:
             elif not isinstance(part, End | Begun | Failed):
                 if self._step is not None:
                     found += self._stop_thinking()
+                while part.at > len(self._content):
+                    # A part of which nothing was left but a mark. It is told of too: who adds up deltas counts parts.
+                    found.append(self._say(Text(len(self._content), "")))
                 found.append(self._say(part))
         return found
 
     def _say(self, part: Text | Refusal | Annotation) -> Event:
-        while part.at > len(self._content):
-            # A part of which nothing was left but a mark.
-            self._content.append((events.text_part(""), []))
         if part.at == len(self._content):
             refused = isinstance(part, Refusal)
             new: Json = {"type": "refusal", "refusal": ""} if refused else events.text_part("")
