@@ -543,19 +543,21 @@ def test_a_session_that_ended_is_told_and_the_page_goes_on_after_signing_in_agai
 # The example page
 
 
-@pytest.fixture
-def example(tmp_path: Path) -> Iterator[str]:
-    """The example app as its users start it, in a folder of its own; gives its URL."""
+@contextlib.contextmanager
+def started(tmp_path: Path, app: str) -> Iterator[str]:
+    """An app of this repository as its users start it, in a folder of its own; gives its URL."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     for name in ("example_app", "wsgi.py", "gunicorn.conf.py"):
         (tmp_path / name).symlink_to(ROOT / name)
+    # A copy: its database is in it.
+    shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("instance", "__pycache__"))
     url = f"http://127.0.0.1:{port}"
     env = {key: value for key, value in os.environ.items() if not key.startswith("OPENAI_")}
     env |= {"BIND": f"127.0.0.1:{port}", "ASSISTREAM_DATABASE_URL": f"sqlite:///{tmp_path / 'page.sqlite3'}"}
     with open(tmp_path / "log", "wb") as log:
-        command = [sys.executable, "-m", "gunicorn", "--no-control-socket", "wsgi:app"]
+        command = [sys.executable, "-m", "gunicorn", "--no-control-socket", app]
         process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=log, stderr=log)
     end = time.monotonic() + 20
     while True:
@@ -567,7 +569,19 @@ def example(tmp_path: Path) -> Iterator[str]:
     yield url
     process.terminate()
     process.wait(40)
+
+
+@pytest.fixture
+def example(tmp_path: Path) -> Iterator[str]:
+    with started(tmp_path, "wsgi:app") as url:
+        yield url
     assert (tmp_path / "log").read_text().count("No OPENAI_API_KEY") == 1
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> Iterator[str]:
+    with started(tmp_path, "examples.minimal.app:app") as url:
+        yield url
 
 
 def watched(context: BrowserContext) -> tuple[Page, list[str]]:
@@ -838,6 +852,66 @@ def test_the_page_says_that_the_user_is_signed_out_and_goes_on_when_they_are_bac
         page.unroute("**/threads/**", refuse)
         page.evaluate("dispatchEvent(new Event('online'))")
         page.get_by_text("You are signed out.").wait_for(state="detached")
+
+
+# The minimal page
+
+
+def test_the_minimal_page_has_fewer_than_60_lines() -> None:
+    assert len((ROOT / "examples" / "minimal" / "index.html").read_text().splitlines()) < 60
+
+
+def test_the_minimal_page_asks_shows_the_answer_as_it_grows_and_keeps_it(context: BrowserContext, minimal: str) -> None:
+    page, errors = watched(context)
+    page.goto(minimal)
+    page.get_by_role("textbox").fill("Why?")
+    page.keyboard.press("Enter")
+    page.get_by_role("listitem").filter(has_text="You").get_by_text("Why?").wait_for()
+    assert page.get_by_role("textbox").input_value() == ""
+    answer = page.get_by_role("listitem").filter(has_text="tutor")
+    answer.get_by_text("I am the offline assistant").wait_for()
+    page.get_by_role("button", name="Ask").wait_for()
+    said = answer.text_content()
+    page.reload()
+    answer.get_by_text("I am the offline assistant").wait_for()
+    assert answer.text_content() == said
+    assert page.get_by_role("alert").text_content() == ""
+    assert errors == []
+
+
+def test_the_minimal_page_stops_an_answer(context: BrowserContext, minimal: str) -> None:
+    page, errors = watched(context)
+    page.goto(minimal)
+    # The page's own, as the answer could be over before this process has seen its beginning.
+    page.evaluate("""() => {
+      const stop = new MutationObserver(() => {
+        if (!(document.querySelectorAll("li")[1]?.textContent.length > 20)) return;
+        stop.disconnect();
+        document.querySelector("button").click();
+      });
+      stop.observe(document.querySelector("ol"), { childList: true });
+    }""")
+    page.get_by_role("textbox").fill("Why?")
+    page.keyboard.press("Enter")
+    answer = page.get_by_role("listitem").filter(has_text="tutor")
+    answer.wait_for()
+    page.get_by_role("button", name="Ask").wait_for()
+    # Longer than the whole answer takes.
+    pause(page, 4)
+    assert "I am the offline assistant" not in (answer.text_content() or "")
+    assert page.get_by_role("textbox").input_value() == ""
+    assert errors == []
+
+
+def test_the_minimal_page_gives_back_what_was_not_sent(context: BrowserContext, minimal: str) -> None:
+    page = context.new_page()
+    refused = json.dumps({"error": {"type": "t", "code": "invalid_value", "message": "That cannot be sent."}})
+    page.route("**/runs", lambda route: route.fulfill(status=400, content_type="application/json", body=refused))
+    page.goto(minimal)
+    page.get_by_role("textbox").fill("Why?")
+    page.keyboard.press("Enter")
+    page.get_by_role("alert").get_by_text("That cannot be sent.").wait_for()
+    assert page.get_by_role("textbox").input_value() == "Why?"
 
 
 # The docs' examples
