@@ -15,7 +15,7 @@ KINDS = {
     # The helper and pages, under Node and in Chromium.
     "browser": "browser helper others",
     # What is deployed, and what it is deployed behind; the docs.
-    "deploy": "docs doctor proxies",
+    "deploy": "docs doctor openapi proxies",
 }
 
 
