@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from .errors import ConfigurationError
+from .upstream.dialects import DIALECTS
 
-UPSTREAMS: Final = ("responses", "chat", "assistants")
 _ID: Final = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 _OURS: Final = frozenset({"input", "messages", "thread", "stream", "timeout", "conversation", "previous_response_id"})
 
@@ -93,9 +93,9 @@ def _check(
 ) -> None:
     if not isinstance(id, str) or not _ID.fullmatch(id):
         raise ConfigurationError(f"Assistant id {id!r}: use 1 to 64 letters, digits, or any of _ . : -")
-    if upstream not in UPSTREAMS:
-        raise ConfigurationError(f"Assistant {id!r}: upstream={upstream!r} is not one of {', '.join(UPSTREAMS)}")
-    if model is None and upstream != "assistants":
+    if upstream not in DIALECTS:
+        raise ConfigurationError(f"Assistant {id!r}: upstream={upstream!r} is not one of {', '.join(DIALECTS)}")
+    if model is None and DIALECTS[upstream].needs_model:
         raise ConfigurationError(f'Assistant {id!r}: add model="...", the name of a model that the server knows')
     for name, value in (("background", background), ("system_role", system_role)):
         if not isinstance(value, bool):
@@ -114,9 +114,10 @@ def _check(
 
 
 def _check_background(id: object, upstream: str, arguments: Mapping[str, Any]) -> None:
-    if upstream != "responses":
+    if not DIALECTS[upstream].can_resume:
+        able = " or ".join(f'"{name}"' for name, dialect in DIALECTS.items() if dialect.can_resume)
         raise ConfigurationError(
-            f'Assistant {id!r}: background=True needs upstream="responses", not {upstream!r}; remove one of the two'
+            f"Assistant {id!r}: background=True needs upstream={able}, not {upstream!r}; remove one of the two"
         )
     if not arguments.get("store", True):
         raise ConfigurationError(

@@ -25,6 +25,8 @@ PICTURE = HOUSE.parent / "docs/explanation/rooms.md"
 # folder; "words" are the modules beside the folders, which every room may know, and "face" is what apps import.
 WORDS, FACE = "words", "face"
 ROOMS = (WORDS, "platform", "log", "fast", "upstream", "store", "runs", "web", FACE)
+# An app names a dialect where it makes an Assistant, so that is checked there; it stands where apps look for it.
+BESIDE = {"assistants": "upstream"}
 # The offline server imports none of them, and none of them imports it.
 ALONE = "testing"
 
@@ -38,6 +40,8 @@ def room_of(name: str) -> str:
     if not name:
         return FACE
     first = name.split(".")[0]
+    if first in BESIDE:
+        return BESIDE[first]
     return first if (HOUSE / first).is_dir() else WORDS
 
 
@@ -165,8 +169,8 @@ def picture() -> str:
         *arrows,
         "```",
         "",
-        f"Every room may import the modules that stand beside the folders, too. `{ALONE}` imports nothing of the",
-        "rest, and nothing imports it.",
+        "Every room may import the modules that stand beside the folders, too, but for those that are told here as a",
+        f"room's. `{ALONE}` imports nothing of the rest, and nothing imports it.",
     ]
     for room in [*reversed(drawn), WORDS, ALONE]:
         names = sorted(name for name in NAMES if room_of(name) == room and name != room)
@@ -177,7 +181,8 @@ def picture() -> str:
             lines += [*textwrap.wrap(said, 120), ""]
         lines.append("```")
         for name in names:
-            lines.append(f"{name.removeprefix(room + '.')}: {first_line(name)}")
+            label = f"{name} (beside the folders)" if name in BESIDE else name.removeprefix(room + ".")
+            lines.append(f"{label}: {first_line(name)}")
             others = [other for other in GRAPH[name] if room_of(other) != WORDS or room == WORDS]
             if others:
                 lines += textwrap.wrap(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import _thread
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import openai
@@ -19,11 +19,13 @@ from ..assistants import Assistant
 from ..errors import RunError
 from ..events import Json
 from ..fast.read_gate import ReadGate
-from . import assistants_v2, background, chat, event_reader, responses, stale_connection
+from . import background, event_reader, stale_connection
 from .background import cancel
-from .deltas import Begun, End, Failed, Part, Translator
+from .deltas import Begun, End, Failed, Part
+from .dialects import DIALECTS
 from .errors import failure, of_exception, tells_failure
 from .items import Turn, Unmark, closed
+from .protocol import ModelRequest, Translator
 
 __all__ = ["AnswerStream", "cancel", "open", "resume", "translate"]
 
@@ -32,19 +34,6 @@ _log = logging.getLogger(__name__)
 LATE_SECONDS: Final = 2.0
 """So long a connection may be silent, but for heartbeats, behind the last word of an answer."""
 _TRIES: Final = 3
-
-_CREATE: dict[str, Callable[[openai.OpenAI, Assistant, Sequence[Turn], float], Any]] = {
-    "responses": responses.create,
-    "chat": chat.create,
-    "assistants": assistants_v2.create,
-}
-
-
-_TRANSLATOR: dict[str, Callable[[Assistant], Translator]] = {
-    "responses": lambda assistant: responses.ResponsesTranslator(assistant.most_tokens),
-    "chat": lambda _: chat.ChatTranslator(),
-    "assistants": lambda _: assistants_v2.AssistantsTranslator(),
-}
 
 
 class AnswerStream:
@@ -241,7 +230,16 @@ def open(
 
     Raises :class:`RunError`.
     """
-    turns = closed(turns, None if assistant.system_role else assistant.instructions)
+    request = ModelRequest(
+        assistant.id,
+        assistant.model,
+        assistant.system,
+        assistant.arguments,
+        assistant.background,
+        closed(turns, None if assistant.system_role else assistant.instructions),
+        stall,
+    )
+    dialect = DIALECTS[assistant.upstream]
     try:
         # The SDK would retry a POST that has no idempotency key: a run generated, and paid, twice.
         quick = client.with_options(max_retries=0, default_headers=_once(assistant, key))
@@ -249,7 +247,7 @@ def open(
         tries = 0
         while True:
             try:
-                stream = _CREATE[assistant.upstream](quick, assistant, turns, stall)
+                stream = dialect.create(quick, request)
                 break
             except openai.APIConnectionError as error:
                 tries += 1
@@ -262,7 +260,7 @@ def open(
     if assistant.background:
         place = background.ResumePoint(limit=assistant.most_tokens)
         return AnswerStream(stream, place.translator, place, unmark=unmark)
-    return AnswerStream(stream, _TRANSLATOR[assistant.upstream](assistant), unmark=unmark)
+    return AnswerStream(stream, dialect.translator(assistant.most_tokens), unmark=unmark)
 
 
 def _once(assistant: Assistant, key: str) -> dict[str, str]:
@@ -322,12 +320,9 @@ def translate(stream: Any) -> AnswerStream:
 
 def _translator(kind: str, data: Json) -> Translator | None:
     """Tells the dialect by an event, once one is known."""
-    if kind.startswith("thread."):
-        return assistants_v2.AssistantsTranslator()
-    if kind.startswith("response."):
-        return responses.ResponsesTranslator()
-    if "choices" in data:
-        return chat.ChatTranslator()
+    for dialect in DIALECTS.values():
+        if dialect.recognises(kind, data):
+            return dialect.translator()
     if tells_failure(kind, data):
         raise failure(data)
     return None

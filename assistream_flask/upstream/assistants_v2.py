@@ -10,23 +10,11 @@ from typing import Any, ClassVar
 
 import openai
 
-from ..assistants import Assistant
 from ..errors import RunError
 from ..events import Json
 from .deltas import End, Failed, Part, Slots, as_object, indexed, inner, listed, reason, usage
 from .errors import failure, tells_failure
-from .items import Turn
-
-
-def create(client: openai.OpenAI, assistant: Assistant, turns: Sequence[Turn], stall: float) -> Any:
-    """Starts a run on a thread of its own that holds the history; gives the SDK's stream."""
-    arguments: Json = {"assistant_id": assistant.id, **assistant.arguments}
-    if assistant.model is not None:
-        arguments["model"] = assistant.model
-    if assistant.system is not None:
-        arguments["instructions"] = assistant.system
-    messages: list[Any] = [{"role": turn.role, "content": turn.text} for turn in turns]
-    return client.beta.threads.create_and_run(thread={"messages": messages}, stream=True, timeout=stall, **arguments)
+from .protocol import ModelRequest
 
 
 class AssistantsTranslator:
@@ -110,3 +98,31 @@ def _content(data: Json) -> list[Any]:
         text = as_object(part).get("text")
         found.append({**part, "text": {"value": text}} if isinstance(text, str) else part)
     return found
+
+
+class Assistants:
+    """The dialect, as :class:`.protocol.Dialect` has it."""
+
+    name: ClassVar[str] = "assistants"
+    # An assistant of the server has one.
+    needs_model: ClassVar[bool] = False
+    can_resume: ClassVar[bool] = False
+
+    def create(self, client: openai.OpenAI, request: ModelRequest) -> Any:
+        """Start a run on a thread of its own that holds the history, and give the SDK's stream."""
+        arguments: Json = {"assistant_id": request.assistant_id, **request.arguments}
+        if request.model is not None:
+            arguments["model"] = request.model
+        if request.system is not None:
+            arguments["instructions"] = request.system
+        messages: list[Any] = [{"role": turn.role, "content": turn.text} for turn in request.turns]
+        thread: Any = {"messages": messages}
+        return client.beta.threads.create_and_run(thread=thread, stream=True, timeout=request.stall, **arguments)
+
+    def translator(self, most_tokens: int | None = None) -> AssistantsTranslator:
+        """Make a translator for one run, which says itself why it ended."""
+        return AssistantsTranslator()
+
+    def recognises(self, kind: str, data: Json) -> bool:
+        """Tell it by the event's name."""
+        return kind.startswith("thread.")

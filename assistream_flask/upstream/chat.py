@@ -10,13 +10,12 @@ from typing import Any, ClassVar, Final
 
 import openai
 
-from ..assistants import Assistant
 from ..errors import RunError
 from ..events import Json
 from .deltas import STOP, TOOLS, End, Failed, Part, Slots, inner, is_said, listed, meaning, usage
 from .errors import failure, tells_failure
 from .event_reader import DONE, unpadded
-from .items import Turn
+from .protocol import ModelRequest
 
 _ORDINARY: Final = frozenset({"content", "role"})
 _STRANGE: Final = frozenset({"message", "messages", "text", "error"})
@@ -38,19 +37,6 @@ _PIECES: Final = {
     "text": "text",
     "content": "text",
 }
-
-
-def create(client: openai.OpenAI, assistant: Assistant, turns: Sequence[Turn], stall: float) -> Any:
-    """Starts a completion; gives the SDK's stream."""
-    messages: list[Any] = [{"role": turn.role, "content": turn.text} for turn in turns]
-    if assistant.system is not None:
-        messages.insert(0, {"role": "system", "content": assistant.system})
-    arguments: Json = {"stream_options": {"include_usage": True, **unpadded(client)}, **assistant.arguments}
-    # As it is, see the Responses API.
-    arguments["extra_body"] = {**(arguments.get("extra_body") or {}), "messages": messages}
-    return client.chat.completions.create(
-        model=assistant.model or "", messages=[], stream=True, timeout=stall, **arguments
-    )
 
 
 class ChatTranslator:
@@ -242,3 +228,31 @@ def _pieces(value: Any, kind: str) -> Iterator[tuple[str, Any]]:
             yield "", value
     elif value is not None:
         yield "", value
+
+
+class Chat:
+    """The dialect, as :class:`.protocol.Dialect` has it."""
+
+    name: ClassVar[str] = "chat"
+    needs_model: ClassVar[bool] = True
+    can_resume: ClassVar[bool] = False
+
+    def create(self, client: openai.OpenAI, request: ModelRequest) -> Any:
+        """Start a completion, and give the SDK's stream."""
+        messages: list[Any] = [{"role": turn.role, "content": turn.text} for turn in request.turns]
+        if request.system is not None:
+            messages.insert(0, {"role": "system", "content": request.system})
+        arguments: Json = {"stream_options": {"include_usage": True, **unpadded(client)}, **request.arguments}
+        # As it is, see the Responses API.
+        arguments["extra_body"] = {**(arguments.get("extra_body") or {}), "messages": messages}
+        return client.chat.completions.create(
+            model=request.model or "", messages=[], stream=True, timeout=request.stall, **arguments
+        )
+
+    def translator(self, most_tokens: int | None = None) -> ChatTranslator:
+        """Make a translator for one completion, which says itself why it ended."""
+        return ChatTranslator()
+
+    def recognises(self, kind: str, data: Json) -> bool:
+        """Tell it by what is in a chunk, which has no type; what has the name of an Assistants event is one."""
+        return "choices" in data and not kind.startswith("thread.")

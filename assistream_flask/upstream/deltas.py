@@ -9,7 +9,7 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any, ClassVar, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
 from ..errors import RunError, masked
 from ..events import Json, clean, dumps
@@ -83,27 +83,6 @@ def merged(parts: Sequence[Part]) -> Sequence[Part]:
         else:
             found += [first, *more]
     return found
-
-
-class Translator(Protocol):
-    """One dialect's way from events to parts."""
-
-    joins: ClassVar[bool]
-    """Whether the texts of one read may come in one event."""
-
-    def feed(self, kind: str, data: Json) -> list[Part]:
-        """Takes one event, gives its parts. Raises :class:`RunError`, or gives :class:`Failed` where something was said
-        before. Ignores what it doesn't know."""
-        ...
-
-    def texts(self, batch: Sequence[tuple[str, Json]]) -> list[Part] | None:
-        """Does for a batch of nothing but pieces of one text what :meth:`feed` does, in one step; gives ``None``, and
-        does nothing, for another."""
-        ...
-
-    def settled(self) -> End | Failed | None:
-        """Gives the end of an answer whose stream stopped: ``None`` while it is not known what it is."""
-        ...
 
 
 class _Slot:

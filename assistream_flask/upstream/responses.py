@@ -11,13 +11,13 @@ from typing import Any, ClassVar, Final, TypeAlias
 
 import openai
 
-from ..assistants import Assistant
 from ..errors import RunError
 from ..events import Json
 from .deltas import End, Failed, Part, Slots, as_object, indexed, inner, listed, reason, usage, words
 from .errors import failure, tells_failure
 from .event_reader import unpadded
 from .items import Turn
+from .protocol import ModelRequest
 
 _TEXT: Final = "response.output_text.delta"
 _TOOLS: Final = ("function_call", "custom_tool_call", "computer_call", "local_shell_call", "mcp_approval_request")
@@ -31,20 +31,6 @@ _THOUGHTS: Final = {
     "response.reasoning_text": ("content", "content_index"),
     "response.reasoning": ("content", "content_index"),
 }
-
-
-def create(client: openai.OpenAI, assistant: Assistant, turns: Sequence[Turn], stall: float) -> Any:
-    """Starts a response; gives the SDK's stream."""
-    arguments: Json = {"store": False, **assistant.arguments}
-    if assistant.background:
-        arguments.update(background=True, store=True)
-    if assistant.system is not None:
-        arguments["instructions"] = assistant.system
-    if options := unpadded(client):
-        arguments.setdefault("stream_options", options)
-    # The SDK looks through typed arguments, at more cost than all else that a request needs; this it sends as it is.
-    arguments["extra_body"] = {**(arguments.get("extra_body") or {}), "input": [_item(turn) for turn in turns]}
-    return client.responses.create(model=assistant.model or "", input=[], stream=True, timeout=stall, **arguments)
 
 
 def _item(turn: Turn) -> Any:
@@ -357,3 +343,37 @@ def _keys(key: _Key) -> Sequence[_Key]:
     """Those that a whole text may have been told under in pieces: a server may leave indexes out of its deltas."""
     at, number = key
     return key, (at, None), (None, number), (None, None)
+
+
+class Responses:
+    """The dialect, as :class:`.protocol.Dialect` has it."""
+
+    name: ClassVar[str] = "responses"
+    needs_model: ClassVar[bool] = True
+    can_resume: ClassVar[bool] = True
+
+    def create(self, client: openai.OpenAI, request: ModelRequest) -> Any:
+        """Start a response, and give the SDK's stream."""
+        arguments: Json = {"store": False, **request.arguments}
+        if request.background:
+            arguments.update(background=True, store=True)
+        if request.system is not None:
+            arguments["instructions"] = request.system
+        if options := unpadded(client):
+            arguments.setdefault("stream_options", options)
+        # The SDK looks through typed arguments, at more cost than all else that a request needs; this it sends as it
+        # is.
+        sent = {"input": [_item(turn) for turn in request.turns]}
+        arguments["extra_body"] = {**(arguments.get("extra_body") or {}), **sent}
+        return client.responses.create(
+            model=request.model or "", input=[], stream=True, timeout=request.stall, **arguments
+        )
+
+    def translator(self, most_tokens: int | None = None) -> ResponsesTranslator:
+        """Make a translator for one response. Some servers call an answer completed that they cut at ``most_tokens``:
+        that is told by the number."""
+        return ResponsesTranslator(most_tokens)
+
+    def recognises(self, kind: str, data: Json) -> bool:
+        """Tell it by the event's type."""
+        return kind.startswith("response.")

@@ -1,0 +1,77 @@
+"""What a dialect is: a way to ask a model server, and a way to read what it answers.
+
+A dialect is a module with a class of this protocol, and a line in :mod:`assistream_flask.upstream.dialects`, where all
+are found by their names. Nothing else in the package knows which there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import openai
+
+from ..events import Json
+from .deltas import End, Failed, Part
+from .items import Turn
+
+
+class ModelRequest(NamedTuple):
+    """What a model server is asked for: the next message of an assistant after ``turns``.
+
+    ``system`` is what is sent as instructions by themselves, ``arguments`` are the app's own for the SDK's call. The
+    server is to fail that sends no byte for ``stall`` seconds.
+    """
+
+    assistant_id: str
+    model: str | None
+    system: str | None
+    arguments: Mapping[str, Any]
+    background: bool
+    turns: Sequence[Turn]
+    stall: float
+
+
+class Translator(Protocol):
+    """Translates the events of one answer to deltas. Made for one answer, and used by one thread at a time."""
+
+    joins: ClassVar[bool]
+    """Whether the texts of one read may come in one event."""
+
+    def feed(self, kind: str, data: Json) -> list[Part]:
+        """Take one event, and give its deltas. Raise :class:`.errors.RunError`, or give :class:`.deltas.Failed` where
+        something was said before. Ignore what is not known: servers send events of their own."""
+        ...
+
+    def texts(self, batch: Sequence[tuple[str, Json]]) -> list[Part] | None:
+        """Do for a batch of nothing but pieces of one text what :meth:`feed` does, in one step; give ``None``, and do
+        nothing, for another."""
+        ...
+
+    def settled(self) -> End | Failed | None:
+        """Give the end of an answer whose stream stopped: ``None`` while it is not known what it is."""
+        ...
+
+
+class Dialect(Protocol):
+    """One of the APIs that model servers speak. It keeps nothing: one object serves all answers of a process."""
+
+    name: ClassVar[str]
+    """What ``Assistant(upstream=...)`` calls it."""
+    needs_model: ClassVar[bool]
+    """Whether a request must name a model."""
+    can_resume: ClassVar[bool]
+    """Whether an answer can go on in the background and be asked for again, as ``Assistant(background=True)`` wants
+    it: see :mod:`assistream_flask.upstream.background`."""
+
+    def create(self, client: openai.OpenAI, request: ModelRequest) -> Any:
+        """Ask the server, once, and give the SDK's stream. Raise whatever the SDK raises."""
+        ...
+
+    def translator(self, most_tokens: int | None = None) -> Translator:
+        """Make a translator for one answer, one of at most so many tokens where the request said so."""
+        ...
+
+    def recognises(self, kind: str, data: Json) -> bool:
+        """Tell whether an event of a stream that nobody named a dialect for is of this one."""
+        ...
