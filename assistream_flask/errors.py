@@ -102,3 +102,14 @@ class RequestError(AssistreamError):
         """Gives ``{"error": {"type", "code", "message"}}``, the shape of OpenAI's own errors."""
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"type": kind, "code": self.code, "message": self.message}}
+
+
+class NotFoundError(RequestError):
+    """There is no such thread, message, run or assistant, or it is another's: that it exists is told to its owner only.
+
+    ``code`` is ``thread_not_found``, ``message_not_found``, ``run_not_found`` or ``assistant_not_found``. A route
+    answers 404 with it.
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(404, code, message)

@@ -14,8 +14,8 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.test import TestResponse
 
 from assistream_flask.errors import RequestError
+from assistream_flask.runs import values
 from assistream_flask.testing import OfflineServer, Reply
-from assistream_flask.web import validation
 
 from .conftest import Caller, MakeApp, wait_until
 from .http_helpers import P, read, refused
@@ -490,10 +490,10 @@ def test_every_check_raises_our_error_and_no_other() -> None:
     odd: list[Any] = [None, 0, 1.5, float("nan"), True, "", "x", b"x", [], [1], {}, {"a": 1}, {"a": []}, ["x"] * 99]
     for value in odd:
         for check in (
-            lambda v: validation.content(v, 10),
-            validation.metadata,
-            validation.mode,
-            lambda v: validation.assistant_ids(v, 3),
+            lambda v: values.content(v, 10),
+            values.metadata,
+            values.mode,
+            lambda v: values.assistant_ids(v, 3),
         ):
             with contextlib.suppress(RequestError):
                 check(value)

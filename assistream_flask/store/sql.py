@@ -244,6 +244,12 @@ class ThreadStore:
         with self._read() as connection:
             return connection.execute(_OWNS, {"this": thread_id, **_named(owner)}).first() is not None
 
+    def thread(self, thread_id: str) -> Json | None:
+        """Give the public thread object."""
+        with self._read() as connection:
+            row = connection.execute(sa.select(threads).where(threads.c.id == thread_id)).first()
+        return None if row is None else thread_object(row._mapping)
+
     def threads(self, owner: Owner, limit: int, before: str | None) -> tuple[list[Json], bool] | None:
         """Gives ``owner``'s threads older than ``before``, newest first, and whether there are more;
         ``None`` when ``before`` is not one of them."""
@@ -589,6 +595,11 @@ class ThreadStore:
             connection.execute(answers.insert().values(values))
         except sa.exc.IntegrityError as error:
             raise AnsweredBefore from error
+
+    def forget_owner(self, owner: Owner) -> None:
+        """Drop all answers that ``owner`` was given."""
+        with self._write() as connection:
+            connection.execute(answers.delete().where(answers.c.scope == owner.scope, answers.c.owner == owner.name))
 
     def forget_answers(self, before: int) -> None:
         """Drops answers given before the Unix time ``before``."""

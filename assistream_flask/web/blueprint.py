@@ -29,12 +29,14 @@ from ..log.protocol import EventId, LogUnavailableError
 from ..platform import gunicorn
 from ..platform.log_throttle import LogThrottle
 from ..platform.once import PerProcess
+from ..runs import values
 from ..runs.active_run import RunRequest
 from ..runs.executor import Started
 from ..runs.runtime import Runtime, default_database
+from ..runs.service import OwnedThread, RunCommand, Service
 from ..settings import Settings
 from ..store import database
-from ..store.sql import Answer, AnsweredBefore, Owner, TooManyRunsError, thread_object
+from ..store.sql import Answer, AnsweredBefore, Owner
 from ..upstream.items import Names
 from . import doctor, event_streams, validation
 from .event_response import relay
@@ -47,7 +49,6 @@ Adopt = Callable[[str, str], Assistant | None]
 
 _EXTENSION: Final = "assistream"
 _SESSION_KEY: Final = "assistream_owner"
-_ID: Final = re.compile(r"(thread|msg|run)_[0-9a-f]{32}")
 _NOTHING: Final = "There is nothing at this address. assistream's README says where all routes are listed."
 
 
@@ -84,9 +85,11 @@ class _Part:
         with self.app.app_context():
             return self._client()
 
-    def asked(self, assistant: Assistant, known: dict[str, Assistant]) -> RunRequest:
-        """What the runner needs to run ``assistant``."""
-        return self._asked(assistant, {one.id: one.name for one in known.values()})
+    def listed(self, owner: Owner, assistant_ids: Sequence[str]) -> list[RunRequest | None]:
+        """What the runner needs to run those of the current request's assistants."""
+        known = self.assistants()
+        names = {one.id: one.name for one in known.values()}
+        return [self._asked(known[one], names) if one in known else None for one in assistant_ids]
 
     def adopted(self, owner: str, assistant_id: str) -> RunRequest | None:
         """What the runner needs for a run without a request, of a thread of ``owner``; ``None`` where nobody knows the
@@ -257,10 +260,11 @@ def _register(setup: BlueprintSetupState, part: _Part) -> None:
 
 
 class _Call(NamedTuple):
-    """The current request's part, runtime and caller."""
+    """The current request's part, runtime, service and caller."""
 
     part: _Part
     runtime: Runtime
+    service: Service
     owner: Owner | None
 
 
@@ -268,21 +272,21 @@ def _route(view: Callable[..., Response]) -> Callable[..., Response]:
     """What every route checks before it does anything."""
 
     @wraps(view)
-    def checked(**values: str) -> Response:
+    def checked(**path: str) -> Response:
         _check_server()
         state: _State = current_app.extensions[_EXTENSION]
         part = state.parts[request.blueprint or ""]
         if request.method not in ("GET", "HEAD"):
             allowed = state.runtime().settings.allowed_origins.split()
             validation.same_origin(request.headers.get("Origin"), request.host, allowed)
-        call = _Call(part, state.runtime(), _caller(part, request.blueprint or ""))
-        thread_id = values.get("thread_id")
-        if thread_id is not None:
-            # A crowd of viewers leaves connections to the database, and the processor, to commands.
-            with call.runtime.arrivals() if view is _events else nullcontext():
-                if not (call.owner and _ID.fullmatch(thread_id) and call.runtime.store.owns(call.owner, thread_id)):
-                    raise _no_thread()
-        return view(call, **{key: values[key] for key in ("thread_id", "run_id") if key in values})
+        runtime = state.runtime()
+        call = _Call(part, runtime, Service(runtime, part.listed), _caller(part, request.blueprint or ""))
+        if "thread_id" not in path:
+            return view(call)
+        # A crowd of viewers leaves connections to the database, and the processor, to commands.
+        with runtime.arrivals() if view is _events else nullcontext():
+            thread = call.service.open(call.owner, path["thread_id"])
+        return view(call, thread, **{key: path[key] for key in ("run_id",) if key in path})
 
     return checked
 
@@ -300,14 +304,10 @@ def _caller(part: _Part, scope: str) -> Owner | None:
     if part.owner is None:
         name = session.get(_SESSION_KEY)
         return Owner(scope, name) if isinstance(name, str) else None
-    named = part.owner()
-    # Apps give "" and False for nobody too, and all nobodies would share such a name.
-    if named is None or named == "" or isinstance(named, bool):
+    named = values.owner_name(part.owner())
+    if named is None:
         raise RequestError(401, "unauthenticated", "This app does not know who you are. Sign in first.")
-    named = str(named)
-    # What the column holds; a name is an id, and one that is cut or cleaned could be another's.
-    fits = len(named) <= 255 and validation.storable(named)
-    return Owner(scope, named if fits else hashlib.sha256(named.encode("utf-8", "surrogatepass")).hexdigest())
+    return Owner(scope, named)
 
 
 def _someone(call: _Call) -> Owner:
@@ -367,10 +367,6 @@ def _unexpected(error: Exception) -> Response:
     return _json(RequestError(500, "server_error", "Something failed on the server. Try again.").body(), 500)
 
 
-def _no_thread() -> RequestError:
-    return RequestError(404, "thread_not_found", "There is no such thread, or it is not yours.")
-
-
 def _refused(below: re.Pattern[str]) -> Response | None:
     """The router refuses before it knows of a blueprint, so no error handler of ours would be asked."""
     error = request.routing_exception
@@ -414,18 +410,12 @@ def _argument(name: str) -> str | None:
     try:
         return request.args.get(name)
     except UnicodeDecodeError:
-        raise validation.invalid("The query is not UTF-8. Percent-encode it.") from None
+        raise values.invalid("The query is not UTF-8. Percent-encode it.") from None
 
 
-def _before() -> str | None:
-    text = _argument("before")
-    # What is no id is nobody's, and not for every database to read.
-    return text if text is None or _ID.fullmatch(text) else "none"
-
-
-def _limit() -> int:
-    text = _argument("limit")
-    return validation.limit("50" if text is None else text)
+def _page() -> tuple[int, str | None]:
+    """Read which page is asked for: its length, and the id that it comes before."""
+    return validation.limit(_argument("limit")), _argument("before")
 
 
 class _Once:
@@ -476,17 +466,11 @@ def _create_thread(call: _Call) -> Response:
     body = _body(call.runtime, ["metadata"])
     owner = _someone(call)
     once = _Once(call, owner)
-    thread = thread_object(
-        {
-            "id": events.new_id("thread"),
-            "created_at": events.now(),
-            "metadata": validation.metadata(body.get("metadata")),
-        }
-    )
+    thread = call.service.new_thread(body.get("metadata"))
     answer = once.before()
     if answer is None:
         try:
-            call.runtime.store.create_thread(owner, thread, once.answer(201, thread, thread_id=thread["id"]))
+            call.service.create_thread(owner, thread, once.answer(201, thread, thread_id=thread["id"]))
         except AnsweredBefore:
             answer = once.before()
     return _json(answer.body if answer else thread, 201)
@@ -494,61 +478,41 @@ def _create_thread(call: _Call) -> Response:
 
 def _threads(call: _Call) -> Response:
     # A page asks this first: naming the caller here keeps two first commands at once from making two callers.
-    found = call.runtime.store.threads(_someone(call), _limit(), _before())
-    if found is None:
-        raise RequestError(404, "thread_not_found", "'before' must be the id of one of your threads.")
-    return _json({"data": found[0], "has_more": found[1]})
+    data, has_more = call.service.threads(_someone(call), *_page())
+    return _json({"data": data, "has_more": has_more})
 
 
-def _delete_thread(call: _Call, thread_id: str) -> Response:
-    call.runtime.runner.delete(thread_id)
+def _delete_thread(call: _Call, thread: OwnedThread) -> Response:
+    thread.delete()
     return Response(status=204)
 
 
-def _messages(call: _Call, thread_id: str) -> Response:
-    found = call.runtime.runner.page(thread_id, _limit(), _before())
-    if found is None:
-        raise RequestError(404, "message_not_found", "'before' must be the id of a message of this thread.")
-    data, has_more, place = found
+def _messages(call: _Call, thread: OwnedThread) -> Response:
+    data, has_more, place = thread.messages(*_page())
     response = _json({"data": data, "has_more": has_more})
     response.headers["Last-Event-ID"] = str(place)
     return response
 
 
-def _add_message(call: _Call, thread_id: str) -> Response:
+def _add_message(call: _Call, thread: OwnedThread) -> Response:
     body = _body(call.runtime, ["content"], ["content"])
-    content = validation.content(body["content"], call.runtime.settings.max_message_chars)
-    given = _start(call, thread_id, content, [], "parallel", 201, lambda started: started.message or {})
+    given = _start(call, thread, thread.message(body["content"]), 201, lambda started: started.message or {})
     return _json(given.body, 201)
 
 
-def _create_runs(call: _Call, thread_id: str) -> Response:
+def _create_runs(call: _Call, thread: OwnedThread) -> Response:
     body = _body(call.runtime, ["assistant_ids", "content", "mode"], ["assistant_ids"])
-    settings = call.runtime.settings
-    content = None
-    if body.get("content") is not None:
-        content = validation.content(body["content"], settings.max_message_chars)
-    mode = validation.mode(body.get("mode", "parallel"))
-    ids = validation.assistant_ids(body["assistant_ids"], min(settings.max_assistants, settings.max_runs))
-    known = call.part.assistants()
-    if unknown := [one for one in ids if one not in known]:
-        raise RequestError(
-            404, "assistant_not_found", f"There is no assistant {unknown[0][:64]!r}. GET /assistants lists them."
-        )
-    asked = [call.part.asked(known[one], known) for one in ids]
-
-    def answer(started: Started) -> Json:
-        return {"message": started.message, "runs": started.runs}
+    command = thread.runs(body["assistant_ids"], body.get("content"), body.get("mode", "parallel"))
 
     def start() -> Answer:
-        return _start(call, thread_id, content, asked, mode, 202, answer)
+        return _start(call, thread, command, 202, lambda started: {"message": started.message, "runs": started.runs})
 
     def follow(send: event_streams.Send) -> event_streams.Frames:
         given = start()
         message = given.body["message"]
         runs = {run["id"] for run in given.body["runs"]}
         message_id = message["message"]["id"] if message else None
-        return event_streams.follow(call.runtime, thread_id, message_id, runs, EventId.parse(given.place), send)
+        return event_streams.follow(call.runtime, thread.id, message_id, runs, EventId.parse(given.place), send)
 
     if any(kind.lower() == "text/event-stream" and quality for kind, quality in request.accept_mimetypes):
         return _streamed(call, follow)
@@ -556,61 +520,32 @@ def _create_runs(call: _Call, thread_id: str) -> Response:
 
 
 def _start(
-    call: _Call,
-    thread_id: str,
-    content: str | None,
-    asked: Sequence[RunRequest],
-    mode: str,
-    status: int,
-    body: Callable[[Started], Json],
+    call: _Call, thread: OwnedThread, command: RunCommand, status: int, body: Callable[[Started], Json]
 ) -> Answer:
     """Stores and starts what the request asks for; gives the answer."""
-    assert call.owner is not None
-    runtime, once = call.runtime, _Once(call, call.owner)
+    once = _Once(call, thread.owner)
     given = once.before()
     if given is not None:
         return given
-    message = None
-    if content is not None:
-        message = events.message(thread_id, "user", [events.text_part(content)])
     try:
-        started = runtime.runner.submit(
-            call.owner,
-            thread_id,
-            message,
-            asked,
-            mode,
-            lambda started: once.answer(status, body(started), str(started.place)),
-        )
+        started = thread.start(command, lambda started: once.answer(status, body(started), str(started.place)))
     except AnsweredBefore:
         given = once.before()
         assert given is not None
         return given
-    except TooManyRunsError:
-        raise RequestError(
-            429,
-            "too_many_runs",
-            f"You may have {runtime.settings.max_runs} answers waiting or under way. Wait for one to end.",
-            retry_after=5,
-        ) from None
-    if started is None:
-        raise _no_thread()
     return Answer("", "", status, body(started), str(started.place))
 
 
-def _cancel(call: _Call, thread_id: str, run_id: str) -> Response:
+def _cancel(call: _Call, thread: OwnedThread, run_id: str) -> Response:
     _body(call.runtime, [])
-    assert call.owner is not None
-    once = _Once(call, call.owner)
+    once = _Once(call, thread.owner)
     given = once.before()
     if given is None:
-        run = call.runtime.runner.cancel(thread_id, run_id) if _ID.fullmatch(run_id) else None
-        if run is None:
-            raise RequestError(404, "run_not_found", "There is no such run in this thread.")
+        run = thread.cancel(run_id)
         given = once.answer(202, run) or Answer("", "", 202, run)
         if once.key:
             try:
-                call.runtime.store.remember(call.owner, given)
+                call.runtime.store.remember(thread.owner, given)
             except AnsweredBefore:
                 given = once.before() or given
     return _json(given.body, 202)
@@ -631,10 +566,10 @@ def _doctor(**_: str) -> Response:
 # Streams
 
 
-def _events(call: _Call, thread_id: str) -> Response:
+def _events(call: _Call, thread: OwnedThread) -> Response:
     asked = request.headers.get("Last-Event-ID") or _argument("last_event_id")
     return _streamed(
-        call, lambda send: event_streams.view(call.runtime, thread_id, EventId.parse(asked), send), begin=True
+        call, lambda send: event_streams.view(call.runtime, thread.id, EventId.parse(asked), send), begin=True
     )
 
 
