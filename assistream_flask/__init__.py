@@ -9,21 +9,46 @@ from typing import TYPE_CHECKING
 
 from .version import VERSION
 
-__all__ = ["Assistant", "AssistreamError", "ConfigurationError", "create_blueprint", "event_response", "lean"]
+__all__ = [
+    "Assistant",
+    "Assistream",
+    "AssistreamError",
+    "Commands",
+    "ConfigurationError",
+    "NotFoundError",
+    "Page",
+    "RequestError",
+    "RunList",
+    "WaitTimeoutError",
+    "create_blueprint",
+    "current_assistream",
+    "event_response",
+    "lean",
+]
 __version__ = VERSION
 
 if TYPE_CHECKING:
     from .assistants import Assistant
-    from .errors import AssistreamError, ConfigurationError
+    from .errors import AssistreamError, ConfigurationError, NotFoundError, RequestError, WaitTimeoutError
+    from .extension import Assistream, Commands, Page, current_assistream
     from .fast.chunk_reader import lean
+    from .runs.run_list import RunList
     from .web.blueprint import create_blueprint, event_response
 else:
     # Type checkers don't see it: to them a module that has a __getattr__ has every name there is.
     _MODULES = {
         "Assistant": "assistants",
+        "Assistream": "extension",
         "AssistreamError": "errors",
+        "Commands": "extension",
         "ConfigurationError": "errors",
+        "NotFoundError": "errors",
+        "Page": "extension",
+        "RequestError": "errors",
+        "RunList": "runs.run_list",
+        "WaitTimeoutError": "errors",
         "create_blueprint": "web.blueprint",
+        "current_assistream": "extension",
         "event_response": "web.blueprint",
         "lean": "fast.chunk_reader",
     }

@@ -46,6 +46,10 @@ class ConfigurationError(AssistreamError):
     """The app's code or settings cannot work; the message says what to change."""
 
 
+class WaitTimeoutError(AssistreamError, TimeoutError):
+    """Runs were waited for and have not ended in time. They go on."""
+
+
 class RunError(AssistreamError):
     """A run failed. ``code`` is a key of :data:`RUN_ERRORS`, ``message`` is public and replaces the one that goes with
     it; ``said`` is what the model server said, for the log only, and kept masked."""

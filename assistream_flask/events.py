@@ -16,6 +16,8 @@ from pydantic_core import to_json
 
 Json = dict[str, Any]
 TERMINAL: Final = frozenset({"completed", "incomplete", "failed", "cancelled"})
+RUN_ENDS: Final = frozenset(f"thread.run.{status}" for status in TERMINAL)
+"""The names of the events that end a run."""
 
 
 class Event(NamedTuple):

@@ -22,9 +22,10 @@ MODULES = sorted(HOUSE.rglob("*.py"))
 PICTURE = HOUSE.parent / "docs/explanation/rooms.md"
 
 # The rule: a module imports from its own room and from those before it in this list, and in no circle. A room is a
-# folder; "words" are the modules beside the folders, which every room may know, and "face" is what apps import.
-WORDS, FACE = "words", "face"
-ROOMS = (WORDS, "platform", "log", "fast", "upstream", "store", "runs", "web", FACE)
+# folder; "words" are the modules beside the folders, which every room may know, and "face" is what apps import. What an
+# app has is a room of one file, which joins the rooms below to Flask.
+WORDS, APP, FACE = "words", "extension", "face"
+ROOMS = (WORDS, "platform", "log", "fast", "upstream", "store", "runs", APP, "web", FACE)
 # An app names a dialect where it makes an Assistant, so that is checked there; it stands where apps look for it.
 BESIDE = {"assistants": "upstream"}
 # The offline server imports none of them, and none of them imports it.
@@ -42,7 +43,7 @@ def room_of(name: str) -> str:
     first = name.split(".")[0]
     if first in BESIDE:
         return BESIDE[first]
-    return first if (HOUSE / first).is_dir() else WORDS
+    return first if (HOUSE / first).is_dir() or first == APP else WORDS
 
 
 NAMES = {name_of(path): path for path in MODULES}
@@ -116,7 +117,7 @@ def test_modules_import_each_other_in_no_circle() -> None:
 def test_every_folder_says_in_two_sentences_what_is_in_it() -> None:
     folders = {name for name, path in NAMES.items() if path.name == "__init__.py"}
     assert {path.parent for path in MODULES} == {NAMES[name].parent for name in folders}
-    rooms = {room for room in ROOMS if room not in (WORDS, FACE)}
+    rooms = {room for room in ROOMS if room not in (WORDS, APP, FACE)}
     assert {name: len(sentences(docstring(name))) for name in rooms} == dict.fromkeys(rooms, 2)
     # A room has nothing else there: to import a module of it is to import no other.
     assert [name for name in rooms if len(ast.parse(NAMES[name].read_text()).body) != 1] == []
@@ -173,10 +174,10 @@ def picture() -> str:
         f"room's. `{ALONE}` imports nothing of the rest, and nothing imports it.",
     ]
     for room in [*reversed(drawn), WORDS, ALONE]:
-        names = sorted(name for name in NAMES if room_of(name) == room and name != room)
-        title = "Beside the folders" if room == WORDS else f"{room}/"
+        names = sorted(name for name in NAMES if room_of(name) == room and (name != room or room == APP))
+        title = {WORDS: "Beside the folders", APP: "extension.py"}.get(room, f"{room}/")
         lines += ["", f"## {title}", ""]
-        if room != WORDS:
+        if room not in (WORDS, APP):
             said = " ".join(" ".join(sentences(docstring(room))[:2]).split())
             lines += [*textwrap.wrap(said, 120), ""]
         lines.append("```")
@@ -202,14 +203,14 @@ def test_the_docs_have_the_picture_of_the_rooms_as_they_are() -> None:
 # What a module may do
 
 
-def test_only_the_blueprint_imports_flask() -> None:
+def test_only_the_blueprint_and_the_extension_import_flask() -> None:
     found = {
         name_of(path)
         for path in MODULES
         for module, _ in imports(path)
         if module.split(".")[0] in ("flask", "werkzeug")
     }
-    assert found == {"web.blueprint"}
+    assert found == {"extension", "web.blueprint"}
 
 
 def test_neither_sse_nor_events_nor_errors_knows_openai() -> None:

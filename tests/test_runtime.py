@@ -19,9 +19,9 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.exc import OperationalError
 
+from assistream_flask import extension
 from assistream_flask.runs.runtime import Runtime
 from assistream_flask.testing import OfflineServer
-from assistream_flask.web import blueprint
 from tests.cluster import APP, clustered
 from tests.conftest import Caller, MakeApp, quick_client, wait_until
 from tests.live import ROOT, Gunicorn
@@ -63,7 +63,7 @@ class Slow(Runtime):
 @pytest.fixture(autouse=True)
 def _counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Slow, "made", 0)
-    monkeypatch.setattr(blueprint, "Runtime", Slow)
+    monkeypatch.setattr(extension, "Runtime", Slow)
 
 
 def test_many_first_requests_at_once_make_one_runtime_and_all_are_served(make_app: MakeApp) -> None:
@@ -100,10 +100,10 @@ def test_where_no_runtime_can_be_made_all_who_wait_are_told_and_the_next_request
     def ask() -> int:
         return app.test_client().get("/assistream/threads").status_code
 
-    monkeypatch.setattr(blueprint, "Runtime", away)
+    monkeypatch.setattr(extension, "Runtime", away)
     assert at_once(40, ask) == [503] * 40
     assert len(tries) == 1
-    monkeypatch.setattr(blueprint, "Runtime", Slow)
+    monkeypatch.setattr(extension, "Runtime", Slow)
     assert (ask(), Slow.made) == (200, 1)
 
 
@@ -124,13 +124,13 @@ def test_who_is_stopped_while_it_makes_the_runtime_holds_up_nobody(
     begun = threading.Event()
 
     def killed(*given: Any) -> Runtime:
-        monkeypatch.setattr(blueprint, "Runtime", Slow)
+        monkeypatch.setattr(extension, "Runtime", Slow)
         begun.set()
         time.sleep(0.2)
         raise Killed
 
     state = make_app().extensions["assistream"]
-    monkeypatch.setattr(blueprint, "Runtime", killed)
+    monkeypatch.setattr(extension, "Runtime", killed)
 
     def first() -> None:
         with pytest.raises(Killed):
@@ -148,19 +148,19 @@ FORK = """
 import os, sys, threading, time
 from flask import Flask
 from assistream_flask import Assistant, create_blueprint
-from assistream_flask.web import blueprint
+from assistream_flask import extension
 
 app = Flask("forked")
 app.config.update(SECRET_KEY="k", ASSISTREAM_DATABASE_URL="sqlite:///" + sys.argv[1])
 app.register_blueprint(create_blueprint([Assistant("a", model="m")]), url_prefix="/assistream")
-state, begun, made = app.extensions["assistream"], threading.Event(), blueprint.Runtime
+state, begun, made = app.extensions["assistream"], threading.Event(), extension.Runtime
 
 def slow(*given):
     begun.set()
     time.sleep(0.5)
     return made(*given)
 
-blueprint.Runtime = slow
+extension.Runtime = slow
 thread = threading.Thread(target=state.runtime)
 thread.start()
 begun.wait()

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeVar
 
+from gevent import monkey
+
 from ..errors import ConfigurationError
 
 _log = logging.getLogger(__name__)
@@ -33,6 +35,11 @@ def serving() -> bool:
     Gunicorn says so by the worker's attribute ``alive`` alone, for a signal and for ``max_requests`` alike.
     """
     return bool(getattr(_gunicorn(), "alive", True))
+
+
+def patched() -> bool:
+    """Tell whether gevent, whose worker gunicorn has, has patched this process."""
+    return monkey.is_module_patched("threading") and monkey.is_module_patched("socket")
 
 
 def setting(name: str) -> Any:

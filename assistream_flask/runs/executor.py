@@ -15,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from .. import events
 from ..errors import MESSAGE_TOO_LONG, RequestError, RunError, masked
-from ..events import TERMINAL, Event, Json
+from ..events import RUN_ENDS, TERMINAL, Event, Json
 from ..log.protocol import REFUSED, Claim, EventId, Log, LogUnavailableError, PositionExpiredError
 from ..platform.interrupt import Interrupted
 from ..platform.log_throttle import LogThrottle
@@ -44,7 +44,6 @@ _HANDED_SECONDS: Final = 1.0
 _CUT_SECONDS: Final = 0.5
 _LOOK_SECONDS: Final = 0.25
 _UNWANTED: Final = ("cancelled", "failed", "incomplete")
-_ENDS: Final = frozenset(f"thread.run.{status}" for status in TERMINAL)
 
 T = TypeVar("T")
 
@@ -268,7 +267,7 @@ class Executor:
             until = time.monotonic() + 1
             with closing(self._log.subscribe(live.thread_id, end)) as reader:
                 while (left := until - time.monotonic()) > 0 and not self._stopping.is_set():
-                    if any(record.name in _ENDS for record in reader.read(left)):
+                    if any(record.name in RUN_ENDS for record in reader.read(left)):
                         break
         except (PositionExpiredError, LogUnavailableError):
             self._stopping.wait(0.25)

@@ -1,4 +1,4 @@
-"""Routes, request checks and ownership. The only module that imports Flask."""
+"""Routes, request checks and ownership. Beside the extension, the only module that imports Flask."""
 
 from __future__ import annotations
 
@@ -8,185 +8,46 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import cache, wraps
+from functools import wraps
 from typing import Any, Final, NamedTuple, cast
 
-import openai
 from flask import Blueprint, Flask, Response, current_app, g, request, send_from_directory, session
 from flask.blueprints import BlueprintSetupState
 from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
 
 from .. import events, sse
-from ..assistants import Assistant, index
 from ..errors import AssistreamError, ConfigurationError, RequestError
 from ..events import Json
+from ..extension import (
+    SESSION_KEY,
+    Adopt,
+    Assistants,
+    Assistream,
+    Client,
+    Registration,
+    current_assistream,
+    register,
+)
 from ..fast import direct_send
-from ..fast.chunk_reader import new_client
 from ..log.protocol import EventId, LogUnavailableError
 from ..platform import gunicorn
 from ..platform.log_throttle import LogThrottle
-from ..platform.once import PerProcess
 from ..runs import values
-from ..runs.active_run import RunRequest
 from ..runs.executor import Started
-from ..runs.runtime import Runtime, default_database
+from ..runs.runtime import Runtime
 from ..runs.service import OwnedThread, RunCommand, Service
 from ..settings import Settings
 from ..store import database
 from ..store.sql import Answer, AnsweredBefore, Owner
-from ..upstream.items import Names
 from . import doctor, event_streams, validation
 from .event_response import relay
 
 _log = logging.getLogger(__name__)
 
-Assistants = Sequence[Assistant] | Callable[[], Sequence[Assistant]]
-Client = openai.OpenAI | Callable[[], openai.OpenAI]
-Adopt = Callable[[str, str], Assistant | None]
-
-_EXTENSION: Final = "assistream"
-_SESSION_KEY: Final = "assistream_owner"
 _NOTHING: Final = "There is nothing at this address. assistream's README says where all routes are listed."
-
-
-class _Part:
-    """One blueprint's part of an app's state: its assistants, owner and client."""
-
-    def __init__(
-        self,
-        assistants: Assistants,
-        owner: Callable[[], str | None] | None,
-        client: Client | None,
-        adopt: Adopt | None,
-    ) -> None:
-        self._assistants = assistants
-        self._adopt = adopt
-        self.owner = owner
-        self._client: Client | None = client
-        self._made = PerProcess(self._make)
-        self.app: Flask
-        if not callable(assistants):
-            index(assistants)
-
-    def assistants(self) -> dict[str, Assistant]:
-        """The assistants of the current request."""
-        return index(self._assistants() if callable(self._assistants) else self._assistants)
-
-    def client(self) -> openai.OpenAI:
-        """The client, made when it is first needed: in the worker, never before a fork."""
-        return self._client if isinstance(self._client, openai.OpenAI) else self._made.get()
-
-    def _make(self) -> openai.OpenAI:
-        if self._client is None or isinstance(self._client, openai.OpenAI):
-            return new_client()
-        with self.app.app_context():
-            return self._client()
-
-    def listed(self, owner: Owner, assistant_ids: Sequence[str]) -> list[RunRequest | None]:
-        """What the runner needs to run those of the current request's assistants."""
-        known = self.assistants()
-        names = {one.id: one.name for one in known.values()}
-        return [self._asked(known[one], names) if one in known else None for one in assistant_ids]
-
-    def adopted(self, owner: str, assistant_id: str) -> RunRequest | None:
-        """What the runner needs for a run without a request, of a thread of ``owner``; ``None`` where nobody knows the
-        assistant."""
-        known = {} if callable(self._assistants) else index(self._assistants)
-
-        @cache
-        def find(assistant_id: str) -> Assistant | None:
-            return known.get(assistant_id) or self._ask_app(assistant_id, owner)
-
-        found = find(assistant_id)
-        return None if found is None else self._asked(found, _Found(find))
-
-    def _ask_app(self, assistant_id: str, owner: str) -> Assistant | None:
-        if self._adopt is None:
-            return None
-        try:
-            with self.app.app_context():
-                found = self._adopt(assistant_id, owner)
-            if found is None or (isinstance(found, Assistant) and found.id == assistant_id):
-                return found
-            _log.error("adopt(%r, ...) gave %r: it must give the Assistant of that id, or None", assistant_id, found)
-        except Exception:
-            _log.exception("adopt(%r, ...) failed", assistant_id)
-        return None
-
-    def _asked(self, assistant: Assistant, names: Names) -> RunRequest:
-        shorten = assistant.max_history
-        if not callable(shorten):
-            return RunRequest(assistant, self.client, names)
-
-        def in_context(messages: list[Json]) -> Sequence[Mapping[str, Any]]:
-            with self.app.app_context():
-                return shorten(messages)
-
-        return RunRequest(assistant, self.client, names, in_context)
-
-
-class _Found:
-    """Names of assistants, of those that are asked for."""
-
-    def __init__(self, find: Callable[[str], Assistant | None]) -> None:
-        self._find = find
-
-    def get(self, assistant_id: str, otherwise: str, /) -> str:
-        found = self._find(assistant_id)
-        return otherwise if found is None else found.name
-
-
-class _State:
-    """An app's state: a part for each registered name, and the runtime of the present process."""
-
-    def __init__(self, app: Flask) -> None:
-        self._app = app
-        self.parts: dict[str, _Part] = {}
-        # Here and not in the runtime, which may be what cannot be made.
-        self.complaints = LogThrottle()
-        self._runtimes = PerProcess(self._make)
-        self._patched = doctor.patched()
-        self._begun = 0
-
-    def settings(self) -> Settings:
-        """The app's settings, with a database where it names none."""
-        config = dict(self._app.config)
-        if not config.get("ASSISTREAM_DATABASE_URL"):
-            config["ASSISTREAM_DATABASE_URL"] = default_database(self._app.instance_path)
-        return Settings.read(config)
-
-    def patient(self) -> doctor.Patient:
-        """What the doctor looks at."""
-        return doctor.Patient(self.settings(), self.parts, self._app.secret_key, self._patched)
-
-    def runtime(self) -> Runtime:
-        """The present process's runtime."""
-        return self._runtimes.get()
-
-    def _make(self) -> Runtime:
-        runtime = Runtime(self.settings(), self._adopt, self.complaints)
-        runtime.start()
-        return runtime
-
-    def begin(self) -> None:
-        """Has a gunicorn worker make its runtime once it has booted: what other workers left is not to wait for a
-        request. Elsewhere the first request makes it. Idempotent."""
-        if self._begun != os.getpid():
-            self._begun = os.getpid()
-            gunicorn.when_booted(self._runtimes.get)
-
-    def _adopt(self, owner: Owner, assistant_id: str) -> RunRequest | None:
-        part = self.parts.get(owner.scope)
-        return None if part is None else part.adopted(owner.name, assistant_id)
-
-    def close(self) -> None:
-        """Ends the present process's runtime: streams at once, runs as the settings say."""
-        runtime = self._runtimes.pop()
-        if runtime is not None:
-            runtime.stop()
 
 
 def create_blueprint(
@@ -210,8 +71,8 @@ def create_blueprint(
     Raises :class:`ConfigurationError`, here or at registration.
     """
     blueprint = Blueprint(name, __name__, cli_group="assistream")
-    blueprint.cli.command("doctor")(doctor.command(lambda: current_app.extensions[_EXTENSION].patient()))
-    blueprint.record(lambda setup: _register(setup, _Part(assistants, owner, client, adopt)))
+    blueprint.cli.command("doctor")(doctor.command(lambda: _patient(current_assistream)))
+    blueprint.record(lambda setup: _register(setup, Registration(assistants, owner, client, adopt)))
     blueprint.register_error_handler(RequestError, _request_error)
     blueprint.register_error_handler(HTTPException, _http_error)
     blueprint.register_error_handler(SQLAlchemyError, _store_error)
@@ -234,17 +95,14 @@ def create_blueprint(
     return blueprint
 
 
-def _register(setup: BlueprintSetupState, part: _Part) -> None:
+def _register(setup: BlueprintSetupState, part: Registration) -> None:
     app = cast(Flask, setup.app)
     if part.owner is None and not app.secret_key:
         raise ConfigurationError(
             "nothing names the caller: set app.config['SECRET_KEY'] to a long random string before "
             "register_blueprint, or pass create_blueprint(..., owner=callable)"
         )
-    state = app.extensions.setdefault(_EXTENSION, _State(app))
-    name = f"{setup.name_prefix}.{setup.name}".lstrip(".")
-    state.parts[name] = part
-    part.app = app
+    state = register(app, f"{setup.name_prefix}.{setup.name}".lstrip("."), part)
     # What cannot work is told now, not to the first visitor.
     settings = Settings.read(app.config)
     if settings.database_url:
@@ -262,7 +120,7 @@ def _register(setup: BlueprintSetupState, part: _Part) -> None:
 class _Call(NamedTuple):
     """The current request's part, runtime, service and caller."""
 
-    part: _Part
+    part: Registration
     runtime: Runtime
     service: Service
     owner: Owner | None
@@ -274,7 +132,7 @@ def _route(view: Callable[..., Response]) -> Callable[..., Response]:
     @wraps(view)
     def checked(**path: str) -> Response:
         _check_server()
-        state: _State = current_app.extensions[_EXTENSION]
+        state = current_assistream
         part = state.parts[request.blueprint or ""]
         if request.method not in ("GET", "HEAD"):
             allowed = state.runtime().settings.allowed_origins.split()
@@ -300,30 +158,26 @@ def _check_server() -> None:
         raise RequestError(500, fix[0], f"This server is not set up for event streams. {fix[1]}")
 
 
-def _caller(part: _Part, scope: str) -> Owner | None:
-    if part.owner is None:
-        name = session.get(_SESSION_KEY)
-        return Owner(scope, name) if isinstance(name, str) else None
-    named = values.owner_name(part.owner())
-    if named is None:
+def _caller(part: Registration, scope: str) -> Owner | None:
+    name = part.caller()
+    if name is None and part.owner is not None:
         raise RequestError(401, "unauthenticated", "This app does not know who you are. Sign in first.")
-    return Owner(scope, named)
+    return None if name is None else Owner(scope, name)
 
 
 def _someone(call: _Call) -> Owner:
     """The caller, who is given a name where the session is to have one."""
     if call.owner is not None:
         return call.owner
-    session[_SESSION_KEY] = secrets.token_hex(16)
-    return Owner(request.blueprint or "", session[_SESSION_KEY])
+    session[SESSION_KEY] = secrets.token_hex(16)
+    return Owner(request.blueprint or "", session[SESSION_KEY])
 
 
 # Errors
 
 
 def _complaints() -> LogThrottle:
-    state: _State = current_app.extensions[_EXTENSION]
-    return state.complaints
+    return current_assistream.complaints
 
 
 def _request_error(error: RequestError) -> Response:
@@ -551,13 +405,19 @@ def _cancel(call: _Call, thread: OwnedThread, run_id: str) -> Response:
     return _json(given.body, 202)
 
 
+def _patient(state: Assistream) -> doctor.Patient:
+    """Give what the doctor looks at."""
+    return doctor.Patient(state.settings(), state.parts, current_app.secret_key, state.patched)
+
+
 def _doctor(**_: str) -> Response:
     if key := request.headers.get(doctor.HEADER):
         _check_server()
-        state: _State = current_app.extensions[_EXTENSION]
-        runtime = state.runtime()
+        runtime = current_assistream.runtime()
         if doctor.admitted(runtime.store, key):
-            patient = state.patient()._replace(health=doctor.Health(runtime.longest_pause(), runtime.leases.skew))
+            patient = _patient(current_assistream)._replace(
+                health=doctor.Health(runtime.longest_pause(), runtime.leases.skew)
+            )
             frames = doctor.frames(request.environ, request.host, patient)
             return Response(frames, headers=doctor.headers())
     raise NotFound(_NOTHING)

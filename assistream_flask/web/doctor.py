@@ -130,19 +130,14 @@ class Health(NamedTuple):
 
 
 class Patient(NamedTuple):
-    """The app. ``patched`` is what :func:`patched` gave when its first blueprint was registered; ``health`` is for a
-    worker to say."""
+    """The app. ``patched`` is what :func:`.gunicorn.patched` gave when its first blueprint was registered; ``health``
+    is for a worker to say."""
 
     settings: Settings
     parts: Mapping[str, Part]
     secret_key: str | bytes | None
     patched: bool
     health: Health | None = None
-
-
-def patched() -> bool:
-    """Tells whether gevent has patched this process."""
-    return monkey.is_module_patched("threading") and monkey.is_module_patched("socket")
 
 
 def command(patient: Callable[[], Patient]) -> Callable[[str | None], None]:
@@ -369,7 +364,7 @@ def _worker(environ: Mapping[str, Any], patched_before: bool) -> Iterator[Findin
     name = environ.get("SERVER_SOFTWARE") or "an unnamed server"
     if workers := gunicorn.setting("workers"):
         name += f", {workers} worker{'s' if workers > 1 else ''}"
-    if patched():
+    if gunicorn.patched():
         yield Finding("ok", f"{name}, patched by gevent")
         held = _unpatched()
         ours = [name for name in held if _OURS.match(name)]

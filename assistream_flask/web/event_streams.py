@@ -13,11 +13,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from .. import events, sse
 from ..errors import RequestError
-from ..events import TERMINAL
+from ..events import RUN_ENDS, TERMINAL
 from ..log.protocol import EventId, LogUnavailableError, PositionExpiredError, Record, Subscription, Taken
 from ..runs.runtime import Runtime
-
-_ENDS: Final = frozenset(f"thread.run.{status}" for status in TERMINAL)
 
 _AWAY: Final = (LogUnavailableError, RequestError, SQLAlchemyError)
 """What a snapshot can't be read for: nothing that the server's log needs a traceback of."""
@@ -173,7 +171,7 @@ def follow(
                 if data := reader.beat(_joined(found)):
                     data, first = first + data, b""
                 yield data
-                waiting.difference_update(one.key for one in found if one.name in _ENDS)
+                waiting.difference_update(one.key for one in found if one.name in RUN_ENDS)
                 if gone:
                     break
         yield first + sse.DONE
@@ -187,7 +185,7 @@ def _frames_of(records: list[Record], runs: set[str]) -> bytes | None:
     """Gives the frames of ``runs``, where no record is one that the stream has to look at itself."""
     found = []
     for one in records:
-        if one.key is None or one.name in _ENDS:
+        if one.key is None or one.name in RUN_ENDS:
             return None
         if one.key in runs:
             found.append(one.frame)

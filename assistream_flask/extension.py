@@ -1,0 +1,360 @@
+"""What an app has of assistream: its blueprints' assistants, a process's runtime, and the commands for its own code."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any, Final
+
+import openai
+from flask import Flask, current_app, has_request_context, session
+from werkzeug.local import LocalProxy
+
+from .assistants import Assistant, index
+from .errors import ConfigurationError
+from .events import Json
+from .fast.chunk_reader import new_client
+from .platform import gunicorn
+from .platform.log_throttle import LogThrottle
+from .platform.once import PerProcess
+from .runs import values
+from .runs.active_run import RunRequest
+from .runs.run_list import RunList, RunWaiter
+from .runs.runtime import Runtime, default_database
+from .runs.service import OwnedThread, Service
+from .settings import Settings
+from .store.sql import Owner
+from .upstream.items import Names
+
+_log = logging.getLogger(__name__)
+
+Assistants = Sequence[Assistant] | Callable[[], Sequence[Assistant]]
+Client = openai.OpenAI | Callable[[], openai.OpenAI]
+Adopt = Callable[[str, str], Assistant | None]
+
+EXTENSION: Final = "assistream"
+SESSION_KEY: Final = "assistream_owner"
+"""Where Flask's session has the caller's name, where the app gives none."""
+
+
+class Registration:
+    """One blueprint as it is registered in an app: its assistants, owner and client."""
+
+    def __init__(
+        self,
+        assistants: Assistants,
+        owner: Callable[[], str | None] | None,
+        client: Client | None,
+        adopt: Adopt | None,
+    ) -> None:
+        self._assistants = assistants
+        self._adopt = adopt
+        self.owner = owner
+        self._client: Client | None = client
+        self._made = PerProcess(self._make)
+        self.app: Flask
+        if not callable(assistants):
+            index(assistants)
+
+    def caller(self) -> str | None:
+        """Give the name of the current request's caller, ``None`` for nobody."""
+        if self.owner is not None:
+            return values.owner_name(self.owner())
+        name = session.get(SESSION_KEY)
+        return name if isinstance(name, str) else None
+
+    def assistants(self) -> dict[str, Assistant]:
+        """Give the assistants of the current request."""
+        return index(self._assistants() if callable(self._assistants) else self._assistants)
+
+    def client(self) -> openai.OpenAI:
+        """Give the client, made when it is first needed: in the worker, never before a fork."""
+        return self._client if isinstance(self._client, openai.OpenAI) else self._made.get()
+
+    def _make(self) -> openai.OpenAI:
+        if self._client is None or isinstance(self._client, openai.OpenAI):
+            return new_client()
+        with self.app.app_context():
+            return self._client()
+
+    def listed(self, owner: Owner, assistant_ids: Sequence[str]) -> list[RunRequest | None]:
+        """Find assistants for the caller of a route: those of the current request, and no other."""
+        known = self.assistants()
+        names = {one.id: one.name for one in known.values()}
+        return [self._asked(known[one], names) if one in known else None for one in assistant_ids]
+
+    def known(self, owner: Owner, assistant_ids: Sequence[str]) -> list[RunRequest | None]:
+        """Find assistants for the app's own code: those of the list, then those that ``adopt`` gives for ``owner``.
+
+        A callable that gives the list of a request is asked in a request only. Raises :class:`ConfigurationError`
+        where there is no request, and no ``adopt`` either.
+        """
+        by_request = callable(self._assistants)
+        if by_request and self._adopt is None and not has_request_context():
+            raise ConfigurationError(
+                "the list of assistants is a callable, which is for requests, and here is none: "
+                "pass create_blueprint(..., adopt=lambda assistant_id, owner: ...), which gives an Assistant by its id"
+            )
+        listed = self.assistants() if not by_request or has_request_context() else {}
+        return self._found(owner.name, assistant_ids, listed)
+
+    def adopted(self, owner: str, assistant_id: str) -> RunRequest | None:
+        """Give what the runner needs for a run without a request, of a thread of ``owner``; ``None`` where nobody
+        knows the assistant."""
+        listed = {} if callable(self._assistants) else index(self._assistants)
+        return self._found(owner, [assistant_id], listed)[0]
+
+    def _found(
+        self, owner: str, assistant_ids: Sequence[str], listed: Mapping[str, Assistant]
+    ) -> list[RunRequest | None]:
+        @cache
+        def find(assistant_id: str) -> Assistant | None:
+            return listed.get(assistant_id) or self._ask_app(assistant_id, owner)
+
+        names = _Found(find)
+        return [None if (found := find(one)) is None else self._asked(found, names) for one in assistant_ids]
+
+    def _ask_app(self, assistant_id: str, owner: str) -> Assistant | None:
+        if self._adopt is None:
+            return None
+        try:
+            with self.app.app_context():
+                found = self._adopt(assistant_id, owner)
+            if found is None or (isinstance(found, Assistant) and found.id == assistant_id):
+                return found
+            _log.error("adopt(%r, ...) gave %r: it must give the Assistant of that id, or None", assistant_id, found)
+        except Exception:
+            _log.exception("adopt(%r, ...) failed", assistant_id)
+        return None
+
+    def _asked(self, assistant: Assistant, names: Names) -> RunRequest:
+        shorten = assistant.max_history
+        if not callable(shorten):
+            return RunRequest(assistant, self.client, names)
+
+        def in_context(messages: list[Json]) -> Sequence[Mapping[str, Any]]:
+            with self.app.app_context():
+                return shorten(messages)
+
+        return RunRequest(assistant, self.client, names, in_context)
+
+
+class _Found:
+    """Names of assistants, of those that are asked for."""
+
+    def __init__(self, find: Callable[[str], Assistant | None]) -> None:
+        self._find = find
+
+    def get(self, assistant_id: str, otherwise: str, /) -> str:
+        found = self._find(assistant_id)
+        return otherwise if found is None else found.name
+
+
+class Page(list[Json]):
+    """Some of many threads or entries. ``has_more`` says whether there are older ones: ask for those with
+    ``before=`` the id of the oldest thread here, or of the oldest entry's message."""
+
+    def __init__(self, data: Sequence[Json], has_more: bool) -> None:
+        super().__init__(data)
+        self.has_more = has_more
+
+
+class Commands:
+    """What an app's own code does with the threads of one blueprint, in a view, a job or a shell.
+
+    Each command is done for an ``owner``, whose name is what the routes know a caller by: what ``owner=`` of
+    ``create_blueprint`` gives, or, without that, the random id in Flask's session. So what a job stores for a user is
+    in that user's page, and the other way round; :meth:`caller` gives the name in a view. Nobody else is asked: it is
+    for the app's code to do for a user what that user may do.
+
+    Objects are those of the routes. Every method may raise :class:`RequestError`, which says what to change, for a
+    value that no route would take, and :class:`NotFoundError`, one of those, for a thread, message, run or assistant
+    that there is not or that is another's; SQLAlchemy's errors where the database is away, and ``LogUnavailableError``
+    where the event log is.
+    """
+
+    def __init__(
+        self, runtime: Callable[[], Runtime], parts: Mapping[str, Registration], scope: str | None = None
+    ) -> None:
+        self._runtime_of, self._parts, self._scope = runtime, parts, scope
+
+    def caller(self) -> str | None:
+        """Name the caller of the current request as the blueprint's routes do, ``None`` for nobody.
+
+        Without ``owner=`` a visitor has a name from the first thread on, or the first list of them.
+        """
+        return self._parts[self._name()].caller()
+
+    def create_thread(self, *, owner: str, metadata: dict[str, str] | None = None) -> Json:
+        """Store a new thread of ``owner``; give it: ``{"id", "object", "created_at", "metadata"}``.
+
+        ``metadata`` has at most 16 pairs, keys of up to 64 characters and values of up to 512.
+        """
+        service, who = self._open(owner)
+        return service.create_thread(who, service.new_thread(metadata))
+
+    def threads(self, *, owner: str, limit: int = 50, before: str | None = None) -> Page:
+        """Give ``owner``'s threads, newest first: at most ``limit`` (1 to 200), those older than the thread
+        ``before``."""
+        service, who = self._open(owner)
+        return Page(*service.threads(who, limit, before))
+
+    def thread(self, thread_id: str, *, owner: str) -> Json:
+        """Give a thread."""
+        return self._thread(thread_id, owner).as_object()
+
+    def messages(self, thread_id: str, *, owner: str, limit: int = 50, before: str | None = None) -> Page:
+        """Give the newest entries of a thread in the order in which they were said: at most ``limit`` (1 to 200),
+        those older than the message ``before``. An entry is ``{"assistant_id", "message", "run", "steps"}``."""
+        data, has_more, _ = self._thread(thread_id, owner).messages(limit, before)
+        return Page(data, has_more)
+
+    def add_message(self, thread_id: str, content: str, *, owner: str) -> Json:
+        """Store a message of the user's and have nobody answer it; give its entry."""
+        thread = self._thread(thread_id, owner)
+        return thread.start(thread.message(content)).message or {}
+
+    def run(
+        self,
+        thread_id: str,
+        assistant_ids: Sequence[str],
+        *,
+        owner: str,
+        content: str | None = None,
+        mode: str = "parallel",
+    ) -> RunList:
+        """Have assistants answer, a message of the user's first where there is ``content``; give the runs at once.
+
+        The runs belong to the thread, like those that a page starts: viewers see them grow, and they wait for those
+        that were asked for before. ``runs.wait(timeout)`` gives them ended. ``mode`` is ``"parallel"``, where all see
+        the thread up to the user's message, or ``"sequential"``, where each sees the answers before its own too.
+
+        This process is what runs them. Where it ends first, they have ``ASSISTREAM_DRAIN_SECONDS``; a job waits for
+        its runs. Without a request, an assistant that is in no list is asked of ``adopt=`` (see ``create_blueprint``).
+        """
+        thread = self._thread(thread_id, owner)
+        ids = assistant_ids if isinstance(assistant_ids, str) else list(assistant_ids)
+        started = thread.start(thread.runs(ids, content, mode))
+        return RunList(started.runs, started.message, RunWaiter(self._runtime_of(), thread_id).wait)
+
+    def cancel(self, thread_id: str, run_id: str, *, owner: str) -> Json:
+        """Cancel a run, whichever worker has it; give it as it is then. One that is over stays as it is, one of
+        another worker's is cancelled soon after."""
+        return self._thread(thread_id, owner).cancel(run_id)
+
+    def delete_thread(self, thread_id: str, *, owner: str) -> None:
+        """Delete a thread with all that is in it, stopping its runs; its viewers are told."""
+        self._thread(thread_id, owner).delete()
+
+    def delete_owner(self, owner: str) -> None:
+        """Delete all that is stored of a user: threads, messages and runs, which are stopped, their events in the log,
+        and what is remembered of requests for their Idempotency-Keys.
+
+        What the app's own tables, its server's logs and a model server keep is not of this. A user who is not signed
+        out can begin anew meanwhile: sign out first. What is left where this raises goes when it is called again.
+        """
+        service, who = self._open(owner)
+        service.delete_owner(who)
+
+    def _thread(self, thread_id: str, owner: str) -> OwnedThread:
+        service, who = self._open(owner)
+        return service.open(who, thread_id)
+
+    def _open(self, owner: str) -> tuple[Service, Owner]:
+        name, scope = values.owner_name(owner), self._name()
+        if name is None:
+            raise values.invalid("'owner' must be the name of a user, as owner= of create_blueprint gives it.")
+        return Service(self._runtime_of(), self._parts[scope].known), Owner(scope, name)
+
+    def _name(self) -> str:
+        if self._scope is not None:
+            return self._scope
+        if len(self._parts) > 1:
+            names = ", ".join(map(repr, self._parts))
+            raise ConfigurationError(
+                f"this app has several blueprints of assistream, which share nothing: {names}. "
+                "Say which: current_assistream.blueprint(name)"
+            )
+        return next(iter(self._parts))
+
+
+class Assistream(Commands):
+    """An app's assistream: the commands, where it has one blueprint, and what its processes have.
+
+    ``app.extensions["assistream"]`` is it from the first blueprint on; :data:`current_assistream` is the current app's.
+    """
+
+    def __init__(self, app: Flask) -> None:
+        self._app = app
+        self.parts: dict[str, Registration] = {}
+        super().__init__(self.runtime, self.parts)
+        # Here and not in the runtime, which may be what cannot be made.
+        self.complaints = LogThrottle()
+        self._runtimes = PerProcess(self._make)
+        self.patched = gunicorn.patched()
+        self._begun = 0
+
+    def blueprint(self, name: str) -> Commands:
+        """Give the commands of the blueprint that is registered under ``name``, for an app that has several. Raises
+        :class:`ConfigurationError` where there is none."""
+        if name not in self.parts:
+            names = ", ".join(map(repr, self.parts))
+            raise ConfigurationError(f"this app has no blueprint {name!r} of assistream; it has {names}")
+        return Commands(self.runtime, self.parts, name)
+
+    def settings(self) -> Settings:
+        """Read the app's settings, with a database where it names none."""
+        config = dict(self._app.config)
+        if not config.get("ASSISTREAM_DATABASE_URL"):
+            config["ASSISTREAM_DATABASE_URL"] = default_database(self._app.instance_path)
+        return Settings.read(config)
+
+    def runtime(self) -> Runtime:
+        """Give the present process's runtime."""
+        return self._runtimes.get()
+
+    def _make(self) -> Runtime:
+        runtime = Runtime(self.settings(), self._adopt, self.complaints)
+        runtime.start()
+        return runtime
+
+    def begin(self) -> None:
+        """Have a gunicorn worker make its runtime once it has booted: what other workers left is not to wait for a
+        request. Elsewhere the first request, or command, makes it. Idempotent."""
+        if self._begun != os.getpid():
+            self._begun = os.getpid()
+            gunicorn.when_booted(self._runtimes.get)
+
+    def _adopt(self, owner: Owner, assistant_id: str) -> RunRequest | None:
+        part = self.parts.get(owner.scope)
+        return None if part is None else part.adopted(owner.name, assistant_id)
+
+    def close(self) -> None:
+        """End the present process's runtime: streams at once, runs as the settings say."""
+        runtime = self._runtimes.pop()
+        if runtime is not None:
+            runtime.stop()
+
+
+def register(app: Flask, name: str, part: Registration) -> Assistream:
+    """Add a blueprint, as it is registered under ``name``, to what ``app`` has; give all of that."""
+    found: Assistream = app.extensions.setdefault(EXTENSION, Assistream(app))
+    found.parts[name] = part
+    part.app = app
+    return found
+
+
+def _current() -> Assistream:
+    found: Assistream | None = current_app.extensions.get(EXTENSION)
+    if found is None:
+        raise ConfigurationError(
+            "this app has no assistream: app.register_blueprint(create_blueprint([...])) comes before"
+        )
+    return found
+
+
+current_assistream: Assistream = LocalProxy(_current)  # type: ignore[assignment]
+"""The current app's :class:`Assistream`, in any app context: in a view, or in a job within ``app.app_context()``.
+Without such a context it raises Flask's ``RuntimeError``."""
