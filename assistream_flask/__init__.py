@@ -24,13 +24,16 @@ __all__ = [
     "current_assistream",
     "event_response",
     "lean",
+    "message_created",
+    "run_ended",
+    "run_started",
 ]
 __version__ = VERSION
 
 if TYPE_CHECKING:
     from .assistants import Assistant
     from .errors import AssistreamError, ConfigurationError, NotFoundError, RequestError, WaitTimeoutError
-    from .extension import Assistream, Commands, Page, current_assistream
+    from .extension import Assistream, Commands, Page, current_assistream, message_created, run_ended, run_started
     from .fast.chunk_reader import lean
     from .runs.run_list import RunList
     from .web.blueprint import create_blueprint, event_response
@@ -51,6 +54,9 @@ else:
         "current_assistream": "extension",
         "event_response": "web.blueprint",
         "lean": "fast.chunk_reader",
+        "message_created": "extension",
+        "run_ended": "extension",
+        "run_started": "extension",
     }
 
     def __getattr__(name):

@@ -1,4 +1,4 @@
-"""What an app has of assistream: its blueprints' assistants, a process's runtime, and the commands for its own code."""
+"""What an app has of assistream: its assistants, a process's runtime, and commands and signals for its own code."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any, Final
 
 import openai
+from blinker import NamedSignal, Namespace
 from flask import Flask, current_app, has_request_context, session
 from werkzeug.local import LocalProxy
 
@@ -21,6 +22,7 @@ from .platform.log_throttle import LogThrottle
 from .platform.once import PerProcess
 from .runs import values
 from .runs.active_run import RunRequest
+from .runs.notifier import Kind, Notice
 from .runs.run_list import RunList, RunWaiter
 from .runs.runtime import Runtime, default_database
 from .runs.service import OwnedThread, Service
@@ -37,6 +39,50 @@ Adopt = Callable[[str, str], Assistant | None]
 EXTENSION: Final = "assistream"
 SESSION_KEY: Final = "assistream_owner"
 """Where Flask's session has the caller's name, where the app gives none."""
+
+_SIGNALS: Final = Namespace()
+
+message_created: NamedSignal = _SIGNALS.signal(
+    "assistream.message_created",
+    """Sent when a user's message was stored, with ``message``.""",
+)
+run_started: NamedSignal = _SIGNALS.signal(
+    "assistream.run_started",
+    """Sent when a run's turn came and the model is about to be asked, with ``run``. A run that is cancelled while it
+    is queued ends without.""",
+)
+run_ended: NamedSignal = _SIGNALS.signal(
+    "assistream.run_ended",
+    """Sent when the end of a run was stored, with ``run`` and its whole ``message``. A run that is deleted with its
+    thread has none.""",
+)
+
+
+class _Signals:
+    """Sends an app's signals, one receiver after another: what one raises is logged, and the next has its turn."""
+
+    def __init__(self, app: Flask, complaints: LogThrottle) -> None:
+        self._app, self._complaints = app, complaints
+        self._signals: dict[Kind, NamedSignal] = {
+            "message_created": message_created,
+            "run_started": run_started,
+            "run_ended": run_ended,
+        }
+
+    def wants(self, kind: Kind) -> bool:
+        """Tell whether the app has a receiver for it."""
+        return bool(self._signals[kind].has_receivers_for(self._app))
+
+    def hear(self, notice: Notice) -> None:
+        """Send the signal, within the app's context."""
+        signal = self._signals[notice.kind]
+        values_of = {"owner": notice.owner.name, "blueprint": notice.owner.scope, **notice.objects}
+        with self._app.app_context():
+            for receiver in [] if signal.is_muted else list(signal.receivers_for(self._app)):
+                try:
+                    receiver(self._app, **values_of)
+                except Exception as error:
+                    self._complaints.error(_log, error, "a receiver of the signal %s failed", notice.kind)
 
 
 class Registration:
@@ -316,7 +362,7 @@ class Assistream(Commands):
         return self._runtimes.get()
 
     def _make(self) -> Runtime:
-        runtime = Runtime(self.settings(), self._adopt, self.complaints)
+        runtime = Runtime(self.settings(), self._adopt, self.complaints, _Signals(self._app, self.complaints))
         runtime.start()
         return runtime
 

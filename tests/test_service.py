@@ -8,7 +8,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -109,7 +108,7 @@ def test_a_sequential_run_hears_the_answers_before_it(app: Flask, server: Offlin
 
 def test_the_guides_job_prints_the_answer(server: OfflineServer, tmp_path: Path) -> None:
     server.replies = "The day in a word."
-    (script,) = re.findall(r"^```python\n(.*?)^```", GUIDE, re.MULTILINE | re.DOTALL)
+    script, _ = re.findall(r"^```python\n(.*?)^```", GUIDE, re.MULTILINE | re.DOTALL)
     assert len([line for line in script.splitlines() if line]) <= 10
     (tmp_path / "job.py").write_text(script)
     (tmp_path / "wsgi.py").write_text(
@@ -411,8 +410,6 @@ def test_a_job_and_a_gunicorn_on_one_redis_and_one_database_see_each_others_runs
             assert [text(one) for one in web.request("GET", f"{path}/messages")["data"]] == ["Hi", "A job's answer."]
             runs = current_assistream.run(thread_id, ["tutor"], content="More", owner="me")
             wait_until(lambda: len(model.requests) == 2)
-            before = time.monotonic()
             web.request("POST", f"{path}/runs/{runs[0]['id']}/cancel", {})
             assert runs.wait(30)[0]["status"] == "cancelled"
-            assert time.monotonic() - before < 30
             app.extensions["assistream"].close()

@@ -33,6 +33,7 @@ from .checkpointer import Checkpointer
 from .delta_publisher import DeltaPublisher
 from .log_appender import LogAppender
 from .message_accumulator import Ahead, MessageAccumulator
+from .notifier import Notifier
 from .other_workers import OtherWorkers
 
 _log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class Executor:
 
     ``adopt`` gives the assistant for a run that another worker left behind, by the thread's owner and its id, or
     ``None``; ``viewers`` how many event streams the worker has open; ``steady`` whether all workers could renew their
-    leases for as long as those are.
+    leases for as long as those are; ``notifier`` tells the app what was stored, by the worker that stored it.
     """
 
     def __init__(
@@ -74,10 +75,12 @@ class Executor:
         viewers: Callable[[], int] = lambda: 0,
         steady: Callable[[], bool] = lambda: True,
         complaints: LogThrottle | None = None,
+        notifier: Notifier | None = None,
     ) -> None:
         self._store, self._log, self._settings = store, log, settings
         self._worker, self._adopt, self._steady = worker, adopt, steady
         self._complaints = complaints or LogThrottle()
+        self._notifier = notifier or Notifier(None, self._complaints)
         self._guard = threading.Lock()
         self._live: dict[str, ActiveRun] = {}
         self._queues: dict[str, list[list[ActiveRun]]] = {}
@@ -140,6 +143,8 @@ class Executor:
                 )
             if position is None:
                 return None
+            if message:
+                self._notifier.notify("message_created", owner, message=message)
             told = [events.message_created(message)] if message else []
             for run, reply in pairs:
                 told += [events.run_created(run), events.run_status(run), events.message_created(reply)]
@@ -309,8 +314,12 @@ class Executor:
             self._complaints.error(_log, error, "the background response of run %s may go on", live.id)
 
     def _pump(self, live: ActiveRun) -> None:
+        # Not one that another worker began.
+        is_new = live.reply.run["started_at"] is None
         if live.ended.is_set() or not (live.state or self._patiently(live, lambda: self._begin(live))):
             return None
+        if is_new:
+            self._notifier.notify("run_started", live.owner, run=live.reply.run)
         live.deadline = time.monotonic() + self._settings.run_seconds
         turns = [] if live.state else self._patiently(live, lambda: self._turns(live))
         tries = asked = 0
@@ -474,6 +483,8 @@ class Executor:
                 with self._teller.locked(live.thread_id):
                     mine = self._store.save(self._worker, *final)
                     if mine:
+                        run, message, *_ = final
+                        self._notifier.notify("run_ended", live.owner, run=run, message=message)
                         self._teller.tell(live.thread_id, told, live.claim)
                     else:
                         # Another worker has it, if it is still there.

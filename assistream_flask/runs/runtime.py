@@ -24,6 +24,7 @@ from ..store.leases import Leases
 from ..store.sql import Owner, ThreadStore
 from .active_run import RunRequest
 from .executor import Executor
+from .notifier import Listener, Notifier
 from .shared_snapshots import Room, SharedSnapshots
 from .shutdown import Recycle
 
@@ -33,6 +34,8 @@ ANSWER_SECONDS = 24 * 3600
 """How long an Idempotency-Key is remembered."""
 _LOOK_SECONDS: Final = 0.25
 _PAUSES_SECONDS: Final = 600.0
+# So long the app may take at the end for what it is told last.
+_NOTICE_SECONDS: Final = 5.0
 
 
 class Runtime:
@@ -43,9 +46,11 @@ class Runtime:
         settings: Settings,
         adopt: Callable[[Owner, str], RunRequest | None],
         complaints: LogThrottle | None = None,
+        listener: Listener | None = None,
     ) -> None:
         self.settings = settings
         self._complaints = complaints or LogThrottle()
+        self._notifier = Notifier(listener, self._complaints)
         self.pid = os.getpid()
         # One connection is for the leases.
         self.store = ThreadStore(settings.database_url, max(1, settings.database_pool - 1))
@@ -64,6 +69,7 @@ class Runtime:
             lambda: self.open_streams,
             lambda: self.leases.is_steady(),
             self._complaints,
+            self._notifier,
         )
         self.leases = Leases(
             settings.database_url,
@@ -126,6 +132,7 @@ class Runtime:
                 self._closed = True
                 self.runner.leave()
                 self.runner.retell()
+                self._notifier.drain(_NOTICE_SECONDS)
                 self.leases.stop(is_clean=self.runner.is_told())
                 self.log.close()
                 self.store.close()
