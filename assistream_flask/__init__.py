@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from .extension import Assistream, Commands, Page, current_assistream, message_created, run_ended, run_started
     from .fast.chunk_reader import lean
     from .runs.run_list import RunList
-    from .web.blueprint import create_blueprint, event_response
+    from .web.blueprint import create_blueprint
+    from .web.routes_events import event_response
 else:
     # Type checkers don't see it: to them a module that has a __getattr__ has every name there is.
     _MODULES = {
@@ -52,7 +53,7 @@ else:
         "WaitTimeoutError": "errors",
         "create_blueprint": "web.blueprint",
         "current_assistream": "extension",
-        "event_response": "web.blueprint",
+        "event_response": "web.routes_events",
         "lean": "fast.chunk_reader",
         "message_created": "extension",
         "run_ended": "extension",

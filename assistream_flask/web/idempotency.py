@@ -1,0 +1,62 @@
+"""The same Idempotency-Key and request get the first answer again, and nothing is done twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+
+from flask import request
+
+from ..errors import RequestError
+from ..events import Json
+from ..runs.executor import Started
+from ..runs.service import OwnedThread, RunCommand
+from ..store.sql import Answer, AnsweredBefore, Owner
+from . import validation
+from .auth import Call
+
+
+class Once:
+    """The request's Idempotency-Key: the same key and request get the first answer again.
+
+    https://datatracker.ietf.org/doc/draft-ietf-httpapi-idempotency-key-header/
+    """
+
+    def __init__(self, call: Call, owner: Owner) -> None:
+        self._store, self._owner = call.runtime.store, owner
+        self.key = validation.idempotency_key(request.headers.get("Idempotency-Key"))
+        body = request.get_data(cache=True)
+        # The part of the path that names the route and its objects; a prefix may change.
+        route = json.dumps([request.endpoint, request.view_args])
+        self._fingerprint = hashlib.sha256(route.encode() + b"\n" + body).hexdigest()
+
+    def before(self) -> Answer | None:
+        """Gives the first answer, where there is one. Raises :class:`RequestError` for a key used otherwise."""
+        answer = self._store.answer(self._owner, self.key) if self.key else None
+        if answer is not None and answer.fingerprint != self._fingerprint:
+            raise RequestError(
+                422, "idempotency_key_reused", "This Idempotency-Key was used for another request. Use a new one."
+            )
+        return answer
+
+    def answer(self, status: int, body: Json, place: str | None = None, thread_id: str | None = None) -> Answer | None:
+        """Gives what to store with the change that the request makes, to the thread that its path names or
+        ``thread_id``."""
+        thread_id = thread_id or (request.view_args or {}).get("thread_id")
+        return Answer(self.key, self._fingerprint, status, body, place, thread_id) if self.key else None
+
+
+def start(call: Call, thread: OwnedThread, command: RunCommand, status: int, body: Callable[[Started], Json]) -> Answer:
+    """Stores and starts what the request asks for; gives the answer."""
+    once = Once(call, thread.owner)
+    given = once.before()
+    if given is not None:
+        return given
+    try:
+        started = thread.start(command, lambda started: once.answer(status, body(started), str(started.place)))
+    except AnsweredBefore:
+        given = once.before()
+        assert given is not None
+        return given
+    return Answer("", "", status, body(started), str(started.place))

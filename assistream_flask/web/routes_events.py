@@ -1,0 +1,78 @@
+"""The route of a thread's event stream, and how any stream is answered with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from flask import Response, g, request
+
+from .. import sse
+from ..errors import RequestError
+from ..fast import direct_send
+from ..log.protocol import EventId
+from ..runs.service import OwnedThread
+from . import event_streams
+from .answers import argument
+from .auth import Call
+from .event_response import relay
+
+
+def events(call: Call, thread: OwnedThread) -> Response:
+    """``GET /threads/<id>/events``: all that happens in a thread from the asked-for place on."""
+    asked = request.headers.get("Last-Event-ID") or argument("last_event_id")
+    return streamed(
+        call, lambda send: event_streams.view(call.runtime, thread.id, EventId.parse(asked), send), begin=True
+    )
+
+
+def streamed(call: Call, start: Callable[[event_streams.Send], event_streams.Frames], begin: bool = False) -> Response:
+    """Answers with a stream; one that is to ``begin`` before the headers can still be answered with an error."""
+    runtime, settings = call.runtime, call.runtime.settings
+    if request.method == "HEAD":
+        return Response(headers=sse.HEADERS)
+    if runtime.stopping.is_set():
+        raise RequestError(503, "shutting_down", "The server restarts. Try again.", retry_after=1)
+    if runtime.full():
+        raise RequestError(503, "server_full", "The server has too many event streams open. Try again.", retry_after=5)
+    if not runtime.enter_stream(call.owner):
+        fix = f"You may have {settings.max_streams} event streams open. Close one, such as a tab."
+        raise RequestError(429, "too_many_streams", fix, retry_after=5)
+    try:
+        # Given up just before the second heartbeat after the first one that was not acknowledged.
+        peer = direct_send.ViewerConnection(request.environ, settings.slow_seconds, 0.9 * settings.heartbeat_seconds)
+        stream = start(peer.send)
+        first = next(stream) if begin else b""
+    except BaseException:
+        runtime.leave_stream(call.owner)
+        raise
+    g.assistream_body = direct_send.Body(first, stream, peer, lambda: runtime.leave_stream(call.owner))
+    return _Streamed(g.assistream_body, headers=sse.HEADERS)
+
+
+def let_go(error: BaseException | None) -> None:
+    """Closes the body of a request that failed after its view, say in the app's ``after_request``: no server has it."""
+    body = g.pop("assistream_body", None)
+    if error is not None and body is not None:
+        body.close()
+
+
+class _Streamed(Response):
+    def __call__(self, environ: Any, start_response: Any) -> Any:
+        try:
+            return direct_send.given(super().__call__(environ, start_response), self.response)
+        except BaseException:
+            self.close()
+            raise
+
+
+def event_response(stream: Any, *, heartbeat_seconds: float = 15) -> Response:
+    """Gives a Flask response that streams any OpenAI iterator as events of the vocabulary.
+
+    ``stream`` is what ``client.responses.create(..., stream=True)``, ``client.chat.completions.create(...,
+    stream=True)`` or an Assistants run with ``stream=True`` gives, or an iterator of its events. Heartbeats go out
+    while it is silent, it is closed when the client leaves, and the last frame is ``event: done``.
+
+    Raises ``TypeError`` for what is no such iterator, an async one included.
+    """
+    return Response(relay(stream, heartbeat_seconds), headers=sse.HEADERS)
