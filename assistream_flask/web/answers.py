@@ -52,7 +52,7 @@ def read_body(runtime: Runtime, allowed: Sequence[str], required: Sequence[str] 
 
 
 def argument(name: str) -> str | None:
-    """Read an argument of the query, ``None`` where there is none. Raises :class:`RequestError` for what is no UTF-8."""
+    """Read an argument of the query, ``None`` where there is none. Raise :class:`RequestError` for what is no UTF-8."""
     try:
         return request.args.get(name)
     except UnicodeDecodeError:
