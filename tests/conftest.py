@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,6 +31,12 @@ ASSISTANTS = (
     Assistant("poet", model="m", instructions="You are a poet.", upstream="chat", name="Poet"),
 )
 OVER = ("completed", "incomplete", "failed", "cancelled")
+
+
+def examples(count: int) -> int:
+    """Gives how many examples Hypothesis is to try: ``count``, in the ratio of ``ASSISTREAM_TRIALS`` to its 80."""
+    return max(1, count * int(os.environ.get("ASSISTREAM_TRIALS", "80")) // 80)
+
 
 # Files of long tests that share nothing. Those of any other are run one after another by one of pytest-xdist's workers,
 # as servers and browsers are started once a file.

@@ -7,8 +7,8 @@ KINDS = {
     "unit": "architecture background events failing_servers gate history lean pace relay runner secrets "
     "shared_snapshots signals snapshots sse wire",
     # What others rely on, held for each implementation: routes, store, log, dialects, the offline server.
-    "contract": "background_server bad_input cases dialects idempotency leases log migrations ownership routes store testing "
-    "upstream",
+    "contract": "background_server bad_input cases dialects idempotency leases log migrations ownership routes store "
+    "testing upstream",
     # Gunicorn, Redis and PostgreSQL, in processes of their own.
     "live": "chaos cluster complaints crashes crowds deletion dropped_streams fuzz leaks live locked_database outages "
     "recycle redis_log redis_unfit runtime service straight workers",

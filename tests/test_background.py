@@ -127,6 +127,7 @@ def client(server: OfflineServer) -> Iterator[openai.OpenAI]:
 FORMS = (None, "missing_fields", "unknown_events", "crlf", "tiny_chunks", "incomplete")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FORMS)
 def test_at_every_place_another_process_gets_exactly_the_rest(
     server: OfflineServer, client: openai.OpenAI, fault: str | None

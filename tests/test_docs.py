@@ -203,6 +203,23 @@ def test_the_requirements_are_those_of_the_package_and_the_example() -> None:
     ]
 
 
+def test_every_dependency_has_a_lowest_version_and_says_in_its_line_what_it_is_for() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    project = tomllib.loads(text)["project"]
+    others = [one for extra in project["optional-dependencies"].values() for one in extra]
+    for one in [*project["dependencies"], *others]:
+        assert re.fullmatch(r"[\w.-]+(\[\w+\])?>=[\d.]+(,<\d+)?|assistream-flask\[[\w,]+\]", one)
+        assert re.search(rf'^    "{re.escape(one)}", +# \w.{{3}}', text, re.MULTILINE), one
+
+
+def test_a_major_version_of_what_is_known_from_within_comes_only_when_it_was_looked_at() -> None:
+    known = runpy.run_path(str(ROOT / "run_tests.py"))["lowest"]
+    text = (ROOT / "pyproject.toml").read_text()
+    for name in ("httpx2", "httpcore2", r"gunicorn\[gevent\]", r"redis\[hiredis\]"):
+        assert re.search(rf'"{name}>=[\d.]+,<\d+"', text), name
+    assert {"flask", "gunicorn[gevent]", "redis[hiredis]"} <= {one.partition("==")[0] for one in known()}
+
+
 def test_every_file_that_the_docs_name_is_there() -> None:
     for path in DOCS:
         links = re.findall(r"\]\((?!https?:|#)([^)#]+)", path.read_text())

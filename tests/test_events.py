@@ -16,6 +16,7 @@ from assistream_flask.errors import RUN_ERRORS, RunError
 from assistream_flask.events import Event, Json
 from assistream_flask.runs.message_accumulator import MessageAccumulator
 from assistream_flask.upstream.deltas import Annotation, End, Part, Reasoning, Refusal, Text
+from tests.conftest import examples
 
 
 @pytest.fixture(autouse=True)
@@ -227,13 +228,13 @@ def cleaned(text: str) -> str:
     return re.sub("[\ud800-\udfff]", "\ufffd", pairs)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=examples(250), deadline=None)
 @given(SURROGATES)
 def test_clean_joins_surrogate_pairs_and_replaces_lone_halves(text: str) -> None:
     assert events.clean(text) == cleaned(text)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(st.recursive(SURROGATES | st.integers() | st.none(), lambda v: st.lists(v) | st.dictionaries(SURROGATES, v)))
 def test_any_json_is_one_line_that_utf_8_can_carry(value: Any) -> None:
     text = events.dumps(value)
@@ -315,7 +316,7 @@ def end(reply: MessageAccumulator, how: str) -> list[Event]:
     return reply.finish(End(None if how == "completed" else how, USAGE))
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=examples(250), deadline=None)
 @given(scripts(), ENDS, st.lists(st.booleans(), min_size=9, max_size=9))
 def test_the_events_add_up_to_the_snapshot_at_every_point_and_nothing_given_out_changes(
     batches: list[list[Part]], how: str, looks: list[bool]
@@ -347,7 +348,7 @@ def test_the_events_add_up_to_the_snapshot_at_every_point_and_nothing_given_out_
     given_out.check()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(scripts(), scripts())
 def test_a_snapshot_in_the_middle_can_be_grown_by_the_events_after_it(
     before: list[list[Part]], after: list[list[Part]]

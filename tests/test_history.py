@@ -408,6 +408,7 @@ class Strict:
         return Reply(f"Answer {self.asked} of this.", delay=0.002)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("rule", [alternates, ends_with_a_user, is_never_blank])
 @pytest.mark.parametrize("speaks", ["responses", "chat", "assistants"])

@@ -134,7 +134,11 @@ def test_with_a_database_in_memory_no_thread_is_started_and_the_worker_is_steady
 
 @pytest.mark.parametrize(
     ("database_url", "how"),
-    [("sqlite", "locked"), ("postgresql", "locked"), ("postgresql", "read-only")],
+    [
+        ("sqlite", "locked"),
+        pytest.param("postgresql", "locked", marks=pytest.mark.server),
+        pytest.param("postgresql", "read-only", marks=pytest.mark.server),
+    ],
     indirect=["database_url"],
 )
 def test_a_database_that_is_read_and_not_written_to_makes_a_worker_unsteady_until_it_writes_again(
@@ -280,6 +284,7 @@ def patched(url: str, work: str, seconds: float = 40) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_leases_are_renewed_while_a_greenlet_computes(url: str) -> None:
     work = """
         def compute():
@@ -296,6 +301,7 @@ def test_leases_are_renewed_while_a_greenlet_computes(url: str) -> None:
     assert patched(url, work).splitlines() == ["True True", "False []"]
 
 
+@pytest.mark.slow
 def test_a_thread_that_ends_leaves_nothing_open(url: str) -> None:
     work = """
         kept.leases.stop()

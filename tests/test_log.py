@@ -784,6 +784,7 @@ def _attach(log: Log, name: str, choose: random.Random, stop: int) -> tuple[Even
     return place, got
 
 
+@pytest.mark.slow
 def test_10000_attaches_while_appending_miss_and_repeat_nothing(make: MakeLog) -> None:
     log, wrong, trials, readers = make(), 0, 10_000, 4
     ready = threading.Barrier(readers + 1)
@@ -1011,6 +1012,7 @@ class Beside:
         self._log.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_any_interleaving_of_appends_trims_attaches_and_cuts_is_as_the_model_says(make: MakeLog, seed: int) -> None:
     for trial in range(500 if make.trims_by_age else 60):

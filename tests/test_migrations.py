@@ -165,6 +165,7 @@ ThreadStore(sys.argv[1]).close()
 """
 
 
+@pytest.mark.slow
 def test_processes_that_open_an_old_database_at_once_upgrade_it_once(
     url: str, engine: sa.Engine, rows: dict[str, list[Any]]
 ) -> None:
@@ -222,6 +223,7 @@ def test_the_apps_own_use_of_alembic_and_of_logging_is_left_alone(
         assert connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalars().all() == ["theirs"]
 
 
+@pytest.mark.slow
 def test_alembic_is_imported_for_an_upgrade_only(tmp_path: Path) -> None:
     look = "import sys; from assistream_flask.store.sql import ThreadStore; ThreadStore(sys.argv[1]).close()"
     url = f"sqlite:///{tmp_path / 'new.sqlite3'}"

@@ -337,6 +337,7 @@ def test_cancel_of_what_is_over_changes_nothing(make_app: MakeApp, server: Offli
     assert caller.entries() == before
 
 
+@pytest.mark.slow
 def test_many_cancels_at_any_moment_leave_a_thread_that_works(make_app: MakeApp, server: OfflineServer) -> None:
     server.replies = lambda request: Reply("one two three four", delay=0.005)
     caller = Caller(make_app())

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from assistream_flask import sse
 from assistream_flask.sse import Decoder, Frame
+from tests.conftest import examples
 
 # The encoder
 
@@ -164,7 +165,7 @@ def cut(stream: bytes, places: list[int]) -> list[bytes]:
     return [stream[a:b] for a, b in pairwise(edges)]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(STREAMS, st.lists(st.integers(0, 200), max_size=8))
 @example(b"data: a\r\n\r\ndata: b\r\n\r\n", [8, 9, 10, 11])
 @example(b"\xef\xbb\xbfdata: a\n\n", [1, 2])
@@ -173,13 +174,13 @@ def test_any_chunk_boundaries_give_what_the_standard_says(stream: bytes, places:
     assert decoded(cut(stream, places)) == reference(stream)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(STREAMS)
 def test_byte_by_byte_gives_what_the_standard_says(stream: bytes) -> None:
     assert decoded([stream[i : i + 1] for i in range(len(stream))]) == reference(stream)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(st.lists(st.tuples(st.text(st.characters(exclude_characters="\r\n\0", codec="utf-8")), st.text()), max_size=5))
 def test_what_the_encoder_writes_the_decoder_reads_back(told: list[tuple[str, str]]) -> None:
     told = [(event, data.encode("utf-8", "replace").decode()) for event, data in told]

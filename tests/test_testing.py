@@ -808,6 +808,7 @@ def test_the_same_requests_get_the_same_frames() -> None:
     assert session() == session()
 
 
+@pytest.mark.slow
 def test_close_leaves_no_thread_and_no_socket() -> None:
     def files() -> dict[str, str]:
         gc.collect()
@@ -861,6 +862,7 @@ def test_pacing_follows_the_delays() -> None:
         assert time.monotonic() - started >= 0.2
 
 
+@pytest.mark.slow
 def test_fifty_streams_at_once_under_gevent() -> None:
     script = """
         import assistream_flask.testing as early  # importing first must not matter

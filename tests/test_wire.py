@@ -1008,6 +1008,7 @@ def reads(choose: random.Random, frames: Sequence[bytes]) -> list[bytes]:
     return found
 
 
+@pytest.mark.slow
 def test_texts_that_are_joined_are_those_of_the_events(served: Served) -> None:
     events = lists = 0
     for number in range(2 * TRIALS):
