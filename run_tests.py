@@ -1,6 +1,6 @@
 """Installs what the tests need, and runs them: lint, types, the docs' site, then pytest.
 
-    python3 run_tests.py            all, and --lowest after it
+    python3 run_tests.py            all but --lowest
     python3 run_tests.py -k cancel  lint, types, site, and the tests that pytest's -k selects
     python3 run_tests.py --quick    lint, types, and the unit and contract tests that need no server
     python3 run_tests.py --lowest   the unit and contract tests, on the lowest versions that pyproject.toml allows
@@ -147,8 +147,6 @@ def main() -> None:
     site = ROOT / "build" / "docs"
     run(python_of(VENV), "-m", "sphinx", "-E", "-W", "--keep-going", "-q", "-b", "html", ROOT / "docs", site)
     test(python_of(VENV), "--numprocesses=4", *selection)
-    if not selection:
-        test_lowest()
 
 
 if __name__ == "__main__":

@@ -106,7 +106,9 @@ export declare const createAssistream: (options?: {
     EventSource?: typeof EventSource;
 }) => {
     /**
-     * Resolves after the first `set`; `signal` ends it.
+     * Calls `set` now and on every change, with the whole thread as a new array, once a frame at most. An entry that
+     * did not change is the same object as before: never modify them. Resolves after the first `set`; `signal` ends
+     * it.
      * @type {(thread_id: string, set: Setter, options?: StreamOptions) => Promise<Entry[]>}
      */
     loadThread: (thread_id: string, set: Setter, options?: StreamOptions) => Promise<Entry[]>;

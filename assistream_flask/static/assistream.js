@@ -19,9 +19,6 @@
 // ---------------------------------------------------------------------------------------------------------------------
 
 /**
- * `set` gets the whole thread as a new array, once a frame at most; an entry that did not change is the same
- * object as before. Never modify them.
- *
  * @typedef {{type: "text", text: {value: string, annotations: any[]}} |
  *   {type: "refusal", refusal: string}} Part
  * @typedef {{id: string, created_at: number, role: "user" | "assistant", content: Part[],
@@ -1360,7 +1357,9 @@ export const createAssistream = (options = {}) => {
 
 	return {
 		/**
-		 * Resolves after the first `set`; `signal` ends it.
+		 * Calls `set` now and on every change, with the whole thread as a new array, once a frame at most. An entry that
+		 * did not change is the same object as before: never modify them. Resolves after the first `set`; `signal` ends
+		 * it.
 		 * @type {(thread_id: string, set: Setter, options?: StreamOptions) => Promise<Entry[]>}
 		 */
 		loadThread: (thread_id, set, { signal, onstate } = {}) =>
