@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from pygments.lexers.special import TextLexer  # type: ignore[import-untyped]
+from sphinx.application import Sphinx
+
 from assistream_flask import __version__
 
 project = "assistream"
@@ -29,3 +32,8 @@ html_title = "assistream"
 html_static_path: list[str] = []
 html_extra_path = ["reference/openapi.yaml"]
 html_theme_options: dict[str, Any] = {"navigation_with_keys": True}
+
+
+def setup(app: Sphinx) -> None:
+    """Have Sphinx show a drawing that the repository's pages draw as the text that it is."""
+    app.add_lexer("mermaid", TextLexer)
