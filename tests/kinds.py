@@ -5,7 +5,7 @@ from pathlib import Path
 KINDS = {
     # A part, or the app within this process.
     "unit": "architecture background events failing_servers gate history lean pace relay runner secrets "
-    "shared_snapshots signals snapshots sse wire",
+    "shared_snapshots signals snapshots sse types wire",
     # What others rely on, held for each implementation: routes, store, log, dialects, the offline server.
     "contract": "background_server bad_input cases dialects idempotency leases log migrations ownership routes store "
     "testing upstream",

@@ -1,0 +1,337 @@
+"""The public objects: the JSON that routes answer with, event streams bring and the app's own code is given.
+
+Each is a ``TypedDict``: a plain ``dict`` when the code runs, and a shape for type checkers, which tell of a key that is
+not there. Where a docstring names an object of the Assistants API, it has that object's keys and their meaning, see
+https://platform.openai.com/docs/api-reference/assistants; what differs is said. The same shapes are the schemas of
+``docs/reference/openapi.yaml``, and a test holds the two to each other. Later releases may add keys and words; those
+that are here stay. Times are whole seconds since 1970.
+
+This module imports nothing but :mod:`typing`, so a client can use it without Flask and the OpenAI SDK.
+"""
+
+from typing import Literal, TypeAlias, TypedDict
+
+__all__ = [
+    "Annotation",
+    "AnnotatedFile",
+    "ContentPart",
+    "Deleted",
+    "Entry",
+    "ErrorBody",
+    "ErrorDetails",
+    "EventData",
+    "LastError",
+    "Message",
+    "MessageDelta",
+    "MessageDeltaContent",
+    "MessageIncompleteDetails",
+    "PartDelta",
+    "Ping",
+    "ReasoningDetails",
+    "ReasoningText",
+    "RefusalDelta",
+    "RefusalPart",
+    "Run",
+    "RunIncompleteDetails",
+    "Snapshot",
+    "Step",
+    "StepDelta",
+    "StepDeltaDetails",
+    "TextContent",
+    "TextContentDelta",
+    "TextDelta",
+    "TextPart",
+    "Thread",
+    "Usage",
+]
+
+# Threads and messages
+
+
+class Thread(TypedDict):
+    """A conversation of one owner: the Assistants API's thread object, without ``tool_resources``."""
+
+    id: str
+    object: Literal["thread"]
+    created_at: int
+    metadata: dict[str, str]
+
+
+class AnnotatedFile(TypedDict, total=False):
+    """The file that an annotation is about: ``file_citation`` or ``file_path`` of the Assistants API's annotations."""
+
+    file_id: str
+
+
+class Annotation(TypedDict, total=False):
+    """A citation in a text, as the model server sent it: these keys where it has them, and any others of its own.
+
+    ``type`` says what it is: ``file_citation`` and ``file_path`` (Assistants API, where ``text`` is what stands in the
+    text for it), ``url_citation`` with ``url`` and ``title``, or ``file_citation`` with ``file_id`` and ``filename``
+    (Responses API). ``start_index`` and ``end_index`` count characters of the text. ``index`` is the server's own.
+    """
+
+    type: str
+    text: str
+    file_citation: AnnotatedFile
+    file_path: AnnotatedFile
+    url: str
+    title: str
+    file_id: str
+    filename: str
+    index: int
+    start_index: int
+    end_index: int
+
+
+class TextContent(TypedDict):
+    """The ``text`` of a text part: what it says, and the citations in it."""
+
+    value: str
+    annotations: list[Annotation]
+
+
+class TextPart(TypedDict):
+    """A text in a message: the Assistants API's text content part."""
+
+    type: Literal["text"]
+    text: TextContent
+
+
+class RefusalPart(TypedDict):
+    """In what words a model refused: the Assistants API's refusal content part."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
+ContentPart: TypeAlias = TextPart | RefusalPart
+"""A part of a message, told apart by ``type``."""
+
+
+class MessageIncompleteDetails(TypedDict):
+    """Why a message is not whole: ``incomplete_details`` of the Assistants API's message object, which has no
+    ``server_shutdown``: the server ended while the answer was under way."""
+
+    reason: Literal["run_failed", "run_cancelled", "max_tokens", "content_filter", "server_shutdown"]
+
+
+class Message(TypedDict):
+    """What a user or an assistant said: the Assistants API's message object, without ``attachments``.
+
+    ``content`` grows while ``status`` is ``in_progress``, and no part is ever taken away. ``assistant_id`` and
+    ``run_id``, of the run that writes it, are ``None`` for a user's message, which is ``completed`` from the start.
+    """
+
+    id: str
+    object: Literal["thread.message"]
+    created_at: int
+    thread_id: str
+    role: Literal["user", "assistant"]
+    status: Literal["in_progress", "completed", "incomplete"]
+    content: list[ContentPart]
+    assistant_id: str | None
+    run_id: str | None
+    completed_at: int | None
+    incomplete_at: int | None
+    incomplete_details: MessageIncompleteDetails | None
+    metadata: dict[str, str]
+
+
+# Runs and their steps
+
+
+class LastError(TypedDict):
+    """Why a run failed, or that its model is still loading: ``last_error`` of the Assistants API's run object.
+
+    ``code`` is for programs and stays; ``docs/reference/errors.md`` has them all. ``message`` is fit for users.
+    """
+
+    code: str
+    message: str
+
+
+class RunIncompleteDetails(TypedDict):
+    """Why a run ended before its answer was whole: ``incomplete_details`` of the Assistants API's run object, whose
+    ``max_completion_tokens`` is the message's ``max_tokens``."""
+
+    reason: Literal["max_completion_tokens", "content_filter", "server_shutdown"]
+
+
+class Usage(TypedDict):
+    """Tokens as the model server counts them: ``usage`` of the Assistants API's run object."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Run(TypedDict):
+    """One answer of one assistant, from its request to its end: the Assistants API's run object, without what only a
+    request to a model has (``instructions``, ``tools`` and the like).
+
+    ``message_id``, which that object has not, is the message that the run writes. ``completed_at`` is when it ended as
+    ``completed`` or ``incomplete``. ``model`` is ``None`` where the assistant names none.
+    """
+
+    id: str
+    object: Literal["thread.run"]
+    thread_id: str
+    assistant_id: str
+    message_id: str
+    status: Literal["queued", "in_progress", "requires_action", "completed", "incomplete", "failed", "cancelled"]
+    last_error: LastError | None
+    incomplete_details: RunIncompleteDetails | None
+    usage: Usage | None
+    model: str | None
+    created_at: int
+    started_at: int | None
+    completed_at: int | None
+    failed_at: int | None
+    cancelled_at: int | None
+    metadata: dict[str, str]
+
+
+class ReasoningText(TypedDict):
+    """The summary of a model's reasoning, or what it grew by."""
+
+    text: str
+
+
+class ReasoningDetails(TypedDict):
+    """``step_details`` of a step of reasoning, which the Assistants API has not; in a delta, what it grew by."""
+
+    type: Literal["reasoning"]
+    reasoning: ReasoningText
+
+
+class Step(TypedDict):
+    """What a run did besides its message; now, the summary of the model's reasoning: the Assistants API's run step
+    object with a ``type`` of its own."""
+
+    id: str
+    object: Literal["thread.run.step"]
+    run_id: str
+    thread_id: str
+    assistant_id: str
+    type: Literal["reasoning"]
+    status: Literal["in_progress", "completed"]
+    created_at: int
+    completed_at: int | None
+    step_details: ReasoningDetails
+
+
+class Entry(TypedDict):
+    """What a page renders, which is assistream's own: a message, who speaks (``None``: the user), and for an assistant
+    the run that writes it, with its steps."""
+
+    assistant_id: str | None
+    message: Message
+    run: Run | None
+    steps: list[Step]
+
+
+# The data of events
+
+
+class Snapshot(TypedDict):
+    """Data of ``thread.snapshot``, which is assistream's own: the newest entries of the thread in their order, and
+    whether there are older ones. With the events after it, it is the whole state."""
+
+    thread_id: str
+    data: list[Entry]
+    has_more: bool
+
+
+class TextContentDelta(TypedDict, total=False):
+    """What a text part grew by: characters for its end, or annotations."""
+
+    value: str
+    annotations: list[Annotation]
+
+
+class TextDelta(TypedDict):
+    """What the text part ``index`` grew by, which begins where it is not there yet."""
+
+    index: int
+    type: Literal["text"]
+    text: TextContentDelta
+
+
+class RefusalDelta(TypedDict):
+    """What the refusal part ``index`` grew by, which begins where it is not there yet."""
+
+    index: int
+    type: Literal["refusal"]
+    refusal: str
+
+
+PartDelta: TypeAlias = TextDelta | RefusalDelta
+"""What a part of a message grew by, told apart by ``type``."""
+
+
+class MessageDeltaContent(TypedDict):
+    """The ``delta`` of a message."""
+
+    content: list[PartDelta]
+
+
+class MessageDelta(TypedDict):
+    """Data of ``thread.message.delta``: the Assistants API's message delta object. ``id`` is the message's."""
+
+    id: str
+    object: Literal["thread.message.delta"]
+    delta: MessageDeltaContent
+
+
+class StepDeltaDetails(TypedDict):
+    """The ``delta`` of a step."""
+
+    step_details: ReasoningDetails
+
+
+class StepDelta(TypedDict):
+    """Data of ``thread.run.step.delta``: the Assistants API's run step delta object, with the run's id. ``id`` is the
+    step's."""
+
+    id: str
+    object: Literal["thread.run.step.delta"]
+    run_id: str
+    delta: StepDeltaDetails
+
+
+class Deleted(TypedDict):
+    """Data of ``thread.deleted``: the thread is gone. What the Assistants API answers to the deletion of a thread."""
+
+    id: str
+    object: Literal["thread.deleted"]
+    deleted: Literal[True]
+
+
+class Ping(TypedDict):
+    """Data of ``ping``, which is empty: the stream is alive, though nothing happens."""
+
+
+EventData: TypeAlias = Snapshot | Message | MessageDelta | Run | Step | StepDelta | Deleted | Ping
+"""Data of any event but ``done``, whose data is ``[DONE]`` and no JSON."""
+
+
+# Errors
+
+
+class ErrorDetails(TypedDict):
+    """The ``error`` of a refused request, as OpenAI's own.
+
+    ``type`` is a word of theirs such as ``invalid_request_error``. ``code`` is for programs and stays. ``message`` is
+    for people, states the fix, and may change.
+    """
+
+    type: str
+    code: str
+    message: str
+
+
+class ErrorBody(TypedDict):
+    """The body of every answer that refuses a request, as OpenAI's own."""
+
+    error: ErrorDetails
