@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from typing import Final
 
+from .types import ErrorBody, LastError
+
 RUN_ERRORS: Final[dict[str, str]] = {
     "rate_limit_exceeded": "The model server is busy. Try again in a moment.",
     "insufficient_quota": "The model server's quota or balance is used up. The app's operator must top it up.",
@@ -34,7 +36,7 @@ RUN_ERRORS: Final[dict[str, str]] = {
 """``last_error.code`` of a failed run, and the message that goes with it."""
 MESSAGE_TOO_LONG: Final = "Your message is too long for the model. Send a shorter one."
 """The message of ``context_length_exceeded`` where a new thread would not help."""
-STILL_LOADING: Final = {"code": "model_loading", "message": "The model is still loading. It is asked again."}
+STILL_LOADING: Final[LastError] = {"code": "model_loading", "message": "The model is still loading. It is asked again."}
 """``last_error`` of a run that waits for its model; gone as soon as that answers."""
 
 
@@ -58,7 +60,7 @@ class RunError(AssistreamError):
         super().__init__(message or RUN_ERRORS[code])
         self.code, self.said = code, masked(said)
 
-    def public(self) -> dict[str, str]:
+    def public(self) -> LastError:
         """Gives ``{"code", "message"}``, the shape of ``run.last_error`` in the Assistants v2 API."""
         return {"code": self.code, "message": str(self)}
 
@@ -102,7 +104,7 @@ class RequestError(AssistreamError):
         super().__init__(message)
         self.status, self.code, self.message, self.retry_after = status, code, message, retry_after
 
-    def body(self) -> dict[str, dict[str, str]]:
+    def body(self) -> ErrorBody:
         """Gives ``{"error": {"type", "code", "message"}}``, the shape of OpenAI's own errors."""
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"type": kind, "code": self.code, "message": self.message}}

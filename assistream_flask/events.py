@@ -10,11 +10,31 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from typing import Any, Final, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Final, Literal, NamedTuple, TypeAlias, cast
 
 from pydantic_core import to_json
 
-Json = dict[str, Any]
+from .types import (
+    Annotation,
+    ContentPart,
+    Deleted,
+    Entry,
+    EventData,
+    Message,
+    MessageDelta,
+    PartDelta,
+    RefusalPart,
+    Run,
+    Snapshot,
+    Step,
+    StepDelta,
+    TextPart,
+)
+
+Json: TypeAlias = dict[str, Any]
+"""A JSON object as it comes in, from a model server, a request or a database; what we give has a type of its own, see
+:mod:`.types`."""
 TERMINAL: Final = frozenset({"completed", "incomplete", "failed", "cancelled"})
 RUN_ENDS: Final = frozenset(f"thread.run.{status}" for status in TERMINAL)
 """The names of the events that end a run."""
@@ -24,7 +44,7 @@ class Event(NamedTuple):
     """A name, its data, and the id of the run that it tells of."""
 
     name: str
-    data: Json
+    data: EventData
     key: str | None = None
 
 
@@ -36,7 +56,7 @@ class Said(NamedTuple):
     is_whole: bool = True
 
 
-def text_of(content: list[Json]) -> str:
+def text_of(content: Sequence[ContentPart]) -> str:
     """Gives what a message says: its parts are paragraphs."""
     said = (part["refusal"] if part["type"] == "refusal" else part["text"]["value"] for part in content)
     return "\n\n".join(text for text in said if text)
@@ -79,12 +99,12 @@ def now() -> int:
 
 def message(
     thread_id: str,
-    role: str,
-    content: list[Json],
+    role: Literal["user", "assistant"],
+    content: list[ContentPart],
     *,
     assistant_id: str | None = None,
     run_id: str | None = None,
-) -> Json:
+) -> Message:
     """Gives a new message object (Assistants v2). A user's is completed, an assistant's in progress."""
     at = now()
     mine = role == "user"
@@ -105,19 +125,25 @@ def message(
     }
 
 
-def text_part(value: str) -> Json:
+def text_part(value: str) -> TextPart:
     """Gives a text content part."""
     return {"type": "text", "text": {"value": value, "annotations": []}}
 
 
-def run(thread_id: str, assistant_id: str, model: str | None) -> Json:
+def refusal_part(value: str) -> RefusalPart:
+    """Gives a refusal content part."""
+    return {"type": "refusal", "refusal": value}
+
+
+def run(thread_id: str, assistant_id: str, model: str | None) -> Run:
     """Gives a new run object (Assistants v2), queued; ``message_id`` is for the caller to fill."""
     return {
         "id": new_id("run"),
         "object": "thread.run",
         "thread_id": thread_id,
         "assistant_id": assistant_id,
-        "message_id": None,
+        # Nobody else sees the run before it is filled.
+        "message_id": cast(str, None),
         "status": "queued",
         "last_error": None,
         "incomplete_details": None,
@@ -132,7 +158,7 @@ def run(thread_id: str, assistant_id: str, model: str | None) -> Json:
     }
 
 
-def reasoning_step(run: Json) -> Json:
+def reasoning_step(run: Run) -> Step:
     """Gives a new run step that holds the model's summary of its reasoning."""
     return {
         "id": new_id("step"),
@@ -148,7 +174,7 @@ def reasoning_step(run: Json) -> Json:
     }
 
 
-def entry(message: Json, run: Json | None = None, steps: list[Json] | None = None) -> Json:
+def entry(message: Message, run: Run | None = None, steps: list[Step] | None = None) -> Entry:
     """Gives what pages render: a message, who speaks, and for an assistant its run and steps."""
     return {"assistant_id": message["assistant_id"], "message": message, "run": run, "steps": steps or []}
 
@@ -156,59 +182,60 @@ def entry(message: Json, run: Json | None = None, steps: list[Json] | None = Non
 # Events
 
 
-def snapshot(thread_id: str, data: list[Json], has_more: bool) -> Event:
+def snapshot(thread_id: str, data: list[Entry], has_more: bool) -> Event:
     """The newest page of the thread: first on a fresh connection, and where a place can't be proven."""
-    return Event("thread.snapshot", {"thread_id": thread_id, "data": data, "has_more": has_more})
+    page: Snapshot = {"thread_id": thread_id, "data": data, "has_more": has_more}
+    return Event("thread.snapshot", page)
 
 
-def message_created(message: Json) -> Event:
+def message_created(message: Message) -> Event:
     """A message has its place in the thread."""
     return Event("thread.message.created", message, message["run_id"])
 
 
-def text_delta(message: Json, index: int, value: str) -> Event:
+def text_delta(message: Message, index: int, value: str) -> Event:
     """``value`` is appended to text part ``index``."""
     return _delta(message, {"index": index, "type": "text", "text": {"value": value}})
 
 
-def annotation_delta(message: Json, index: int, annotation: Json) -> Event:
+def annotation_delta(message: Message, index: int, annotation: Annotation) -> Event:
     """``annotation`` is appended to those of text part ``index``."""
     return _delta(message, {"index": index, "type": "text", "text": {"annotations": [annotation]}})
 
 
-def refusal_delta(message: Json, index: int, value: str) -> Event:
+def refusal_delta(message: Message, index: int, value: str) -> Event:
     """``value`` is appended to refusal part ``index``."""
     return _delta(message, {"index": index, "type": "refusal", "refusal": value})
 
 
-def _delta(message: Json, part: Json) -> Event:
-    data = {"id": message["id"], "object": "thread.message.delta", "delta": {"content": [part]}}
+def _delta(message: Message, part: PartDelta) -> Event:
+    data: MessageDelta = {"id": message["id"], "object": "thread.message.delta", "delta": {"content": [part]}}
     return Event("thread.message.delta", data, message["run_id"])
 
 
-def message_ended(message: Json) -> Event:
+def message_ended(message: Message) -> Event:
     """The whole message in its final state: ``thread.message.completed`` or ``.incomplete``."""
     return Event(f"thread.message.{message['status']}", message, message["run_id"])
 
 
-def run_created(run: Json) -> Event:
+def run_created(run: Run) -> Event:
     """A run was stored."""
     return Event("thread.run.created", run, run["id"])
 
 
-def run_status(run: Json) -> Event:
+def run_status(run: Run) -> Event:
     """The whole run, named by its status: ``thread.run.queued``, ``.in_progress``, ``.failed`` ..."""
     return Event(f"thread.run.{run['status']}", run, run["id"])
 
 
-def step_created(step: Json) -> Event:
+def step_created(step: Step) -> Event:
     """A run step began."""
     return Event("thread.run.step.created", step, step["run_id"])
 
 
-def step_delta(step: Json, value: str) -> Event:
+def step_delta(step: Step, value: str) -> Event:
     """``value`` is appended to the step's reasoning text."""
-    data = {
+    data: StepDelta = {
         "id": step["id"],
         "object": "thread.run.step.delta",
         "run_id": step["run_id"],
@@ -217,35 +244,42 @@ def step_delta(step: Json, value: str) -> Event:
     return Event("thread.run.step.delta", data, step["run_id"])
 
 
-def step_completed(step: Json) -> Event:
+def step_completed(step: Step) -> Event:
     """The whole step in its final state."""
     return Event("thread.run.step.completed", step, step["run_id"])
 
 
 def thread_deleted(thread_id: str) -> Event:
     """The thread is gone; its streams end after this."""
-    return Event("thread.deleted", {"id": thread_id, "object": "thread.deleted", "deleted": True})
+    gone: Deleted = {"id": thread_id, "object": "thread.deleted", "deleted": True}
+    return Event("thread.deleted", gone)
 
 
 # State: what the events add up to
 
 
-def apply(entry: Json, event: str, data: Json) -> None:
+def apply(entry: Entry, event: str, data: EventData | Json) -> None:
     """Adds an event of growing text, a delta or one of a step, to ``entry``, in place."""
     if event == "thread.message.delta":
-        content = entry["message"]["content"]
-        for part in data["delta"]["content"]:
-            if part["index"] == len(content):
-                content.append(text_part("") if part["type"] == "text" else {"type": "refusal", "refusal": ""})
-            target = content[part["index"]]
-            if part["type"] == "refusal":
-                target["refusal"] += part["refusal"]
-            else:
-                target["text"]["value"] += part["text"].get("value", "")
-                target["text"]["annotations"].extend(part["text"].get("annotations", ()))
+        _extend(entry["message"]["content"], cast(MessageDelta, data))
     elif event in ("thread.run.step.created", "thread.run.step.completed"):
-        entry["steps"] = [step for step in entry["steps"] if step["id"] != data["id"]] + [data]
+        new = cast(Step, data)
+        entry["steps"] = [*(step for step in entry["steps"] if step["id"] != new["id"]), new]
     elif event == "thread.run.step.delta":
+        grown = cast(StepDelta, data)
         for step in entry["steps"]:
-            if step["id"] == data["id"]:
-                step["step_details"]["reasoning"]["text"] += data["delta"]["step_details"]["reasoning"]["text"]
+            if step["id"] == grown["id"]:
+                step["step_details"]["reasoning"]["text"] += grown["delta"]["step_details"]["reasoning"]["text"]
+
+
+def _extend(content: list[ContentPart], grown: MessageDelta) -> None:
+    for part in grown["delta"]["content"]:
+        if part["index"] == len(content):
+            content.append(text_part("") if part["type"] == "text" else refusal_part(""))
+        # What grows is of one type from its first delta on.
+        target: Any = content[part["index"]]
+        if part["type"] == "refusal":
+            target["refusal"] += part["refusal"]
+        else:
+            target["text"]["value"] += part["text"].get("value", "")
+            target["text"]["annotations"].extend(part["text"].get("annotations", ()))

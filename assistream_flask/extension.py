@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import openai
 from blinker import NamedSignal, Namespace
@@ -28,6 +28,7 @@ from .runs.runtime import Runtime, default_database
 from .runs.service import OwnedThread, Service
 from .settings import Settings
 from .store.sql import Owner
+from .types import Entry, Run, Thread
 from .upstream.items import Names
 
 _log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ _log = logging.getLogger(__name__)
 Assistants = Sequence[Assistant] | Callable[[], Sequence[Assistant]]
 Client = openai.OpenAI | Callable[[], openai.OpenAI]
 Adopt = Callable[[str, str], Assistant | None]
+T = TypeVar("T")
 
 EXTENSION: Final = "assistream"
 SESSION_KEY: Final = "assistream_owner"
@@ -198,11 +200,11 @@ class _Found:
         return otherwise if found is None else found.name
 
 
-class Page(list[Json]):
+class Page(list[T]):
     """Some of many threads or entries. ``has_more`` says whether there are older ones: ask for those with
     ``before=`` the id of the oldest thread here, or of the oldest entry's message."""
 
-    def __init__(self, data: Sequence[Json], has_more: bool) -> None:
+    def __init__(self, data: Sequence[T], has_more: bool) -> None:
         super().__init__(data)
         self.has_more = has_more
 
@@ -233,7 +235,7 @@ class Commands:
         """
         return self._parts[self._name()].caller()
 
-    def create_thread(self, *, owner: str, metadata: dict[str, str] | None = None) -> Json:
+    def create_thread(self, *, owner: str, metadata: dict[str, str] | None = None) -> Thread:
         """Store a new thread of ``owner``; give it: ``{"id", "object", "created_at", "metadata"}``.
 
         ``metadata`` has at most 16 pairs, keys of up to 64 characters and values of up to 512.
@@ -241,26 +243,28 @@ class Commands:
         service, who = self._open(owner)
         return service.create_thread(who, service.new_thread(metadata))
 
-    def threads(self, *, owner: str, limit: int = 50, before: str | None = None) -> Page:
+    def threads(self, *, owner: str, limit: int = 50, before: str | None = None) -> Page[Thread]:
         """Give ``owner``'s threads, newest first: at most ``limit`` (1 to 200), those older than the thread
         ``before``."""
         service, who = self._open(owner)
         return Page(*service.threads(who, limit, before))
 
-    def thread(self, thread_id: str, *, owner: str) -> Json:
+    def thread(self, thread_id: str, *, owner: str) -> Thread:
         """Give a thread."""
         return self._thread(thread_id, owner).as_object()
 
-    def messages(self, thread_id: str, *, owner: str, limit: int = 50, before: str | None = None) -> Page:
+    def messages(self, thread_id: str, *, owner: str, limit: int = 50, before: str | None = None) -> Page[Entry]:
         """Give the newest entries of a thread in the order in which they were said: at most ``limit`` (1 to 200),
         those older than the message ``before``. An entry is ``{"assistant_id", "message", "run", "steps"}``."""
         data, has_more, _ = self._thread(thread_id, owner).messages(limit, before)
         return Page(data, has_more)
 
-    def add_message(self, thread_id: str, content: str, *, owner: str) -> Json:
+    def add_message(self, thread_id: str, content: str, *, owner: str) -> Entry:
         """Store a message of the user's and have nobody answer it; give its entry."""
         thread = self._thread(thread_id, owner)
-        return thread.start(thread.message(content)).message or {}
+        entry = thread.start(thread.message(content)).message
+        assert entry is not None
+        return entry
 
     def run(
         self,
@@ -285,7 +289,7 @@ class Commands:
         started = thread.start(thread.runs(ids, content, mode))
         return RunList(started.runs, started.message, RunWaiter(self._runtime_of(), thread_id).wait)
 
-    def cancel(self, thread_id: str, run_id: str, *, owner: str) -> Json:
+    def cancel(self, thread_id: str, run_id: str, *, owner: str) -> Run:
         """Cancel a run, whichever worker has it; give it as it is then. One that is over stays as it is, one of
         another worker's is cancelled soon after."""
         return self._thread(thread_id, owner).cancel(run_id)

@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 from assistream_flask import events
 from assistream_flask.events import TERMINAL
+from assistream_flask.types import Entry
 
 Json = dict[str, Any]
 LEASE_SECONDS: Final = 10.0
@@ -223,7 +224,7 @@ class View:
             return
         if self._is_over(entry):
             self._tell(AFTER, entry["message"]["run_id"], f"{data['delta']}")
-        events.apply(entry, name, data)
+        events.apply(cast(Entry, entry), name, data)
         if not self._is_over(entry):
             self._check_text(entry)
 

@@ -38,7 +38,8 @@ from urllib.parse import parse_qs, urlsplit
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from assistream_flask import events, sse
-from assistream_flask.events import Event, Json, dumps
+from assistream_flask.events import Event, dumps
+from assistream_flask.types import ContentPart, Entry
 
 HELPER = Path(__file__).resolve().parent.parent / "assistream_flask" / "static" / "assistream.js"
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
@@ -97,8 +98,8 @@ class Thread:
         self.opened = 0
         self.stop, self.stopped, self.close = threading.Event(), threading.Event(), threading.Event()
 
-    def _entry(self, at: int, running: bool) -> Json:
-        content = [] if running else [events.text_part(" ".join(self.words.choices(WORDS, k=100)))]
+    def _entry(self, at: int, running: bool) -> Entry:
+        content: list[ContentPart] = [] if running else [events.text_part(" ".join(self.words.choices(WORDS, k=100)))]
         if not running and at % 2 == 0:
             return events.entry(events.message("t", "user", content))
         run = events.run("t", "tutor", "gpt")
@@ -110,7 +111,7 @@ class Thread:
             run["usage"] = {"prompt_tokens": 400, "completion_tokens": 100, "total_tokens": 500}
         return events.entry(message, run)
 
-    def page(self, limit: int, before: str | None) -> tuple[list[Json], bool]:
+    def page(self, limit: int, before: str | None) -> tuple[list[Entry], bool]:
         """Gives the entries, and whether there are older ones."""
         end = self.at[before] if before else len(self.entries)
         return self.entries[max(0, end - limit) : end], end > limit
@@ -222,7 +223,7 @@ class Trace:
         return last - first, sum(cpu for _, cpu in tasks), max(cpu for _, cpu in tasks), max(took for took, _ in tasks)
 
 
-def difference(page: Page, entries: list[Json]) -> str:
+def difference(page: Page, entries: list[Entry]) -> str:
     """Says where the page's thread is another than ``entries``: nowhere, if all is well."""
     shown = json.loads(page.evaluate("JSON.stringify(state.entries)"))
     if len(shown) != len(entries):

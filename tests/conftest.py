@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -180,6 +180,6 @@ def caller(app: Flask) -> Caller:
     return Caller(app)
 
 
-def text(entry: dict[str, Any]) -> str:
+def text(entry: Mapping[str, Any]) -> str:
     """All that an entry says."""
     return "".join(part.get("refusal") or part["text"]["value"] for part in entry["message"]["content"])

@@ -8,12 +8,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from assistream_flask import events
 from assistream_flask.events import Event, Json
+from assistream_flask.types import Entry, Message
 from benchmarks.chaos_checks import Fault, Held, Ledger, Shrunk, View, answer, misfit
 from benchmarks.chaos_faults import FAULTS, plan, tracebacks
 from tests.live import ROOT
@@ -37,14 +38,14 @@ class Shown:
         self.place = 0
         self.snapshot([])
 
-    def snapshot(self, entries: list[Json], epoch: str = "1") -> None:
+    def snapshot(self, entries: list[Entry], epoch: str = "1") -> None:
         event = events.snapshot("thread_1", copy.deepcopy(entries), False)
-        self.view.see(event.name, f"{epoch}-{self.place}", event.data)
+        self.view.see(event.name, f"{epoch}-{self.place}", cast(Json, event.data))
 
     def tell(self, *told: Event, skip: int = 0, epoch: str = "1") -> None:
         for event in told:
             self.place += 1 + skip
-            self.view.see(event.name, f"{epoch}-{self.place}", copy.deepcopy(event.data))
+            self.view.see(event.name, f"{epoch}-{self.place}", cast(Json, copy.deepcopy(event.data)))
 
     def begin(self) -> None:
         self.tell(events.run_created(self.run), events.message_created(self.message))
@@ -53,13 +54,13 @@ class Shown:
     def say(self, *pieces: str) -> None:
         self.tell(*(events.text_delta(self.message, 0, piece) for piece in pieces))
 
-    def ended(self, status: str = "completed", text: str = TEXT) -> list[Event]:
-        message = {**self.message, "status": "completed" if status == "completed" else "incomplete"}
+    def ended(self, status: Any = "completed", text: str = TEXT) -> list[Event]:
+        message: Message = {**self.message, "status": "completed" if status == "completed" else "incomplete"}
         message["content"] = [events.text_part(text)] if text else []
         return [events.message_ended(message), events.run_status({**self.run, "status": status})]
 
-    def entry(self, text: str, status: str = "in_progress") -> Json:
-        message = {**self.message, "content": [events.text_part(text)]}
+    def entry(self, text: str, status: Any = "in_progress") -> Entry:
+        message: Message = {**self.message, "content": [events.text_part(text)]}
         return events.entry(message, {**self.run, "status": status})
 
 

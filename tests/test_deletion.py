@@ -258,7 +258,7 @@ def test_no_worker_holds_a_deleted_threads_words_for_its_viewers(own_redis: Redi
         thread_id = workers.thread()
         start = workers.all[0].log.end(thread_id)
         readers = [one.log.subscribe(thread_id, start) for one in workers.all]
-        workers.all[0].log.append(thread_id, [Event("e", {"text": WORD})])
+        workers.all[0].log.append(thread_id, [Event("e", cast(Any, {"text": WORD}))])
         logs = [cast(RedisLog, one.log) for one in workers.all]
         until(lambda: all(WORD in repr(log._threads.all()[0][1].records) for log in logs))
         workers.all[0].runner.delete(thread_id)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import re
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from assistream_flask import events
 from assistream_flask.errors import RUN_ERRORS, RunError
 from assistream_flask.events import Event, Json
 from assistream_flask.runs.message_accumulator import MessageAccumulator
+from assistream_flask.types import Run, Usage
 from assistream_flask.upstream.deltas import Annotation, End, Part, Reasoning, Refusal, Text
 from tests.conftest import examples
 
@@ -24,12 +26,12 @@ def _stopped_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(events, "now", lambda: 1_700_000_000)
 
 
-def without_id(value: Json, kind: str) -> Json:
+def without_id(value: Mapping[str, Any], kind: str) -> Json:
     assert re.fullmatch(rf"{kind}_[0-9a-f]{{32}}", value["id"])
     return {key: value[key] for key in value if key != "id"}
 
 
-def a_run() -> Json:
+def a_run() -> Run:
     return events.run("thread_1", "tutor", "gpt")
 
 
@@ -133,12 +135,15 @@ def test_an_assistants_entry_has_its_run_and_steps() -> None:
 
 # Events
 
-MESSAGE: Json = {"id": "msg_1", "run_id": "run_1", "status": "completed"}
-RUN: Json = {"id": "run_1", "status": "failed"}
-STEP: Json = {"id": "step_1", "run_id": "run_1"}
+# No constructor looks at more.
+MESSAGE: Any = {"id": "msg_1", "run_id": "run_1", "status": "completed"}
+INCOMPLETE: Any = {**MESSAGE, "status": "incomplete"}
+RUN: Any = {"id": "run_1", "status": "failed"}
+STEP: Any = {"id": "step_1", "run_id": "run_1"}
+PAGE: Any = [{"entry": 1}]
 
 
-def content_delta(part: Json) -> Json:
+def content_delta(part: Any) -> Any:
     return {"id": "msg_1", "object": "thread.message.delta", "delta": {"content": [part]}}
 
 
@@ -146,8 +151,8 @@ def content_delta(part: Json) -> Json:
     ("event", "expected"),
     [
         (
-            events.snapshot("thread_1", [{"entry": 1}], True),
-            Event("thread.snapshot", {"thread_id": "thread_1", "data": [{"entry": 1}], "has_more": True}, None),
+            events.snapshot("thread_1", PAGE, True),
+            Event("thread.snapshot", {"thread_id": "thread_1", "data": PAGE, "has_more": True}, None),
         ),
         (events.message_created(MESSAGE), Event("thread.message.created", MESSAGE, "run_1")),
         (
@@ -172,8 +177,8 @@ def content_delta(part: Json) -> Json:
         ),
         (events.message_ended(MESSAGE), Event("thread.message.completed", MESSAGE, "run_1")),
         (
-            events.message_ended({**MESSAGE, "status": "incomplete"}),
-            Event("thread.message.incomplete", {**MESSAGE, "status": "incomplete"}, "run_1"),
+            events.message_ended(INCOMPLETE),
+            Event("thread.message.incomplete", INCOMPLETE, "run_1"),
         ),
         (events.run_created(RUN), Event("thread.run.created", RUN, "run_1")),
         (events.run_status(RUN), Event("thread.run.failed", RUN, "run_1")),
@@ -251,7 +256,7 @@ class Model:
 
     def __init__(self, reply: MessageAccumulator) -> None:
         run, message, steps = reply.snapshot()
-        self.entry = copy.deepcopy(events.entry(message, run, steps))
+        self.entry: Any = copy.deepcopy(events.entry(message, run, steps))
 
     def see(self, told: list[Event]) -> None:
         for name, data, key in copy.deepcopy(told):
@@ -295,18 +300,18 @@ def scripts(draw: st.DrawFn) -> list[list[Part]]:
             if at == len(kinds):
                 kinds.append(slot)
             if kind == "annotation":
-                batch.append(Annotation(at, {"n": draw(st.integers(0, 9))}))
+                batch.append(Annotation(at, cast(Any, {"n": draw(st.integers(0, 9))})))
             else:
                 batch.append((Text if kind == "text" else Refusal)(at, draw(st.text(max_size=3))))
         batches.append(batch)
     return batches
 
 
-USAGE = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
+USAGE: Usage = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
 ENDS = st.sampled_from(["completed", "max_tokens", "content_filter", "fail", "cancel", "cut_off"])
 
 
-def end(reply: MessageAccumulator, how: str) -> list[Event]:
+def end(reply: MessageAccumulator, how: Any) -> list[Event]:
     if how == "fail":
         return reply.fail(RunError("upstream_cut"))
     if how == "cancel":

@@ -100,7 +100,7 @@ def make(request: pytest.FixtureRequest) -> Iterator[MakeLog]:
 
 
 def event(number: int, key: str | None = None) -> Event:
-    return Event("e", {"n": number}, key)
+    return Event("e", cast(Any, {"n": number}), key)
 
 
 def numbers(records: list[Record]) -> list[int]:
@@ -166,7 +166,7 @@ def test_what_is_appended_for_several_threads_at_once_is_in_each_of_them_in_orde
 def test_a_record_has_its_frame_with_its_id_and_the_key_of_its_run(make: MakeLog) -> None:
     log = make()
     start = log.end("t")
-    log.append("t", [Event("thread.x", {"a": "é\n"}, "run_1")])
+    log.append("t", [Event("thread.x", cast(Any, {"a": "é\n"}), "run_1")])
     (record,) = log.since("t", start)
     assert record.frame == f'event: thread.x\ndata: {{"a":"é\\n"}}\nid: {start.epoch}-1\n\n'.encode()
     assert (record.name, record.key, record.data()) == ("thread.x", "run_1", {"a": "é\n"})
@@ -855,7 +855,7 @@ def test_writers_at_once_leave_no_hole_and_each_batch_whole(make: MakeLog) -> No
 
     def write(writer: int) -> None:
         for n in range(200):
-            log.append("t", [Event("e", {"w": writer, "n": n, "part": part}) for part in range(3)])
+            log.append("t", [Event("e", cast(Any, {"w": writer, "n": n, "part": part})) for part in range(3)])
 
     reader, got = log.subscribe("t", start), list[Record]()
     threads = [threading.Thread(target=write, args=(writer,)) for writer in range(4)]

@@ -7,7 +7,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import openai
 import pytest
@@ -272,7 +272,7 @@ def test_what_arrives_for_a_run_that_is_handed_over_is_left_to_the_next_worker_w
     with pytest.raises(Interrupted):
         publish.add(live, [Text(0, "two")])
     _, message, _, _, state, _ = live.now()
-    assert (message["content"][0]["text"]["value"], state) == ("one ", {"sequence": 1})
+    assert (cast(Any, message)["content"][0]["text"]["value"], state) == ("one ", {"sequence": 1})
 
 
 def test_nobody_waits_for_a_feeder_that_was_stopped_before_it_began() -> None:

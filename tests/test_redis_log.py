@@ -41,7 +41,7 @@ def log(own_redis: RedisServer) -> Iterator[RedisLog]:
 
 
 def event(number: int) -> Event:
-    return Event("e", {"n": number})
+    return Event("e", cast(Any, {"n": number}))
 
 
 def away(call: Callable[[], object]) -> bool:
@@ -151,7 +151,7 @@ def test_while_one_worker_holds_the_lock_another_waits_and_no_page_is_exact(
 def test_a_threads_stream_has_at_most_about_so_many_bytes(own_redis: RedisServer) -> None:
     log = RedisLog(own_redis.url, max_bytes=200_000)
     for number in range(100):
-        end = log.append(THREAD, [Event("e", {"n": number, "text": "x" * 10_000})])
+        end = log.append(THREAD, [Event("e", cast(Any, {"n": number, "text": "x" * 10_000}))])
     with redis.Redis.from_url(own_redis.url) as client:
         used = client.memory_usage(f"assistream:0:{THREAD}")
     assert used < 250_000
@@ -309,17 +309,17 @@ def test_what_a_run_told_is_recovered_where_a_lock_of_its_thread_ran_out(
     log: RedisLog, own_redis: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(redis_log, "LOCK_SECONDS", 0.1)
-    start = log.append(THREAD, [Event("e", {"n": 1}, "r")])
-    log.append(THREAD, [Event("e", {"n": 2}, "r")])
+    start = log.append(THREAD, [Event("e", cast(Any, {"n": 1}), "r")])
+    log.append(THREAD, [Event("e", cast(Any, {"n": 2}), "r")])
     with log.lock(THREAD):
         wait_until(lambda: lost_within(log, start, 0.1))
-        log.append(THREAD, [Event("e", {"n": 3}, "r")])
-    log.append(THREAD, [Event("e", {"n": 4}, "r")])
+        log.append(THREAD, [Event("e", cast(Any, {"n": 3}), "r")])
+    log.append(THREAD, [Event("e", cast(Any, {"n": 4}), "r")])
     records, place = log.recover(THREAD, start, "r")
     assert [record.data()["n"] for record in records] == [2, 3, 4]
     assert place == log.end(THREAD)
     own_redis.ask("FLUSHALL")
-    log.append(THREAD, [Event("e", {"n": 5}, "r")])
+    log.append(THREAD, [Event("e", cast(Any, {"n": 5}), "r")])
     with pytest.raises(PositionExpiredError):
         log.recover(THREAD, start, "r")
 
@@ -329,7 +329,7 @@ def test_what_was_put_aside_of_a_log_is_no_more_than_it_keeps_and_goes_within_a_
 ) -> None:
     start = log.end(THREAD)
     for _ in range(4):
-        log.append(THREAD, [Event("e", {"n": number}, "r") for number in range(1500)])
+        log.append(THREAD, [Event("e", cast(Any, {"n": number}), "r") for number in range(1500)])
         log.restart(THREAD, keep=True)
     past = f"{log._prefix}{THREAD}:past"
     assert cast(int, own_redis.ask("XLEN", past)) <= 2000

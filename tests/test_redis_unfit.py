@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from flask.testing import FlaskClient
@@ -47,7 +48,7 @@ def works(log: RedisLog) -> bool:
     """Whether a viewer of it hears what is told."""
     try:
         with contextlib.closing(log.subscribe(THREAD, log.end(THREAD))) as reader:
-            log.append(THREAD, [Event("e", {"n": 1})])
+            log.append(THREAD, [Event("e", cast(Any, {"n": 1}))])
             return len(reader.read(5)) == 1
     except LogUnavailableError:
         return False
@@ -119,7 +120,7 @@ def test_a_right_that_is_taken_away_later_is_told_too(
         with pytest.raises(
             LogUnavailableError, match=re.escape(f"ACL SETUSER <user> {redis_requirements.RULE}")
         ) as told:
-            log.append(THREAD, [Event("e", {"n": 1})])
+            log.append(THREAD, [Event("e", cast(Any, {"n": 1}))])
         assert errors(caplog) == [f"Redis cannot be used: {told.value}"]
 
 
@@ -205,7 +206,7 @@ def test_what_is_not_known_of_an_error_is_logged_as_redis_said_it(
         wait_until(lambda: works(log))
         own_redis.ask("SET", f"assistream:0:{THREAD}", "no stream")
         with pytest.raises(LogUnavailableError):
-            log.append(THREAD, [Event("e", {"n": 1})])
+            log.append(THREAD, [Event("e", cast(Any, {"n": 1}))])
     assert "WRONGTYPE Operation against a key holding the wrong kind of value" in caplog.text
 
 

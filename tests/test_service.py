@@ -284,6 +284,7 @@ def test_a_run_that_fails_or_is_cancelled_has_ended(app: Flask, server: OfflineS
     server.replies = [Reply("x", fault="400"), Reply("one two three", fault="stall")]
     thread_id = current_assistream.create_thread(owner="42")["id"]
     (failed,) = current_assistream.run(thread_id, ["tutor"], content="Hi", owner="42").wait(20)
+    assert failed["last_error"] is not None
     assert (failed["status"], failed["last_error"]["code"]) == ("failed", "upstream_rejected")
     runs = current_assistream.run(thread_id, ["tutor"], content="Hi", owner="42")
     begun(server, 2)

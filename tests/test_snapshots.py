@@ -230,7 +230,7 @@ class House:
     def live(self, thread_id: str) -> bool:
         return any(live.thread_id == thread_id for one in self.members for live in list(one.runner._live.values()))
 
-    def attach(self, thread_id: str) -> tuple[list[Json], EventId]:
+    def attach(self, thread_id: str) -> tuple[list[Any], EventId]:
         """Gives a page, which must be what the events up to its place add up to."""
         runner, log = self.pick()
         # A thread that is gone has no page; what its events leave is nothing.
@@ -257,7 +257,7 @@ class House:
         assert Viewer().see(tape).entries == whole
         if whole == []:
             return
-        created = [event.data["id"] for event in tape if event.name == "thread.message.created"]
+        created = [cast(Json, event.data)["id"] for event in tape if event.name == "thread.message.created"]
         assert created == [one["message"]["id"] for one in whole]
         over = {event.key: at for at, event in enumerate(tape) if event.name in ENDS}
         begun = {event.key: at for at, event in enumerate(tape) if event.name == "thread.run.in_progress"}
@@ -350,7 +350,7 @@ def random_script(choose: random.Random) -> Script:
         if at == len(slots):
             slots.append(slot)
         if kind == "annotation":
-            return Annotation(at, {"n": choose.randrange(9)})
+            return Annotation(at, cast(Any, {"n": choose.randrange(9)}))
         return Text(at, f"t{choose.randrange(99)} ") if kind == "text" else Refusal(at, f"n{choose.randrange(99)} ")
 
     for _ in range(choose.randrange(12)):
@@ -358,7 +358,7 @@ def random_script(choose: random.Random) -> Script:
     last = choose.randrange(6)
     if last == 0:
         return Script([*batches, RunError("upstream_cut")])
-    end = End(choose.choice([None, None, "max_tokens"]), {"total_tokens": choose.randrange(99)})
+    end = End(choose.choice([None, None, "max_tokens"]), cast(Any, {"total_tokens": choose.randrange(99)}))
     return Script([*batches, [part(), end] if last == 1 else [end]])
 
 
@@ -386,7 +386,7 @@ class Seat:
         for record in records:
             assert self.place is not None
             assert record.place == EventId(self.place.epoch, self.place.offset + 1)
-            self.viewer.see([Event(record.name, record.data())])
+            self.viewer.see([Event(record.name, cast(Any, record.data()))])
             self.place = record.place
 
     def cut(self) -> None:
@@ -449,7 +449,7 @@ class Trial:
             case "cut" if self.seats:
                 self.choose.choice(self.seats).cut()
 
-    def end(self, *, deleted: bool) -> list[Json]:
+    def end(self, *, deleted: bool) -> list[Any]:
         """Lets all scripts come to their end; gives the entries that are stored then."""
         self.house.heal()
         if deleted:
@@ -597,7 +597,9 @@ def test_a_thread_is_readable_while_another_worker_holds_a_run_of_it(house: Hous
     found = successor.runner.page(thread_id, 200)
     assert found is not None
     assert len(found[0]) == 32
-    assert found[0][1]["run"]["status"] in ("queued", "in_progress")
+    run = found[0][1]["run"]
+    assert run is not None
+    assert run["status"] in ("queued", "in_progress")
     successor.close()
 
 

@@ -10,14 +10,14 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import sqlalchemy as sa
 
 from assistream_flask import events
 from assistream_flask.errors import ConfigurationError
-from assistream_flask.events import Json, Said, text_of, text_part
+from assistream_flask.events import Said, text_of, text_part
 from assistream_flask.store import database, tables
 from assistream_flask.store.sql import (
     LAPSED,
@@ -31,6 +31,7 @@ from assistream_flask.store.sql import (
     TooManyRunsError,
     thread_object,
 )
+from assistream_flask.types import ContentPart, Message, Run, Thread
 
 from .postgres_server import PostgresServer
 
@@ -66,38 +67,37 @@ def store(url: str) -> Iterator[ThreadStore]:
     store.close()
 
 
-def new_thread(store: ThreadStore, owner: Owner = ME, metadata: Json | None = None) -> Json:
+def new_thread(store: ThreadStore, owner: Owner = ME, metadata: Any = None) -> Thread:
     thread = thread_object({"id": events.new_id("thread"), "created_at": events.now(), "metadata": metadata or {}})
     store.create_thread(owner, thread)
     return thread
 
 
-def user(thread_id: str, text: str = "hi") -> Json:
+def user(thread_id: str, text: str = "hi") -> Message:
     return events.message(thread_id, "user", [events.text_part(text)])
 
 
-def pair(thread_id: str, assistant_id: str = "tutor") -> tuple[Json, Json]:
+def pair(thread_id: str, assistant_id: str = "tutor") -> tuple[Run, Message]:
     run = events.run(thread_id, assistant_id, "gpt")
     message = events.message(thread_id, "assistant", [], assistant_id=assistant_id, run_id=run["id"])
     run["message_id"] = message["id"]
     return run, message
 
 
-def start(store: ThreadStore, thread_id: str, **more: Any) -> tuple[Json, Json]:
+def start(store: ThreadStore, thread_id: str, **more: Any) -> tuple[Run, Message]:
     run, message = pair(thread_id)
     arguments = {"worker": "w1", "lease": 3600, "group_id": "g", "place": "0a-0", **more}
     assert store.add(ME, thread_id, None, [(run, message)], **arguments) is not None
     return run, message
 
 
-def entries(store: ThreadStore, thread_id: str) -> list[Json]:
+def entries(store: ThreadStore, thread_id: str) -> list[Any]:
     found = store.page(thread_id, 200) or ([], False)
     return [stored.entry for stored in found[0]]
 
 
-def over(run: Json, message: Json, status: str = "completed") -> tuple[Json, Json]:
-    done = {"status": status, "completed_at": 5}
-    return {**run, **done}, {**message, "status": "completed", "completed_at": 5}
+def over(run: Run, message: Message, status: Any = "completed") -> tuple[Run, Message]:
+    return {**run, "status": status, "completed_at": 5}, {**message, "status": "completed", "completed_at": 5}
 
 
 def at_once(count: int, work: Callable[[int], object]) -> list[object]:
@@ -306,7 +306,7 @@ def test_a_page_tells_the_place_of_what_grows_and_of_nothing_else(store: ThreadS
     assert found[0][1].place == "0a-7"
 
 
-def said(message: Json) -> Said:
+def said(message: Message) -> Said:
     return Said(message["assistant_id"], text_of(message["content"]), message["status"] == "completed")
 
 
@@ -317,7 +317,7 @@ def test_history_is_what_stands_before_a_message_in_its_thread(store: ThreadStor
     store.add(ME, thread_id, message, [first, second], mode="sequential", group_id="one")
     store.add(ME, thread_id, user(thread_id))
 
-    def seen(one: tuple[Json, Json]) -> list[Said]:
+    def seen(one: tuple[Run, Message]) -> list[Said]:
         return store.history(one[1]["id"], 1000, 1000)[0]
 
     assert seen(first) == [said(message)]
@@ -348,7 +348,7 @@ def test_save_stores_run_message_and_steps(store: ThreadStore) -> None:
     thread_id = new_thread(store)["id"]
     run, message = start(store, thread_id)
     step = events.reasoning_step(run)
-    run = {**run, "status": "in_progress", "started_at": 7, "usage": {"total_tokens": 3}}
+    run = {**run, "status": "in_progress", "started_at": 7, "usage": cast(Any, {"total_tokens": 3})}
     message = {**message, "content": [events.text_part("é")]}
     assert store.save("w1", run, message, [step], "0a-3")
     assert entries(store, thread_id) == [events.entry(message, run, [step])]
@@ -370,7 +370,7 @@ def test_what_has_grown_is_stored_at_once_of_those_runs_that_are_the_workers_and
     gone = start(store, other := new_thread(store)["id"])
     store.delete_thread(other)
     store.save("w1", *over(*ended), [], "0a-1")
-    grown = [events.text_part("grown")]
+    grown: list[ContentPart] = [events.text_part("grown")]
     step, state = events.reasoning_step(mine[0]), {"response_id": "resp_1"}
     states: list[State] = [
         (run, {**message, "content": grown}, [step], "0a-3", state, 0) for run, message in (mine, also, theirs, gone)
@@ -380,7 +380,7 @@ def test_what_has_grown_is_stored_at_once_of_those_runs_that_are_the_workers_and
     assert store.save_grown("w1", states[2:]) == set()
     assert store.save_grown("w1", []) == set()
     found, _ = store.page(thread_id, 200) or ([], False)
-    stored = {one.entry["run"]["id"]: one for one in found}
+    stored = {one.entry["run"]["id"]: one for one in found if one.entry["run"]}
     for run, _ in (mine, also):
         entry, place = stored[run["id"]]
         assert (entry["message"]["content"], entry["steps"], place) == (grown, [step], "0a-3")
@@ -393,7 +393,7 @@ def test_what_has_grown_is_stored_at_once_of_those_runs_that_are_the_workers_and
 def test_save_changes_nothing_of_another_workers_run_or_a_deleted_one(store: ThreadStore) -> None:
     thread_id = new_thread(store)["id"]
     run, message = start(store, thread_id)
-    changed = {**message, "content": [events.text_part("late")]}
+    changed: Message = {**message, "content": [events.text_part("late")]}
     assert not store.save("w2", run, changed, [], None)
     assert entries(store, thread_id) == [events.entry(message, run)]
     store.delete_thread(thread_id)
@@ -549,7 +549,7 @@ def test_leases_are_by_the_databases_clock(store: ThreadStore, monkeypatch: pyte
     assert all(-100 <= held.overdue < 0 for held in store.held(~LAPSED))
 
 
-def seen(store: ThreadStore, run: Json) -> LeasedRun:
+def seen(store: ThreadStore, run: Run) -> LeasedRun:
     """The run as a worker reads it that might take it over."""
     [held] = store.held(tables.runs.c.id == run["id"])
     return held

@@ -1,4 +1,5 @@
-"""The public objects' types need nothing, are the OpenAPI file's schemas, and have type checkers find misspelt keys."""
+"""The public objects' types: they need nothing, are the OpenAPI file's schemas, what is made has their keys, and a type
+checker tells of a key that is not there."""
 
 from __future__ import annotations
 
@@ -7,14 +8,19 @@ import os
 import subprocess
 import sys
 import types as kinds
-from collections.abc import Iterator, Mapping
+import typing
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 import pytest
 import yaml
 
-from assistream_flask import types
+from assistream_flask import Commands, RunList, errors, events, sse, types
+from assistream_flask.events import Event
+from assistream_flask.runs.message_accumulator import MessageAccumulator
+from assistream_flask.store.sql import thread_object
+from assistream_flask.upstream.deltas import Annotation, End, Reasoning, Refusal, Text
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMAS: dict[str, Any] = yaml.safe_load((ROOT / "docs/reference/openapi.yaml").read_text())["components"]["schemas"]
@@ -150,6 +156,99 @@ def test_a_difference_would_be_seen() -> None:
     assert [len(list(differences(types.StepDelta, one, ""))) for one in worse] == [1, 1, 1, 1, 1]
 
 
+# What is made
+
+
+def misfits(value: object, hint: Any, at: str) -> Iterator[str]:
+    """Tells where a value is none of its type."""
+    origin = get_origin(hint)
+    if origin in (Union, kinds.UnionType):
+        if all(list(misfits(value, one, at)) for one in get_args(hint)):
+            yield f"{at}: {value!r} is no {hint}"
+    elif is_typeddict(hint) and isinstance(value, dict):
+        yield from misfits_of_object(value, hint, at)
+    elif origin is Literal:
+        if value not in get_args(hint):
+            yield f"{at}: {value!r} is no {hint}"
+    elif origin is list and isinstance(value, list):
+        for one in value:
+            yield from misfits(one, get_args(hint)[0], f"{at}[]")
+    elif type(value) is not (origin or hint):
+        yield f"{at}: {value!r} is no {hint}"
+
+
+def misfits_of_object(value: dict[str, object], hint: Any, at: str) -> Iterator[str]:
+    typed = get_type_hints(hint)
+    if not hint.__required_keys__ <= value.keys() <= typed.keys():
+        yield f"{at}: has {sorted(value)}"
+    for name in value.keys() & typed.keys():
+        yield from misfits(value[name], typed[name], f"{at}.{name}")
+
+
+def made(end: Callable[[MessageAccumulator], list[Event]]) -> tuple[list[Event], types.Entry]:
+    """Gives the events of an answer of every kind, and the entry that is left."""
+    run = events.run("thread_1", "tutor", None)
+    message = events.message("thread_1", "assistant", [], assistant_id="tutor", run_id=run["id"])
+    run["message_id"] = message["id"]
+    told = [events.run_created(run.copy()), events.run_status(run.copy()), events.message_created(message.copy())]
+    reply = MessageAccumulator(run, message, [])
+    told += reply.wait() + reply.begin()
+    told += reply.add([Reasoning("hm"), Text(0, "a"), Annotation(0, {"type": "url_citation"}), Refusal(1, "no")])
+    told += end(reply)
+    whole, message, steps = reply.snapshot()
+    entry = events.entry(message, whole, steps)
+    return [*told, events.snapshot("thread_1", [entry], False), events.thread_deleted("thread_1")], entry
+
+
+TOKENS: types.Usage = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
+ENDS: list[Callable[[MessageAccumulator], list[Event]]] = [
+    lambda reply: reply.finish(End(None, TOKENS)),
+    lambda reply: reply.finish(End("max_tokens", None)),
+    lambda reply: reply.finish(End("content_filter", None)),
+    lambda reply: reply.fail(errors.RunError("upstream_cut")),
+    MessageAccumulator.cancel,
+    MessageAccumulator.cut_off,
+]
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_what_events_carry_is_of_its_type(end: Callable[[MessageAccumulator], list[Event]]) -> None:
+    told, entry = made(end)
+    seen = set()
+    for event in told:
+        typed = type_of(event.name)
+        seen.add(typed.__name__)
+        assert list(misfits(event.data, typed, event.name)) == []
+    assert seen == {one.__name__ for one in get_args(types.EventData)} - {"Ping"}
+    assert list(misfits(entry, types.Entry, "entry")) == []
+
+
+def type_of(name: str) -> Any:
+    """The type of an event's data, by the OpenAPI file."""
+    for one in SCHEMAS["Event"]["oneOf"]:
+        words = one["properties"]["event"]
+        if name in words.get("enum", [words.get("const")]):
+            return TYPED[one["properties"]["data"]["contentSchema"]["$ref"].rpartition("/")[2]]
+    raise AssertionError(name)
+
+
+def test_what_is_no_event_is_of_its_type_too() -> None:
+    thread = thread_object({"id": "thread_1", "created_at": 1, "metadata": {}})
+    assert list(misfits(thread, types.Thread, "thread")) == []
+    message = events.message("thread_1", "user", [events.text_part("hi")])
+    assert list(misfits(events.entry(message), types.Entry, "entry")) == []
+    body = errors.RequestError(400, "invalid_value", "No.").body()
+    assert list(misfits(body, types.ErrorBody, "error")) == []
+    assert (sse.PING, get_type_hints(types.Ping)) == (b"event: ping\ndata: {}\n\n", {})
+
+
+def test_a_misfit_would_be_seen() -> None:
+    run: Any = {**events.run("thread_1", "tutor", None), "message_id": "msg_1"}
+    assert list(misfits(run, types.Run, "")) == []
+    worse = [{**run, "stauts": "queued"}, {**run, "status": "done"}, {**run, "usage": {}}, {**run, "created_at": "1"}]
+    assert [len(list(misfits(one, types.Run, ""))) for one in worse] == [1, 1, 1, 1]
+
+
 # Type checkers
 
 SNIPPET = """\
@@ -192,3 +291,18 @@ def test_mypy_tells_of_a_key_or_a_word_that_is_not_there(tmp_path: Path) -> None
         (10, "typeddict-item]"),
         (11, "typeddict-item]"),
     ], done.stdout + done.stderr
+
+
+if typing.TYPE_CHECKING:
+    # mypy tells of each of these, or of the comment that expects it: what the package gives is typed.
+    def _misspelt(commands: Commands, runs: RunList, reply: MessageAccumulator) -> None:
+        commands.thread("thread_1", owner="me")["objcet"]  # type: ignore[typeddict-item]
+        commands.threads(owner="me")[0]["objcet"]  # type: ignore[typeddict-item]
+        commands.messages("thread_1", owner="me")[0]["mesage"]  # type: ignore[typeddict-item]
+        commands.add_message("thread_1", "hi", owner="me")["mesage"]  # type: ignore[typeddict-item]
+        commands.run("thread_1", ["tutor"], owner="me")[0]["stauts"]  # type: ignore[typeddict-item]
+        commands.cancel("thread_1", "run_1", owner="me")["stauts"]  # type: ignore[typeddict-item]
+        runs.wait()[0]["stauts"]  # type: ignore[typeddict-item]
+        reply.run["stauts"]  # type: ignore[typeddict-item]
+        events.run("thread_1", "tutor", None)["stauts"]  # type: ignore[typeddict-item]
+        events.reasoning_step(reply.run)["stauts"]  # type: ignore[typeddict-item]

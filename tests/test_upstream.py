@@ -12,7 +12,7 @@ import httpx2
 import openai
 import pytest
 
-from assistream_flask import Assistant, ConfigurationError
+from assistream_flask import Assistant, ConfigurationError, types
 from assistream_flask.errors import RUN_ERRORS, RunError
 from assistream_flask.testing import FAULTS, OfflineServer, Reply
 from assistream_flask.upstream import answer_stream
@@ -57,7 +57,7 @@ class Got:
     texts: dict[int, str] = field(default_factory=dict)
     refusals: dict[int, str] = field(default_factory=dict)
     reasoning: str = ""
-    annotations: list[dict[str, Any]] = field(default_factory=list)
+    annotations: list[types.Annotation] = field(default_factory=list)
     end: End | None = None
     code: str | None = None
 

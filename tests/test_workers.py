@@ -519,7 +519,7 @@ class Death:
         time.sleep(0.01)
         return all(not entry["run"] or entry["run"]["status"] in TERMINAL for entry in self.entries())
 
-    def entries(self) -> list[Json]:
+    def entries(self) -> list[Any]:
         """What is stored."""
         found = self.houses.store.page(self.thread_id, 200)
         assert found is not None
@@ -718,7 +718,7 @@ def _look_on(houses: Paused, seats: Sequence[StrictSeat], stop: threading.Event)
         houses.failures.append(error)
 
 
-def stored(houses: Paused, seat: StrictSeat) -> list[Json]:
+def stored(houses: Paused, seat: StrictSeat) -> list[Any]:
     found = houses.store.page(seat._thread_id, 200)
     assert found is not None
     return [one.entry for one in found[0]]
@@ -830,7 +830,7 @@ def test_what_could_not_be_told_is_missing_for_nobody_when_the_run_is_handed_ove
         raise LogUnavailableError
 
     def says(runner: Executor) -> str:
-        return "".join(part["text"]["value"] for live in runner._live.values() for part in live.now()[1]["content"])
+        return "".join(text({"message": live.now()[1]}) for live in runner._live.values())
 
     with contextlib.closing(Idle(database_url, redis_server.empty_url())) as houses:
         thread_id = begun(houses)

@@ -15,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from .. import events
 from ..errors import MESSAGE_TOO_LONG, RequestError, RunError, masked
-from ..events import RUN_ENDS, TERMINAL, Event, Json
+from ..events import RUN_ENDS, TERMINAL, Event
 from ..log.protocol import REFUSED, Claim, EventId, Log, LogUnavailableError, PositionExpiredError
 from ..platform.interrupt import Interrupted
 from ..platform.log_throttle import LogThrottle
@@ -23,6 +23,7 @@ from ..settings import Settings
 from ..store.leases import LEASE_SECONDS
 from ..store.sql import LAPSED, RELEASED, Answer, LeasedRun, Owner, ThreadStore
 from ..store.tables import runs
+from ..types import Entry, Message, Run
 from ..upstream import answer_stream, items
 from ..upstream.deltas import Begun, End, Part
 from ..upstream.items import Limit, Turn
@@ -52,8 +53,8 @@ T = TypeVar("T")
 class Started(NamedTuple):
     """What one POST began: the user's entry, the runs, and the place in the log before all of it."""
 
-    message: Json | None
-    runs: list[Json]
+    message: Entry | None
+    runs: list[Run]
     place: EventId
 
 
@@ -102,7 +103,7 @@ class Executor:
         self,
         owner: Owner,
         thread_id: str,
-        message: Json | None,
+        message: Message | None,
         asked: Sequence[RunRequest],
         mode: str,
         answer: Callable[[Started], Answer | None],
@@ -112,7 +113,7 @@ class Executor:
         ``answer`` gives what to remember for the request's Idempotency-Key. Gives ``None`` when the thread
         is gone. Raises what :meth:`ThreadStore.add` raises.
         """
-        pairs: list[tuple[Json, Json]] = []
+        pairs: list[tuple[Run, Message]] = []
         for one in asked:
             run = events.run(thread_id, one.assistant.id, one.assistant.model)
             reply = events.message(thread_id, "assistant", [], assistant_id=one.assistant.id, run_id=run["id"])
@@ -152,7 +153,7 @@ class Executor:
             beside = group_id if mode == "parallel" else None
             lives = [
                 ActiveRun(
-                    MessageAccumulator(dict(run), dict(reply), []), one, position + at, place or started.place, beside
+                    MessageAccumulator(run.copy(), reply.copy(), []), one, position + at, place or started.place, beside
                 )
                 for at, ((run, reply), one) in enumerate(zip(pairs, asked, strict=True), 1 if message else 0)
             ]
@@ -165,7 +166,7 @@ class Executor:
                 self._enqueue(thread_id, lives, mode)
         return started
 
-    def cancel(self, thread_id: str, run_id: str) -> Json | None:
+    def cancel(self, thread_id: str, run_id: str) -> Run | None:
         """Cancels a run that is not over; gives it as it is then, ``None`` for an unknown one."""
         live = self._live.get(run_id)
         if live is not None and live.thread_id == thread_id:
@@ -213,7 +214,7 @@ class Executor:
             time.sleep(min(0.002 * 2**tries, 0.1))
         raise RequestError(503, "store_unavailable", "The thread cannot be read now. Try again.", retry_after=1)
 
-    def _is_foreign(self, entry: Json) -> bool:
+    def _is_foreign(self, entry: Entry) -> bool:
         run = entry["run"]
         return run is not None and run["status"] not in TERMINAL and run["id"] not in self._live
 
@@ -470,11 +471,10 @@ class Executor:
             if not live.left:
                 told = finish(live.reply)
                 final = live.now()
-                if live.reply.run["status"] == "failed":
-                    code = live.reply.run["last_error"]["code"]
-                    _log.warning(
-                        "run %s of %r failed: %s: %s", live.id, final[0]["assistant_id"], code, live.said or "-"
-                    )
+                error = final[0]["last_error"]
+                if final[0]["status"] == "failed" and error is not None:
+                    who, code = final[0]["assistant_id"], error["code"]
+                    _log.warning("run %s of %r failed: %s: %s", live.id, who, code, live.said or "-")
         if live.left:
             self._forget(live)
             return

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, TypeAlias
 
 from .. import events
 from ..errors import STILL_LOADING, RunError
 from ..events import Event, Json
+from ..types import ContentPart, Message, MessageIncompleteDetails, Run, RunIncompleteDetails, Step, TextContent
 from ..upstream.deltas import Annotation, Begun, End, Failed, Part, Reasoning, Refusal, Text
+
+Reason: TypeAlias = Literal["run_failed", "run_cancelled", "max_tokens", "content_filter", "server_shutdown"]
+"""Why a message is not whole."""
 
 
 class MessageAccumulator:
@@ -16,32 +21,33 @@ class MessageAccumulator:
     Not locked: whoever adds to it from several threads brings a lock.
     """
 
-    def __init__(self, run: Json, message: Json, steps: list[Json]) -> None:
+    def __init__(self, run: Run, message: Message, steps: list[Step]) -> None:
         self.run, self.message, self._steps = run, message, steps
         # Text grows as a list: a string that grows by a token is copied whole for each.
-        self._content: list[tuple[Json, list[str]]] = [(part, []) for part in message["content"]]
+        self._content: list[tuple[ContentPart, list[str]]] = [(part, []) for part in message["content"]]
         thinks = steps and steps[-1]["status"] == "in_progress"
-        self._step: tuple[Json, list[str]] | None = (steps[-1], []) if thinks else None
+        self._step: tuple[Step, list[str]] | None = (steps[-1], []) if thinks else None
 
     @property
     def over(self) -> bool:
         """Whether the run is in a terminal state."""
         return self.run["status"] in events.TERMINAL
 
-    def snapshot(self) -> tuple[Json, Json, list[Json]]:
+    def snapshot(self) -> tuple[Run, Message, list[Step]]:
         """Gives run, message and steps as they are now, for nobody to change."""
         self._settle()
-        return dict(self.run), dict(self.message), list(self._steps)
+        return self.run.copy(), self.message.copy(), list(self._steps)
 
     def begin(self) -> list[Event]:
         """The model was asked, or waited for it and does so no more."""
-        self.run.update(status="in_progress", last_error=None, started_at=self.run["started_at"] or events.now())
-        return [events.run_status(dict(self.run))]
+        started_at = self.run["started_at"] or events.now()
+        self.run.update({"status": "in_progress", "last_error": None, "started_at": started_at})
+        return [events.run_status(self.run.copy())]
 
     def wait(self) -> list[Event]:
         """The model is still loading."""
-        self.run.update(last_error=dict(STILL_LOADING))
-        return [events.run_status(dict(self.run))]
+        self.run["last_error"] = STILL_LOADING.copy()
+        return [events.run_status(self.run.copy())]
 
     def add(self, parts: Sequence[Part]) -> list[Event]:
         """Adds what arrived; an :class:`End` among it is for :meth:`end`."""
@@ -61,12 +67,14 @@ class MessageAccumulator:
     def _say(self, part: Text | Refusal | Annotation) -> Event:
         if part.at == len(self._content):
             refused = isinstance(part, Refusal)
-            new: Json = {"type": "refusal", "refusal": ""} if refused else events.text_part("")
+            new: ContentPart = events.refusal_part("") if refused else events.text_part("")
             self._content.append((new, []))
         whole, grown = self._content[part.at]
         if isinstance(part, Annotation):
+            # Citations are of texts only.
+            assert whole["type"] == "text"
             known = whole["text"]
-            text = {"value": known["value"], "annotations": [*known["annotations"], part.value]}
+            text: TextContent = {"value": known["value"], "annotations": [*known["annotations"], part.value]}
             self._content[part.at] = {"type": "text", "text": text}, grown
             return events.annotation_delta(self.message, part.at, part.value)
         grown.append(part.value)
@@ -89,13 +97,13 @@ class MessageAccumulator:
         if self._step is None:
             return []
         self._settle()
-        done = {**self._step[0], "status": "completed", "completed_at": events.now()}
+        done: Step = {**self._step[0], "status": "completed", "completed_at": events.now()}
         self._steps[-1], self._step = done, None
         return [events.step_completed(done)]
 
     def _settle(self) -> None:
         """Joins what grew. Objects already given out stay as they were."""
-        content: list[Json] = []
+        content: list[ContentPart] = []
         for at, (part, grown) in enumerate(self._content):
             if grown:
                 added = "".join(grown)
@@ -109,8 +117,8 @@ class MessageAccumulator:
         self.message["content"] = content
         if self._step is not None and self._step[1]:
             step, grown = self._step
-            text = step["step_details"]["reasoning"]["text"] + "".join(grown)
-            step = {**step, "step_details": {"type": "reasoning", "reasoning": {"text": text}}}
+            thought = step["step_details"]["reasoning"]["text"] + "".join(grown)
+            step = {**step, "step_details": {"type": "reasoning", "reasoning": {"text": thought}}}
             self._steps[-1], self._step = step, (step, [])
 
     def finish(self, end: End) -> list[Event]:
@@ -119,10 +127,12 @@ class MessageAccumulator:
         if end.reason is None and not self._says_something():
             return self.fail(RunError("empty_answer"))
         if end.reason is None:
-            self.run.update(status="completed", completed_at=events.now())
+            self.run.update({"status": "completed", "completed_at": events.now()})
             return self._close(None)
-        words = "max_completion_tokens" if end.reason == "max_tokens" else end.reason
-        self.run.update(status="incomplete", incomplete_details={"reason": words}, completed_at=events.now())
+        why: RunIncompleteDetails = {"reason": "content_filter"}
+        if end.reason == "max_tokens":
+            why = {"reason": "max_completion_tokens"}
+        self.run.update({"status": "incomplete", "incomplete_details": why, "completed_at": events.now()})
         return self._close(end.reason)
 
     def _says_something(self) -> bool:
@@ -132,37 +142,43 @@ class MessageAccumulator:
 
     def fail(self, error: RunError) -> list[Event]:
         """The run failed; the text so far stays."""
-        self.run.update(status="failed", last_error=error.public(), failed_at=events.now())
+        self.run.update({"status": "failed", "last_error": error.public(), "failed_at": events.now()})
         return self._close("run_failed")
 
     def cancel(self) -> list[Event]:
         """The caller had enough; the text so far stays."""
-        self.run.update(status="cancelled", last_error=None, cancelled_at=events.now())
+        self.run.update({"status": "cancelled", "last_error": None, "cancelled_at": events.now()})
         return self._close("run_cancelled")
 
     def cut_off(self) -> list[Event]:
         """The server shuts down; the text so far stays."""
-        reason = "server_shutdown"
-        details = {"reason": reason}
-        self.run.update(status="incomplete", last_error=None, incomplete_details=details, completed_at=events.now())
-        return self._close(reason)
+        self.run.update(
+            {
+                "status": "incomplete",
+                "last_error": None,
+                "incomplete_details": {"reason": "server_shutdown"},
+                "completed_at": events.now(),
+            }
+        )
+        return self._close("server_shutdown")
 
-    def _close(self, reason: str | None) -> list[Event]:
+    def _close(self, reason: Reason | None) -> list[Event]:
         found = self._stop_thinking()
         self._settle()
         at = events.now()
         if reason is None:
-            self.message.update(status="completed", completed_at=at)
+            self.message.update({"status": "completed", "completed_at": at})
         else:
-            self.message.update(status="incomplete", incomplete_at=at, incomplete_details={"reason": reason})
-        return [*found, events.message_ended(dict(self.message)), events.run_status(dict(self.run))]
+            details: MessageIncompleteDetails = {"reason": reason}
+            self.message.update({"status": "incomplete", "incomplete_at": at, "incomplete_details": details})
+        return [*found, events.message_ended(self.message.copy()), events.run_status(self.run.copy())]
 
 
 class Ahead:
     """What a reply has beyond its upstream's ``state``, which will tell it again: viewers saw it before their worker
     was lost, and the state was not stored since."""
 
-    def __init__(self, state: Json, message: Json, steps: Sequence[Json]) -> None:
+    def __init__(self, state: Json, message: Message, steps: Sequence[Step]) -> None:
         self._left: dict[object, int] = {}
         for at, part in enumerate(message["content"]):
             told = part["refusal"] if part["type"] == "refusal" else part["text"]["value"]

@@ -8,9 +8,9 @@ import threading
 from collections import deque
 from typing import Literal, NamedTuple, Protocol
 
-from ..events import Json
 from ..platform.log_throttle import LogThrottle
 from ..store.sql import Owner
+from ..types import Message, Run
 from .active_run import spawn
 
 _log = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ class Notice(NamedTuple):
 
     kind: Kind
     owner: Owner
-    objects: dict[str, Json]
+    objects: dict[str, Message | Run]
 
 
 class Listener(Protocol):
@@ -53,7 +53,7 @@ class Notifier:
         self._idle = threading.Event()
         self._idle.set()
 
-    def notify(self, kind: Kind, owner: Owner, **objects: Json) -> None:
+    def notify(self, kind: Kind, owner: Owner, **objects: Message | Run) -> None:
         """Have the listener told. Does not wait, and does not raise."""
         if self._listener is None or not self._listener.wants(kind):
             return

@@ -10,8 +10,9 @@ from typing import Final
 from sqlalchemy.exc import SQLAlchemyError
 
 from ..errors import NotFoundError, WaitTimeoutError
-from ..events import RUN_ENDS, TERMINAL, Json
+from ..events import RUN_ENDS, TERMINAL
 from ..log.protocol import EventId, LogUnavailableError, PositionExpiredError
+from ..types import Entry, Run
 from .runtime import Runtime
 
 _LOOK_SECONDS: Final = 1.0
@@ -19,7 +20,7 @@ _LOOK_SECONDS: Final = 1.0
 _PAUSE_SECONDS: Final = 0.25
 
 
-class RunList(list[Json]):
+class RunList(list[Run]):
     """The run objects that one command began, in the order of their assistants.
 
     ``message`` is the entry of the user's message that went before them, ``None`` where there was none. The objects
@@ -27,7 +28,7 @@ class RunList(list[Json]):
     """
 
     def __init__(
-        self, runs: Sequence[Json], message: Json | None, wait: Callable[[Sequence[Json], float | None], list[Json]]
+        self, runs: Sequence[Run], message: Entry | None, wait: Callable[[Sequence[Run], float | None], list[Run]]
     ) -> None:
         super().__init__(runs)
         self.message = message
@@ -53,11 +54,11 @@ class RunWaiter:
     def __init__(self, runtime: Runtime, thread_id: str) -> None:
         self._runtime, self._thread_id = runtime, thread_id
 
-    def wait(self, runs: Sequence[Json], timeout: float | None) -> list[Json]:
+    def wait(self, runs: Sequence[Run], timeout: float | None) -> list[Run]:
         """Give the runs when they have ended. Raises what :meth:`RunList.wait` raises."""
         until = float("inf") if timeout is None else time.monotonic() + timeout
         waiting = {run["id"] for run in runs}
-        ended: dict[str, Json] = {}
+        ended: dict[str, Run] = {}
         while True:
             # Before the store is looked at: an end that is stored after that is told after this place.
             place = self._end_of_log()
@@ -77,8 +78,8 @@ class RunWaiter:
                 )
             self._listen(place, min(left, _LOOK_SECONDS), waiting)
 
-    def _ended(self, run_ids: Collection[str]) -> dict[str, Json]:
-        found: dict[str, Json] = {}
+    def _ended(self, run_ids: Collection[str]) -> dict[str, Run]:
+        found: dict[str, Run] = {}
         for run_id in run_ids:
             run = self._runtime.store.run(self._thread_id, run_id)
             if run is None:

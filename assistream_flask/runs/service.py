@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from .. import events
 from ..errors import NotFoundError, RequestError
-from ..events import Json
 from ..store.sql import Answer, Owner, TooManyRunsError, thread_object
+from ..types import Run, Thread
 from . import values
 from .active_run import RunRequest
 from .executor import Started
@@ -48,17 +48,17 @@ class Service:
     def __init__(self, runtime: Runtime, find: FindAssistants) -> None:
         self.runtime, self._find = runtime, find
 
-    def new_thread(self, metadata: object) -> Json:
+    def new_thread(self, metadata: object) -> Thread:
         """Make a thread object, and store nothing. Raises :class:`RequestError` for metadata beyond the limits."""
         values_of = {"id": events.new_id("thread"), "created_at": events.now(), "metadata": values.metadata(metadata)}
         return thread_object(values_of)
 
-    def create_thread(self, owner: Owner, thread: Json, answer: Answer | None = None) -> Json:
+    def create_thread(self, owner: Owner, thread: Thread, answer: Answer | None = None) -> Thread:
         """Store what :meth:`new_thread` made as ``owner``'s; give it. Raises :class:`.AnsweredBefore`."""
         self.runtime.store.create_thread(owner, thread, answer)
         return thread
 
-    def threads(self, owner: Owner, limit: int, before: str | None) -> tuple[list[Json], bool]:
+    def threads(self, owner: Owner, limit: int, before: str | None) -> tuple[list[Thread], bool]:
         """Give ``owner``'s threads that are older than the thread ``before``, newest first, and whether there are
         more. Raises :class:`RequestError` for a ``limit`` beyond 1 to 200, :class:`NotFoundError` where ``before`` is
         none of them."""
@@ -95,7 +95,7 @@ class OwnedThread:
     def __init__(self, runtime: Runtime, find: FindAssistants, owner: Owner, thread_id: str) -> None:
         self._runtime, self._find, self.owner, self.id = runtime, find, owner, thread_id
 
-    def as_object(self) -> Json:
+    def as_object(self) -> Thread:
         """Give the public thread object. Raises :class:`NotFoundError` where it was deleted just now."""
         found = self._runtime.store.thread(self.id)
         if found is None:
@@ -153,7 +153,7 @@ class OwnedThread:
             raise no_thread()
         return started
 
-    def cancel(self, run_id: str) -> Json:
+    def cancel(self, run_id: str) -> Run:
         """Cancel a run that is not over, whichever worker has it; give it as it is then. Raises
         :class:`NotFoundError`."""
         run = self._runtime.runner.cancel(self.id, run_id) if values.ID.fullmatch(run_id) else None

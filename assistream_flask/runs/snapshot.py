@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Container, Iterable
 
 from .. import events
-from ..events import TERMINAL, Json
+from ..events import TERMINAL
 from ..log.protocol import EventId, Log, PositionExpiredError, Record
 from ..store.sql import Stored, ThreadStore
+from ..types import Entry
 
-Page = tuple[list[Json], bool, EventId]
-_Growing = dict[str | None, tuple[Json, int]]
+Page = tuple[list[Entry], bool, EventId]
+_Growing = dict[str | None, tuple[Entry, int]]
 
 
 class SnapshotMovedError(Exception):

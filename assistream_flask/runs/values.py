@@ -50,7 +50,7 @@ def content(value: object, limit: int) -> str:
     return value
 
 
-def metadata(value: object) -> Json:
+def metadata(value: object) -> dict[str, str]:
     """Check a thread's metadata by the limits of OpenAI's own: 16 pairs, keys of 64 characters, values of 512."""
     if value is None:
         return {}

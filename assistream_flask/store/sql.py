@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Row
 
 from ..errors import ConfigurationError
 from ..events import TERMINAL, Json, Said, entry, text_of
+from ..types import Entry, Message, Run, Step, Thread
 from . import database, migrations, tables
 from .tables import answers, messages, runs, threads, workers
 
@@ -120,7 +121,8 @@ class Answer(NamedTuple):
     key: str
     fingerprint: str
     status: int
-    body: Json
+    # An object as the database has it: any that a route answers with.
+    body: Mapping[str, Any]
     place: str | None = None
     thread_id: str | None = None
 
@@ -128,16 +130,16 @@ class Answer(NamedTuple):
 class Stored(NamedTuple):
     """An entry as stored, and the place in the log as of which it is exact (``None``: no event yet)."""
 
-    entry: Json
+    entry: Entry
     place: str | None
 
 
 class LeasedRun(NamedTuple):
     """A run that is not over, with what its worker needs: see :mod:`..runs.executor`."""
 
-    run: Json
-    message: Json
-    steps: list[Json]
+    run: Run
+    message: Message
+    steps: list[Step]
     position: int
     owner: Owner
     group_id: str
@@ -152,7 +154,7 @@ class LeasedRun(NamedTuple):
     overdue: float
 
 
-State = tuple[Json, Json, list[Json], str | None, Json | None, int]
+State = tuple[Run, Message, list[Step], str | None, Json | None, int]
 """What there is to store of a run that goes on: the run, its message, its steps, the place in the log as of which they
 are exact, the state of its upstream, and which claim of the run its holder has."""
 
@@ -225,7 +227,7 @@ class ThreadStore:
 
     # Threads
 
-    def create_thread(self, owner: Owner, thread: Json, answer: Answer | None = None) -> None:
+    def create_thread(self, owner: Owner, thread: Thread, answer: Answer | None = None) -> None:
         """Stores ``thread`` as ``owner``'s. Raises :class:`AnsweredBefore`."""
         with self._write() as connection:
             self._remember(connection, owner, answer)
@@ -244,13 +246,13 @@ class ThreadStore:
         with self._read() as connection:
             return connection.execute(_OWNS, {"this": thread_id, **_named(owner)}).first() is not None
 
-    def thread(self, thread_id: str) -> Json | None:
+    def thread(self, thread_id: str) -> Thread | None:
         """Give the public thread object."""
         with self._read() as connection:
             row = connection.execute(sa.select(threads).where(threads.c.id == thread_id)).first()
         return None if row is None else thread_object(row._mapping)
 
-    def threads(self, owner: Owner, limit: int, before: str | None) -> tuple[list[Json], bool] | None:
+    def threads(self, owner: Owner, limit: int, before: str | None) -> tuple[list[Thread], bool] | None:
         """Gives ``owner``'s threads older than ``before``, newest first, and whether there are more;
         ``None`` when ``before`` is not one of them."""
         query = sa.select(threads).where(*_OWNED).order_by(threads.c.number.desc()).limit(limit + 1)
@@ -283,8 +285,8 @@ class ThreadStore:
         self,
         owner: Owner,
         thread_id: str,
-        message: Json | None,
-        started: Sequence[tuple[Json, Json]] = (),
+        message: Message | None,
+        started: Sequence[tuple[Run, Message]] = (),
         *,
         mode: str = "parallel",
         group_id: str = "",
@@ -373,7 +375,7 @@ class ThreadStore:
             some = max(_FEWEST, min(_MOST, max(0, left) * len(found) // (characters - left + 1)))
             time.sleep(0)
 
-    def run(self, thread_id: str, run_id: str) -> Json | None:
+    def run(self, thread_id: str, run_id: str) -> Run | None:
         """Gives a run of the thread."""
         query = sa.select(*_RUN).where(runs.c.id == run_id, runs.c.thread_id == thread_id)
         with self._read() as connection:
@@ -383,9 +385,9 @@ class ThreadStore:
     def save(
         self,
         worker: str,
-        run: Json,
-        message: Json,
-        steps: list[Json],
+        run: Run,
+        message: Message,
+        steps: list[Step],
         place: str | None,
         upstream: Json | None = None,
         claim: int = 0,
@@ -447,6 +449,8 @@ class ThreadStore:
         found = []
         for row in rows:
             whole, ours = _stored(row).entry, row._mapping
+            # The query joins it.
+            assert whole["run"] is not None
             found.append(
                 LeasedRun(
                     whole["run"],
@@ -610,7 +614,7 @@ class ThreadStore:
             connection.execute(answers.delete().where(sa.tuple_(*key).in_(old)))
 
 
-def thread_object(row: Any) -> Json:
+def thread_object(row: Mapping[Any, Any]) -> Thread:
     """Gives the public thread object."""
     return {"id": row["id"], "object": "thread", "created_at": row["created_at"], "metadata": row["metadata"]}
 
@@ -623,7 +627,7 @@ def _heard_of(worker: sa.Column[str] | str, *where: sa.ColumnElement[bool]) -> s
     return sa.exists().where(workers.c.id == worker, *where)
 
 
-def _by(run: Json, worker: str, claim: int) -> Json:
+def _by(run: Run, worker: str, claim: int) -> Json:
     return {"this": run["id"], "mine": worker, "number": claim}
 
 
@@ -631,7 +635,7 @@ def _free(*where: sa.ColumnElement[bool]) -> sa.Update:
     return runs.update().where(runs.c.id.in_(_unlocked(*where)))
 
 
-def _columns(value: Json, columns: list[sa.Column[Any]]) -> Json:
+def _columns(value: Mapping[str, Any], columns: list[sa.Column[Any]]) -> Json:
     return {column.name: value[column.name] for column in columns}
 
 
@@ -644,14 +648,14 @@ def _entries() -> sa.Select[Any]:
     return sa.select(messages, *_prefixed(runs)).select_from(joined)
 
 
-def _message(row: Any) -> Json:
+def _message(row: Any) -> Message:
     value = {column.name: row[column.name] for column in _MESSAGE}
-    return {"id": value.pop("id"), "object": "thread.message", **value}
+    return cast(Message, {"id": value.pop("id"), "object": "thread.message", **value})
 
 
-def _run(row: Any, prefix: str = "") -> Json:
+def _run(row: Any, prefix: str = "") -> Run:
     value = {column.name: row[prefix + column.name] for column in _RUN}
-    return {"id": value.pop("id"), "object": "thread.run", **value}
+    return cast(Run, {"id": value.pop("id"), "object": "thread.run", **value})
 
 
 def _stored(row: Row[Any]) -> Stored:

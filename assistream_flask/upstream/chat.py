@@ -6,13 +6,14 @@ Chunks: https://platform.openai.com/docs/api-reference/chat-streaming.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Literal
 
 import openai
 
 from ..errors import RunError
 from ..events import Json
-from .deltas import STOP, TOOLS, End, Failed, Part, Slots, inner, is_said, listed, meaning, usage
+from ..types import Usage
+from .deltas import STOP, TOOLS, Cut, End, Failed, Part, Slots, inner, is_said, listed, meaning, usage
 from .errors import failure, tells_failure
 from .event_reader import DONE, unpadded
 from .protocol import ModelRequest
@@ -46,8 +47,8 @@ class ChatTranslator:
 
     def __init__(self) -> None:
         self._slots = Slots()
-        self._finish = ""
-        self._usage: Json | None = None
+        self._finish: Literal["", "stop"] | Cut = ""
+        self._usage: Usage | None = None
         self._has_spoken = self._has_deltas = self._are_pieces = False
 
     def settled(self) -> End | Failed | None:

@@ -9,8 +9,9 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, TypeAlias, cast
 
+from .. import types
 from ..errors import RunError, masked
 from ..events import Json, clean, dumps
 
@@ -19,6 +20,11 @@ _log = logging.getLogger(__name__)
 _TEXTS: Final = ("text", "content", "value", "reasoning", "thinking", "summary")
 _PIECES: Final = 64
 """So many are added up at a time."""
+
+Cut: TypeAlias = Literal["max_tokens", "content_filter"]
+"""Why an answer is not complete."""
+Meaning: TypeAlias = Literal["", "stop", "tool_calls"] | Cut
+"""What a server's word for an end means: see :func:`meaning`."""
 
 
 class Begun(NamedTuple):
@@ -44,7 +50,7 @@ class Annotation(NamedTuple):
     """A citation in text part ``at``."""
 
     at: int
-    value: Json
+    value: types.Annotation
 
 
 class Reasoning(NamedTuple):
@@ -57,8 +63,8 @@ class End(NamedTuple):
     """The answer is over. ``reason`` is ``None`` for a complete one, else ``max_tokens`` or ``content_filter``.
     ``usage`` counts tokens, in the words of the Assistants API."""
 
-    reason: str | None
-    usage: Json | None
+    reason: Cut | None
+    usage: types.Usage | None
 
 
 class Failed(NamedTuple):
@@ -218,7 +224,7 @@ class Slots:
             slot.skip_notes -= 1
             return []
         slot.notes += 1
-        return [Annotation(self._place(slot), whole)]
+        return [Annotation(self._place(slot), cast(types.Annotation, whole))]
 
     def annotations(self, key: object, values: object) -> list[Part]:
         """Gives those of all annotations of a part that were not given before."""
@@ -351,7 +357,7 @@ def listed(data: Any, name: str) -> list[Any]:
     return found if isinstance(found, list) else []
 
 
-def usage(value: Any) -> Json | None:
+def usage(value: Any) -> types.Usage | None:
     """Gives token counts in the Assistants API's words, from any dialect's."""
     if not isinstance(value, dict):
         return None
@@ -370,7 +376,7 @@ def usage(value: Any) -> Json | None:
 STOP: Final = "stop"
 TOOLS: Final = "tool_calls"
 # What the servers' words mean, by what is in them; a limit of a rate or of a time is a failure.
-_MEANINGS: Final = (
+_MEANINGS: Final[tuple[tuple[Meaning, str], ...]] = (
     ("content_filter", r"data_inspection|harmful|unsafe"),
     ("", r"rate.?limit|time|repe(at|tition)|insufficient|error(?!_(toxic|limit))|abort|cancel|fail"),
     (TOOLS, r"tool|function"),
@@ -398,13 +404,13 @@ def _plainly(word: str) -> str:
     return re.sub("[^a-z]+", "_", word.lower()).strip("_").removeprefix("finish_reason_")
 
 
-def meaning(word: str) -> str:
+def meaning(word: str) -> Meaning:
     """Gives why an answer ended, for a server's word: :data:`STOP`, :data:`TOOLS`, ``max_tokens``, ``content_filter``,
     or ``""`` where it did not end as it should."""
     word = _plainly(word)
     return next((found for found, pattern in _MEANINGS if re.search(pattern, word)), "")
 
 
-def reason(value: Any) -> str:
+def reason(value: Any) -> Cut:
     """Gives the Assistants API's word for why a message is incomplete."""
     return "content_filter" if isinstance(value, str) and meaning(value) == "content_filter" else "max_tokens"

@@ -13,7 +13,7 @@ import openai
 
 from ..errors import RunError
 from ..events import Json
-from .deltas import End, Failed, Part, Slots, as_object, indexed, inner, listed, reason, usage, words
+from .deltas import Cut, End, Failed, Part, Slots, as_object, indexed, inner, listed, reason, usage, words
 from .errors import failure, tells_failure
 from .event_reader import unpadded
 from .items import Turn
@@ -330,7 +330,7 @@ class ResponsesTranslator:
             self._failure = RunError("upstream_error", said=f"{data}")
             return parts
         tokens = usage(response.get("usage"))
-        why = None
+        why: Cut | None = None
         if "incomplete" in (status, what) or inner(response, "incomplete_details").get("reason"):
             why = reason(details.get("reason"))
         elif self._limit is not None and tokens is not None and tokens["completion_tokens"] >= self._limit:

@@ -77,7 +77,7 @@ class relay:
         run["message_id"] = message["id"]
         reply = MessageAccumulator(run, message, [])
         yield sse.RETRY + _frames(
-            [events.run_created(dict(run)), *reply.begin(), events.message_created(dict(message))]
+            [events.run_created(run.copy()), *reply.begin(), events.message_created(message.copy())]
         )
         threading.Thread(target=self._read, daemon=True, name="assistream-relay").start()
         sent = time.monotonic()

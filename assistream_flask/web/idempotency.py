@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from flask import request
 
 from ..errors import RequestError
-from ..events import Json
 from ..runs.executor import Started
 from ..runs.service import OwnedThread, RunCommand
 from ..store.sql import Answer, AnsweredBefore, Owner
@@ -40,14 +40,18 @@ class Once:
             )
         return answer
 
-    def answer(self, status: int, body: Json, place: str | None = None, thread_id: str | None = None) -> Answer | None:
+    def answer(
+        self, status: int, body: Mapping[str, Any], place: str | None = None, thread_id: str | None = None
+    ) -> Answer | None:
         """Gives what to store with the change that the request makes, to the thread that its path names or
         ``thread_id``."""
         thread_id = thread_id or (request.view_args or {}).get("thread_id")
         return Answer(self.key, self._fingerprint, status, body, place, thread_id) if self.key else None
 
 
-def start(call: Call, thread: OwnedThread, command: RunCommand, status: int, body: Callable[[Started], Json]) -> Answer:
+def start(
+    call: Call, thread: OwnedThread, command: RunCommand, status: int, body: Callable[[Started], Mapping[str, Any]]
+) -> Answer:
     """Stores and starts what the request asks for; gives the answer."""
     once = Once(call, thread.owner)
     given = once.before()
