@@ -4,7 +4,7 @@ import { test } from "node:test";
 import { createAssistream } from "../../assistream_flask/static/assistream.js";
 import { Page, Server, recorder, seeded } from "./fakes.mjs";
 
-const TRIALS = Number(process.env.ASSISTREAM_TRIALS ?? 2000);
+const TRIALS = Number(process.env.ASSISTREAM_TRIALS ?? 1000);
 const FIRST = Number(process.env.ASSISTREAM_SEED ?? 1);
 
 /** Every text is "0 1 2 3 ...", so that a lost or a doubled delta shows at once. */
