@@ -25,8 +25,6 @@ import venv
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.kinds import files_of
-
 ROOT = Path(__file__).resolve().parent
 VENV, LOWEST = ROOT / ".venv", ROOT / ".venv-lowest"
 # TypeScript checks the helper and esbuild minifies it, in versions that write the same files again; the others run the
@@ -34,7 +32,7 @@ VENV, LOWEST = ROOT / ".venv", ROOT / ".venv-lowest"
 PACKAGES = ["typescript@7.0.2", "esbuild@0.28.2", "react@19", "react-dom@19", "vue@3.5"]
 # What the unit and contract tests need of the extra "test"; the rest of it looks at the code, or at pages.
 TESTING = ("pytest", "pytest-xdist", "hypothesis")
-UNIT_AND_CONTRACT = files_of("unit", "contract")
+UNIT_AND_CONTRACT = ("tests/unit", "tests/contract")
 # Of the tests that try things at random, a tenth of what the whole suite tries.
 FEW_TRIALS = {"ASSISTREAM_TRIALS": "8"}
 

@@ -20,7 +20,7 @@ from typing import Any, Final, NamedTuple
 import psycopg
 import redis
 
-from tests.live import Gunicorn
+from tests.gunicorn_server import Gunicorn
 from tests.postgres_server import PostgresServer
 from tests.redis_server import RedisServer
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.live import Gunicorn
+from tests.gunicorn_server import Gunicorn
 from tests.redis_server import RedisServer
 
 APP = """

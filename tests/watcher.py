@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tests.live import Event, Gunicorn, stream
+from tests.gunicorn_server import Event, Gunicorn, stream
 
 OVER = ("completed", "incomplete", "failed", "cancelled")
 

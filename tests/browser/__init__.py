@@ -1,0 +1,1 @@
+"""The helper and pages, under Node and in Chromium."""

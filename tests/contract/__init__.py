@@ -1,0 +1,1 @@
+"""What others rely on, held for each implementation: routes, store, log, dialects, the offline server."""

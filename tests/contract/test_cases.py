@@ -1,0 +1,132 @@
+"""Streams and answers of real servers, and what must become of each: over real HTTP, through the routes.
+
+``cases/wire.json`` came with the project, ``cases/forms.json`` was found in public reports (each case names where), and
+``cases/more.json`` was made up by who tried to break the reading of those.
+``body`` is what the server sends, a network write a frame; ``cut``: the connection breaks then; ``open``: it stays
+open, with heartbeats; ``http``: it answers so instead; ``content_type``: that of the answer.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from assistream_flask import Assistant
+from assistream_flask.errors import RUN_ERRORS
+from tests.conftest import KEY, OVER, Caller, MakeApp, wait_until
+from tests.http_helpers import request_of
+
+CASES: list[dict[str, Any]] = [
+    case
+    for name in ("wire", "forms", "more")
+    for case in json.loads((Path(__file__).parent / "cases" / f"{name}.json").read_text())
+]
+
+
+class CaseServer:
+    """A model server whose model ``m`` answers with what case number ``m`` says."""
+
+    def __init__(self) -> None:
+        self._listening = socket.create_server(("127.0.0.1", 0), backlog=512)
+        self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}/v1"
+        self._closing = threading.Event()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._closing.set()
+        self._listening.shutdown(socket.SHUT_RDWR)
+        self._listening.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                peer, _ = self._listening.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(peer,), daemon=True).start()
+
+    def _serve(self, peer: socket.socket) -> None:
+        with peer:
+            asked = json.loads(request_of(peer).partition(b"\r\n\r\n")[2])
+            try:
+                self._answer(peer, CASES[int(asked.get("model") or asked["assistant_id"])])
+            except OSError:
+                pass
+
+    def _answer(self, peer: socket.socket, case: dict[str, Any]) -> None:
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if "http" in case:
+            status, answer = case["http"]
+            text = answer.encode() if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False).encode()
+            kind = case.get("content_type", "application/json").encode()
+            head = b"HTTP/1.1 %d X\r\nContent-Type: %b\r\nContent-Length: %d\r\nConnection: close\r\n\r\n"
+            peer.sendall(head % (status, kind, len(text)) + text)
+            return
+        kind = case.get("content_type", "text/event-stream").encode()
+        peer.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\nTransfer-Encoding: chunked\r\n\r\n" % kind)
+        for frame in case["body"].encode().split(b"\n\n"):
+            if frame:
+                end = b"\n\n" if case["body"].endswith("\n\n") or b"data:" in frame else b""
+                peer.sendall(b"%x\r\n%b\r\n" % (len(frame + end), frame + end))
+        while case.get("open") and not self._closing.wait(0.1):
+            peer.sendall(b"c\r\n: heartbeat\n\r\n")
+        if not case.get("cut"):
+            peer.sendall(b"0\r\n\r\n")
+
+
+@pytest.fixture(scope="module")
+def case_server() -> Iterator[CaseServer]:
+    server = CaseServer()
+    yield server
+    server.close()
+
+
+def test_a_case_says_what_must_become_of_it_once() -> None:
+    names = [case["name"] for case in CASES]
+    assert len(names) == len(set(names))
+    assert {case["expect"]["status"] for case in CASES} == {"completed", "incomplete", "failed"}
+    assert {case["expect"]["code"] for case in CASES if "code" in case["expect"]} <= set(RUN_ERRORS)
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=[case["name"] for case in CASES])
+def test_what_a_real_server_sent_becomes_the_right_run(
+    case_server: CaseServer, make_app: MakeApp, number: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    case, want = CASES[number], CASES[number]["expect"]
+    caplog.set_level(logging.INFO, "assistream_flask")
+    dialect = case["dialect"]
+    assistant = (
+        Assistant("a", upstream=dialect, assistant_id=str(number))
+        if dialect == "assistants"
+        else Assistant("a", model=str(number), upstream=dialect, **case.get("arguments", {}))
+    )
+    with openai.OpenAI(api_key=KEY, base_url=case_server.url) as client:
+        loading = want.get("code") == "model_loading"
+        app = make_app([assistant], client=client, stall_seconds=20, run_seconds=2 if loading else 60)
+        caller = Caller(app)
+        (run_id,) = caller.run("a")
+        wait_until(lambda: caller.entry(run_id)["run"]["status"] in OVER, 20)
+    entry = caller.entry(run_id)
+    run, parts = entry["run"], entry["message"]["content"]
+    assert (run["status"], run["last_error"] and run["last_error"]["code"]) == (
+        want["status"],
+        want.get("code", run["last_error"] and run["last_error"]["code"]),
+    )
+    assert "".join(part.get("refusal") or part["text"]["value"] for part in parts) == want["text"]
+    if "reasoning" in want:
+        thoughts = [step["step_details"]["reasoning"]["text"] for step in entry["steps"]]
+        assert "".join(thoughts) == want["reasoning"]
+    for note in want.get("annotations", []):
+        assert [one for part in parts for one in part["text"]["annotations"]].count(note) == 1
+    if want["status"] == "failed":
+        # One line for whoever has to find out why, with the code that the user was told.
+        lines = [record.message for record in caplog.records if f"run {run_id}" in record.message]
+        assert sum("failed: " + run["last_error"]["code"] in line for line in lines) == 1, lines

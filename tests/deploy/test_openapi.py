@@ -1,0 +1,256 @@
+"""The OpenAPI file of the routes: held to the app's url_map and to its answers, and run against it by schemathesis."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import jsonschema_rs
+import pytest
+import schemathesis
+import yaml
+from flask import Flask
+from schemathesis.config import SchemathesisConfig
+from schemathesis.specs.openapi.schemas import OpenApiSchema
+from sqlalchemy.exc import OperationalError
+from werkzeug.test import TestResponse
+from werkzeug.wrappers import Response
+
+from assistream_flask import create_blueprint
+from assistream_flask.testing import OfflineServer, Reply
+from tests.conftest import ASSISTANTS, Caller, MakeApp, quick_client
+from tests.http_helpers import Frame, P, named, read
+
+ROOT = Path(__file__).resolve().parents[2]
+API: dict[str, Any] = yaml.safe_load((ROOT / "docs/reference/openapi.yaml").read_text())
+
+
+def test_the_file_has_every_route_of_the_app_with_its_methods_and_no_other(app: Flask) -> None:
+    routes = {
+        (re.sub(r"<(\w+)>", r"{\1}", rule.rule.removeprefix(P)), method.lower())
+        for rule in app.url_map.iter_rules()
+        if rule.endpoint.startswith("assistream.")
+        # These two are every route's.
+        for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
+    }
+    methods = {"get", "post", "put", "patch", "delete"}
+    assert {(path, method) for path, item in API["paths"].items() for method in item if method in methods} == routes
+
+
+def strict(value: Any) -> Any:
+    """A schema that takes no key which it does not name, so that no answer has one that is not written down."""
+    if isinstance(value, list):
+        return [strict(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    found = {key: strict(one) for key, one in value.items()}
+    if found.get("type") == "object" and "properties" in found and "oneOf" not in found:
+        found.setdefault("additionalProperties", False)
+    return found
+
+
+STRICT = strict(copy.deepcopy(API))
+
+
+def fits(value: Any, schema: dict[str, Any]) -> None:
+    """Fails where ``value`` is not what the ``schema`` of the file says."""
+    validator = jsonschema_rs.Draft202012Validator({**schema, "components": STRICT["components"]})
+    assert [f"{error.instance_path}: {error.message}" for error in validator.iter_errors(value)] == [], value
+
+
+def checked(answer: Response, path: str, status: int) -> Any:
+    """Gives the answer's JSON, which is as the file says for this route, method and status."""
+    assert answer.status_code == status, answer.get_data(as_text=True)
+    assert isinstance(answer, TestResponse)
+    described = STRICT["paths"][path][answer.request.method.lower()]["responses"][str(status)]
+    if "$ref" in described:
+        described = STRICT["components"]["responses"][described["$ref"].rpartition("/")[2]]
+    assert set(described.get("headers", {})) <= set(answer.headers.keys())
+    if "content" not in described:
+        assert answer.data == b""
+        return None
+    ((mimetype, content),) = described["content"].items()
+    assert answer.mimetype == mimetype
+    if mimetype != "application/json":
+        return None
+    fits(answer.get_json(), content["schema"])
+    return answer.get_json()
+
+
+KINDS = [kind["properties"] for kind in STRICT["components"]["schemas"]["Event"]["oneOf"]]
+EVENTS = {
+    name: kind["data"].get("contentSchema")
+    for kind in KINDS
+    for name in kind["event"].get("enum", [kind["event"].get("const")])
+}
+
+
+def seen(frames: Sequence[Frame]) -> set[str]:
+    """Gives the names of the events, each of which is as the file says."""
+    for frame in frames:
+        # The first may have nothing but retry.
+        if frame.event not in ("", "done"):
+            fits(frame.data, EVENTS[frame.event])
+            assert (frame.id is None) == (frame.event == "ping")
+    return {frame.event for frame in frames} - {""}
+
+
+THREAD = "/threads/{thread_id}"
+# Replies, the assistant that is asked, and what becomes of the run.
+ANSWERS = [
+    (Reply("Yes, it is.", reasoning="Is it? It is."), "tutor", "completed"),
+    (Reply("Half", refusal="I can't say more."), "tutor", "completed"),
+    (
+        Reply("As in the book.", annotations=({"type": "url_citation", "url": "https://example.org"},)),
+        "poet",
+        "completed",
+    ),
+    (Reply("This breaks off", fault="cut"), "tutor", "failed"),
+    (Reply("This is cut", fault="incomplete"), "poet", "incomplete"),
+    (Reply("This is filtered", fault="content_filter"), "critic", "incomplete"),
+]
+
+
+def test_all_answers_and_events_of_the_app_are_as_the_file_says(make_app: MakeApp, server: OfflineServer) -> None:
+    client = make_app(heartbeat_seconds=0.05).test_client()
+    events: set[str] = set()
+    checked(client.get(f"{P}/assistants"), "/assistants", 200)
+    with client.get(f"{P}/assistream.js") as helper:
+        checked(helper, "/assistream.js", 200)
+    thread = checked(client.post(f"{P}/threads", json={"metadata": {"about": "tests"}}), "/threads", 201)
+    url = f"{P}/threads/{thread['id']}"
+    checked(client.post(f"{url}/messages", json={"content": "Hi"}), f"{THREAD}/messages", 201)
+    for reply, assistant, status in ANSWERS:
+        server.replies = reply
+        body = {"assistant_ids": [assistant], "content": "And?"}
+        frames = read(client.post(f"{url}/runs", json=body, headers={"Accept": "text/event-stream"}))
+        events |= seen(frames)
+        assert frames[-2].event == f"thread.run.{status}"
+    server.replies = Reply("This stands still", fault="stall")
+    started = checked(client.post(f"{url}/runs", json={"assistant_ids": ["tutor"]}), f"{THREAD}/runs", 202)
+    checked(client.get(f"{url}/messages"), f"{THREAD}/messages", 200)
+    checked(client.get(f"{P}/threads"), "/threads", 200)
+    events |= seen(read(client.get(f"{url}/events"), named("ping")))
+    cancel = f"{url}/runs/{started['runs'][0]['id']}/cancel"
+    place = checked_place(client.get(f"{url}/messages"))
+    checked(client.post(cancel, json={}), f"{THREAD}/runs/{{run_id}}/cancel", 202)
+    events |= seen(read(client.get(f"{url}/events", headers={"Last-Event-ID": place}), named("thread.run.cancelled")))
+    entries = checked(client.get(f"{url}/messages?limit=200"), f"{THREAD}/messages", 200)["data"]
+    assert [entry["run"]["status"] for entry in entries if entry["run"]] == [*(one[2] for one in ANSWERS), "cancelled"]
+    stream = client.get(f"{url}/events")
+    checked(client.delete(url), THREAD, 204)
+    events |= seen(read(stream))
+    # That one is kept for tools.
+    assert set(EVENTS) - events == {"thread.run.requires_action"}
+
+
+def test_what_is_refused_is_as_the_file_says(make_app: MakeApp) -> None:
+    caller: str | None = "me"
+    client = make_app(owner=lambda: caller, max_runs=1).test_client()
+    url = f"{P}/threads/{checked(client.post(f'{P}/threads', json={}), '/threads', 201)['id']}"
+    messages, runs = f"{THREAD}/messages", f"{THREAD}/runs"
+    checked(client.post(f"{url}/messages", json={}), messages, 400)
+    checked(client.post(f"{url}/messages", json={"content": "Hi"}, headers={"Origin": "https://a.org"}), messages, 403)
+    checked(client.get(f"{url}x/messages"), messages, 404)
+    checked(client.post(f"{url}/messages", json={"content": "Hi" * 60_000}), messages, 413)
+    checked(client.post(f"{url}/messages", data="Hi"), messages, 415)
+    for content, status in (("Hi", 201), ("Ho", 422)):
+        answer = client.post(f"{url}/messages", json={"content": content}, headers={"Idempotency-Key": "k"})
+        checked(answer, messages, status)
+    checked(client.post(f"{url}/runs", json={"assistant_ids": ["nobody"]}), runs, 404)
+    checked(client.get(f"{P}/doctor"), "/doctor", 404)
+    caller = None
+    checked(client.get(f"{P}/threads"), "/threads", 401)
+
+
+def test_a_caller_with_too_many_runs_and_a_database_that_is_away_are_answered_as_the_file_says(
+    make_app: MakeApp, server: OfflineServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.replies = Reply(fault="stall_headers")
+    app = make_app(max_runs=1)
+    caller = Caller(app)
+    caller.run("tutor")
+    checked(caller.client.post(f"{caller.url}/runs", json={"assistant_ids": ["tutor"]}), f"{THREAD}/runs", 429)
+
+    def away(*_: object, **__: object) -> None:
+        raise OperationalError("no statement", {}, OSError("away"))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(app.extensions["assistream"].runtime().store, "threads", away)
+        checked(caller.client.get(f"{P}/threads"), "/threads", 503)
+
+
+def checked_place(answer: TestResponse) -> str:
+    """Gives the event id as of which a page is exact."""
+    place = answer.headers["Last-Event-ID"]
+    fits(place, API["components"]["schemas"]["EventId"])
+    return place
+
+
+# Run against the app
+
+
+class Stage:
+    """The app that schemathesis asks, which it must know before there is one."""
+
+    def __init__(self) -> None:
+        self.app: Flask
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        body = self.app.wsgi_app(environ, start_response)
+        # A thread's events have no end: of those only the first frame is read.
+        most = 1 if environ["PATH_INFO"].endswith("/events") else None
+        try:
+            return list(itertools.islice((chunk for chunk in body if chunk), most))
+        finally:
+            if hasattr(body, "close"):
+                body.close()
+
+
+PLACEHOLDER = "thread_" + 32 * "0"
+MOST = 2
+
+
+def described() -> OpenApiSchema:
+    """The file, with what a random value would never meet in it: a thread and assistants that are there."""
+    api = copy.deepcopy(API)
+    api["components"]["parameters"]["ThreadId"]["schema"] = {"enum": [PLACEHOLDER]}
+    runs = api["paths"][f"{THREAD}/runs"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    runs["properties"]["assistant_ids"].update(items={"enum": ["tutor", "poet"]}, maxItems=MOST)
+    # Of what is right, a key may have been used for another request (422), and a thing not be there. What is wrong may
+    # be so by its length (413).
+    expected = {
+        "positive_data_acceptance": {"expected-statuses": ["2xx", "3xx", "404", "422"]},
+        "negative_data_rejection": {"expected-statuses": ["400", "404", "405", "413", "415", "422"]},
+    }
+    found = schemathesis.openapi.from_dict(api, config=SchemathesisConfig.from_dict({"checks": expected}))
+    found.app = Stage()
+    return found
+
+
+DESCRIBED = described()
+
+
+@pytest.fixture(scope="module")
+def staged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flask]:
+    """One app for all routes: to start and end one takes longer than to ask it."""
+    DESCRIBED.app.app = app = Flask("described", instance_path=str(tmp_path_factory.mktemp("described")))
+    app.config.update(ASSISTREAM_DRAIN_SECONDS=0, ASSISTREAM_MAX_RUNS=10_000, ASSISTREAM_MAX_ASSISTANTS=MOST)
+    with OfflineServer(delay=0) as server, quick_client(server) as client:
+        app.register_blueprint(create_blueprint(ASSISTANTS, owner=lambda: "me", client=client), url_prefix=P)
+        yield app
+        app.extensions["assistream"].close()
+
+
+@DESCRIBED.parametrize()
+@hypothesis.settings(max_examples=8, deadline=None)
+def test_the_app_keeps_what_the_file_says(case: schemathesis.Case[Any], staged: Flask) -> None:
+    # Anew each time: some delete it.
+    if case.path_parameters.get("thread_id") == PLACEHOLDER:
+        case.path_parameters["thread_id"] = Caller(staged).thread_id
+    case.call_and_validate()

@@ -1,0 +1,1 @@
+"""Gunicorn, Redis and PostgreSQL, in processes of their own."""
