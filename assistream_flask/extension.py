@@ -21,11 +21,11 @@ from .platform import gunicorn
 from .platform.log_throttle import LogThrottle
 from .platform.once import PerProcess
 from .runs import values
-from .runs.active_run import RunRequest
 from .runs.notifier import Kind, Notice
 from .runs.run_list import RunList, RunWaiter
 from .runs.runtime import Runtime, default_database
 from .runs.service import OwnedThread, Service
+from .runs.thread_history import RunRequest
 from .settings import Settings
 from .store.sql import Owner
 from .types import Entry, Run, Thread

@@ -42,7 +42,10 @@ class ReadSlot(ReadGate):
 class SlotHolder(Protocol):
     """Who has a seat."""
 
-    seat: ReadSlot
+    @property
+    def seat(self) -> ReadSlot:
+        """Where its reader waits."""
+        ...
 
 
 T = TypeVar("T", bound=SlotHolder)

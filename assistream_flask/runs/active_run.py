@@ -1,164 +1,326 @@
-"""A run of this worker that is not over."""
+"""A run that this worker has, and its ways from one phase to the next."""
 
 from __future__ import annotations
 
-import _thread
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+import time
+from collections.abc import Sequence
+from enum import Enum
+from typing import Final
 
-import openai
-
-from ..assistants import Assistant
-from ..events import Event, Json, Said
+from ..errors import RunError
+from ..events import Event, Json
 from ..fast.batch_scheduler import ReadSlot
-from ..fast.read_gate import TimeSlice
 from ..log.protocol import Claim, EventId
 from ..platform.interrupt import Interrupted, Interruptible
 from ..store.sql import Owner, State
-from ..upstream import answer_stream
+from ..types import Message, Run
+from ..upstream.answer_stream import AnswerStream
+from ..upstream.delivered import Shown
 from ..upstream.deltas import Part, merged
-from ..upstream.items import Limit, Names, Shorten
-from .message_accumulator import Ahead, MessageAccumulator
+from .message_accumulator import Ending, MessageAccumulator, Stop
+from .run_reader import RunReader
+from .thread_history import RunRequest, ThreadHistory
+
+_FLOOD_SECONDS: Final = 0.004
 
 
-class RunRequest(NamedTuple):
-    """An assistant to run, the client to ask it with, the names that the history's speakers have, and the app's own way
-    to shorten a history."""
+class Phase(Enum):
+    """Where a run stands in this worker.
 
-    assistant: Assistant
-    client: Callable[[], openai.OpenAI]
-    names: Names
-    shorten: Shorten | None = None
-
-
-class History:
-    """What runs that start together see of their thread, read once for all of them.
-
-    ``limits`` are theirs: as much is read as the one takes that takes most. It is kept until the last has it.
+    ``QUEUED`` and ``IN_PROGRESS`` are its status. ``INTERRUPTED``: it is to end, and its thread is about to end it.
+    ``ENDED``: its status is terminal. ``LEFT``: another worker has it, or may have; nothing more is done here.
     """
 
-    def __init__(self, limits: Sequence[Limit]) -> None:
-        self._limit = Limit(max(one.characters for one in limits), max(one.messages for one in limits))
-        self._left = len(limits)
-        self._guard = threading.Lock()
-        self._read: tuple[list[Said], bool] | None = None
+    QUEUED = "queued"
+    IN_PROGRESS = "in_progress"
+    INTERRUPTED = "interrupted"
+    ENDED = "ended"
+    LEFT = "left"
 
-    def get(self, read: Callable[[int, int], tuple[list[Said], bool]]) -> tuple[list[Said], bool]:
-        """Gives the messages, and whether there are older ones; ``read`` is called where nobody did."""
-        with self._guard:
-            found = self._read if self._read is not None else read(*self._limit)
-            self._left -= 1
-            self._read = found if self._left > 0 else None
-        return found
+
+class Checkpoint:
+    """How much of a run the store has, and as of which event of the thread's log.
+
+    ``saving`` is held while it is stored, or an older state could be stored over a newer one. The rest changes under
+    the run's ``lock``.
+    """
+
+    def __init__(self, event_id: EventId | None) -> None:
+        self.saving = threading.Lock()
+        # What the run is now is exact there; None where no event is known for that.
+        self.event_id = event_id
+        self._stored_epoch = event_id.epoch if event_id else ""
+        self.is_due = False
+
+    def move(self, event_id: EventId | None) -> None:
+        """Take note of the event that told what the run grew by."""
+        self.event_id, self.is_due = event_id, True
+
+    def rebase(self, event_id: EventId | None) -> None:
+        """Take note that what the run is now is exact as of another event, or as of none."""
+        self.event_id = event_id
+
+    def begin(self) -> None:
+        """Take note that what the run is now is being stored."""
+        self.is_due = False
+
+    def fail(self) -> None:
+        """Take note that it could not be stored."""
+        self.is_due = True
+
+    def done(self, event_id: EventId | None) -> None:
+        """Take note that it was stored as of ``event_id``."""
+        self._stored_epoch = event_id.epoch if event_id else ""
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether what is stored is as of an event of another log: readers cannot put the two together."""
+        return self.event_id is not None and self.event_id.epoch != self._stored_epoch
+
+
+class Pacing:
+    """How what arrives is told: whether anything was, when last, and how often soon after each other."""
+
+    def __init__(self) -> None:
+        self.has_begun, self._told_at, self.in_a_row = False, 0.0, 0
+
+    def arrived(self) -> None:
+        """Count what arrives less than four milliseconds after the last was told."""
+        self.in_a_row = self.in_a_row + 1 if time.monotonic() - self._told_at < _FLOOD_SECONDS else 0
+
+    def told(self, now: float) -> bool:
+        """Take note of the time; tell whether this was the first."""
+        is_first = not self.has_begun
+        self.has_begun, self._told_at = True, now
+        return is_first
 
 
 class ActiveRun:
-    """One such run. ``group_id`` is that of runs that may run beside it."""
+    """A run that is not over, as this worker has it.
+
+    Its phase changes by these methods only, and follows from facts that are never taken back::
+
+        QUEUED ── begin ──> IN_PROGRESS ── end ──> ENDED
+          └──── interrupt ────┴──> INTERRUPTED ── end ──┘
+        each of them ── leave ──> LEFT
+
+    ``lock`` is held while what the run is changes and is told, so that events come in the order of the changes;
+    whoever needs ``checkpoint.saving`` too takes that first. ``group_id`` is that of runs that may run beside it.
+    """
 
     def __init__(
         self,
-        reply: MessageAccumulator,
-        asked: RunRequest | None,
+        owner: Owner,
+        accumulator: MessageAccumulator,
+        request: RunRequest | None,
+        *,
         position: int,
-        place: EventId | None,
+        event_id: EventId | None,
         group_id: str | None,
-        number: int = 0,
+        claim: int = 0,
+        resume_state: Json | None = None,
     ) -> None:
-        self.reply, self.asked, self.position, self.group_id = reply, asked, position, group_id
-        # Set where it will be asked: what it is to see, and how much of it.
-        self.history: History
-        self.limit: Limit
-        # What the model server said as it failed, for the log; and whether it is waited for.
-        self.said, self.is_loading = "", False
-        self.id: str = reply.run["id"]
-        self.thread_id: str = reply.run["thread_id"]
-        self.claim = Claim(self.id, number)
-        # ``saving`` comes first and keeps an older state from being stored over a newer one.
-        self.saving, self.lock = threading.Lock(), threading.Lock()
-        # After its last event; what is stored is exact there. ``kept`` is the epoch of what was stored last.
-        self.place = place
-        self.kept = place.epoch if place else ""
-        self.dirty = False
-        # Set where it is made: whose thread it is of.
-        self.owner: Owner
-        # Nothing more is done for it here.
-        self.left = False
-        self.ended = threading.Event()
-        self.deadline = float("inf")
-        self.upstream: answer_stream.AnswerStream | None = None
-        # Of a background response: what another worker needs to go on, and what that one has already.
-        self.state: Json | None = None
-        self.ahead: Ahead | None = None
-        # What arrived and was not added to the reply yet, and the state behind it.
-        self.pending: list[Part] = []
-        self.pending_state: Json | None = None
-        # Whether, and when, anything was told; and how often, soon after each other.
-        self.begun, self.told, self.in_a_row = False, 0.0, 0
-        # What arrives, where its reader waits for it, and how long it did not; and who reads ahead.
-        self.batches: Iterator[list[Part]]
-        self.seat: ReadSlot
-        self.turn = TimeSlice()
-        self.feeding: Interruptible | None = None
+        self.owner, self.request, self.position, self.group_id = owner, request, position, group_id
+        self._accumulator = accumulator
+        self.id: str = accumulator.run["id"]
+        self.thread_id: str = accumulator.run["thread_id"]
+        self.claim = Claim(self.id, claim)
+        self.lock = threading.Lock()
+        self.checkpoint, self.pacing = Checkpoint(event_id), Pacing()
         self.waits = Interruptible(self.close)
-        # How it ends when it is interrupted; not at all when another worker has it.
-        self.stop: Callable[[MessageAccumulator], list[Event]] | None = MessageAccumulator.cancel
+        self._reader: RunReader | None = None
+        self._history: ThreadHistory | None = None
+        # Of a background response: what another worker needs to go on behind what the message has.
+        self._resume_state = resume_state
+        # What arrived and was not added to the message yet, and the state behind it.
+        self._arrived: list[Part] = []
+        self._arrived_state: Json | None = None
+        # How it ends when its waits are interrupted, and whether they were.
+        self._ending: Ending = Stop.CANCELLED
+        self._is_interrupted = self._is_left = False
+        # What the model server said, while its model is loading.
+        self._loading: RunError | None = None
+        self._deadline = float("inf")
+        # Set when nothing more is done for it here.
+        self._released = threading.Event()
 
-    def close(self) -> None:
-        """Closes the connection to the model server."""
-        if self.upstream is not None:
-            self.upstream.close()
-        if self.feeding is not None:
-            self.feeding.interrupt()
-
-    def leave(self) -> None:
-        """Has nothing more done for it: another worker has it, or may have. ``lock`` is held."""
-        self.left, self.stop = True, None
-        self.waits.interrupt()
-
-    def read(self, ours: answer_stream.AnswerStream) -> None:
-        """Has its batches come from there."""
-        self.upstream, self.seat, self.feeding = ours, ReadSlot(), None
-        ours.gate = self.seat
-        self.batches = iter(ours)
-
-    def feed(self) -> None:
-        """Has its stream read ahead, where it can't be read in a tick."""
-        assert self.upstream is not None
-        self.seat.is_fed, self.feeding = True, Interruptible(self.upstream.close)
-        spawn(_feed, self.feeding, self.seat)
+    # What it is
 
     @property
-    def elsewhere(self) -> bool:
-        """Whether what is stored is as of another log."""
-        return self.place is not None and self.place.epoch != self.kept
+    def phase(self) -> Phase:
+        """Where the run stands."""
+        if self._is_left:
+            return Phase.LEFT
+        if self.is_over:
+            return Phase.ENDED
+        if self._is_interrupted:
+            return Phase.INTERRUPTED
+        return Phase.QUEUED if self.is_queued else Phase.IN_PROGRESS
+
+    @property
+    def run(self) -> Run:
+        """The run object, for nobody to change."""
+        return self._accumulator.run
+
+    @property
+    def message(self) -> Message:
+        """The message object, for nobody to change: its text may be a few deltas behind."""
+        return self._accumulator.message
+
+    @property
+    def is_queued(self) -> bool:
+        """Whether nothing was asked for it yet, by any worker."""
+        return self._accumulator.run["status"] == "queued"
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its status is terminal, in this worker and, soon, in the store."""
+        return self._accumulator.is_over
+
+    @property
+    def is_left(self) -> bool:
+        """Whether another worker has it, or may have."""
+        return self._is_left
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether its model server is waited for."""
+        return self._loading is not None
+
+    @property
+    def resume_state(self) -> Json | None:
+        """What another worker needs to go on behind what the message has; ``None`` where none can."""
+        return self._resume_state
+
+    @property
+    def ending(self) -> Ending:
+        """How it is to end, where its waits are interrupted."""
+        return self._ending
+
+    def state(self) -> State:
+        """Give what there is to store. ``lock`` is held."""
+        event_id = self.checkpoint.event_id
+        return (
+            *self._accumulator.snapshot(),
+            str(event_id) if event_id else None,
+            self._resume_state,
+            self.claim.number,
+        )
+
+    def shown(self) -> Shown:
+        """Give what viewers have of its answer, once all that arrived was added."""
+        with self.lock:
+            _, message, steps = self._accumulator.snapshot()
+        return Shown(message, steps)
+
+    # From one phase to the next
+
+    def prepare(self, history: ThreadHistory) -> None:
+        """Take what the run is to see of its thread, before it is queued."""
+        self._history = history
+
+    @property
+    def history(self) -> ThreadHistory:
+        """What the run is to see of its thread."""
+        assert self._history is not None
+        return self._history
+
+    def begin(self) -> list[Event]:
+        """Set the run in progress, also again once its model has loaded; give the events that tell of it. ``lock`` is
+        held. Raises :class:`Interrupted` where it is interrupted, over or left."""
+        self._check_goes_on()
+        self._loading = None
+        return self._accumulator.begin()
+
+    def wait_for_model(self, error: RunError) -> list[Event]:
+        """Let the run say that its model is loading, as ``error`` has it; give the events that tell of it. ``lock`` is
+        held. Raises as :meth:`begin` does."""
+        self._check_goes_on()
+        self._loading = error
+        return self._accumulator.wait()
+
+    def _check_goes_on(self) -> None:
+        if self.phase not in (Phase.QUEUED, Phase.IN_PROGRESS):
+            raise Interrupted
+
+    def end(self, ending: Ending) -> list[Event] | None:
+        """End the run; give the events that tell of it, ``None`` where it is over or left. ``lock`` is held."""
+        return None if self.is_over or self._is_left else self._accumulator.end(ending)
+
+    def interrupt(self, ending: Ending) -> None:
+        """Have the run's thread end it so: the present wait ends, and each later one at once. Does not wait, and needs
+        no lock; what is said last counts."""
+        self._ending, self._is_interrupted = ending, True
+        self.waits.interrupt()
+
+    def leave(self) -> None:
+        """Have nothing more done for it here. ``lock`` is held: what is under way is done."""
+        self._is_left = True
+        self.waits.interrupt()
+
+    def release(self) -> None:
+        """Let those go on who wait for its end: it is told, or another worker's."""
+        self._released.set()
+
+    def is_released(self, seconds: float | None = 0) -> bool:
+        """Wait for that for so many seconds, without them for ever; tell whether it came."""
+        return self._released.wait(seconds)
+
+    def limit(self, seconds: float) -> None:
+        """Give it so much time from now on."""
+        self._deadline = time.monotonic() + seconds
+
+    def overdue(self) -> RunError | None:
+        """Give the error with which it ends where its time is over."""
+        if time.monotonic() <= self._deadline:
+            return None
+        return self._loading or RunError("run_time_limit")
+
+    # What arrives
+
+    @property
+    def reader(self) -> RunReader:
+        """The reading of its present connection."""
+        assert self._reader is not None
+        return self._reader
+
+    @property
+    def seat(self) -> ReadSlot:
+        """Where its thread waits for what is read in a tick."""
+        return self.reader.seat
+
+    def read(self, stream: AnswerStream) -> None:
+        """Have what arrives come from there."""
+        self._reader = RunReader(stream)
+
+    def close(self) -> None:
+        """Close the connection to the model server. Idempotent, from any thread."""
+        if self._reader is not None:
+            self._reader.close()
 
     def take(self, parts: Sequence[Part]) -> None:
-        """Takes what arrived."""
-        self.pending += self.ahead.rest(parts) if self.ahead else parts
-        if self.upstream is not None:
-            self.pending_state = self.upstream.state()
+        """Take what arrived. ``lock`` is held."""
+        self._arrived += parts
+        if self._reader is not None:
+            self._arrived_state = self._reader.state()
 
     def grow(self) -> list[Event]:
-        """Adds what arrived to the reply; gives the events that tell of it."""
-        parts, self.pending = merged(self.pending), []
-        self.state = self.pending_state or self.state
-        return self.reply.add(parts)
+        """Add what arrived to the message; give the events that tell of it, none where it is over or left. ``lock`` is
+        held."""
+        if not self._arrived or self.is_over or self._is_left:
+            return []
+        parts, self._arrived = merged(self._arrived), []
+        self._resume_state = self._arrived_state or self._resume_state
+        return self._accumulator.add(parts)
 
-    def now(self) -> State:
-        """What there is to store."""
-        return *self.reply.snapshot(), str(self.place) if self.place else None, self.state, self.claim.number
-
-
-def _feed(waits: Interruptible, seat: ReadSlot) -> None:
-    try:
-        waits.wait(seat.feed)
-    except Interrupted:
-        # Its reader may be a thread that waits for it.
-        seat.stop()
-
-
-def spawn(target: Callable[..., None], *args: object) -> None:
-    """Starts a daemon thread: a greenlet once gevent has patched ``_thread``."""
-    # threading.Thread waits until it runs: once more behind all that the worker does.
-    _thread.start_new_thread(target, args)
+    def add(self, parts: Sequence[Part]) -> list[Event]:
+        """Do both. Raises :class:`Interrupted` where the run is over or left."""
+        self.take(parts)
+        if self.is_over or self._is_left:
+            if self.is_over:
+                # A response that goes on in the background is cancelled by what is known of it. Who takes over
+                # one that is left goes on behind its state, which must not be ahead of the text.
+                self._resume_state = self._arrived_state or self._resume_state
+            raise Interrupted
+        return self.grow()

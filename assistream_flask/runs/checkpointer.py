@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Final
 
 from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 
-from ..log.protocol import EventId, Log
-from ..platform.log_throttle import LogThrottle
-from ..store.sql import State, ThreadStore
+from ..log.protocol import EventId
+from ..store.sql import State
 from .active_run import ActiveRun
-from .log_appender import LogAppender
+from .worker import Worker
 
 _log = logging.getLogger(__name__)
 
@@ -23,81 +22,76 @@ _PAUSE_SECONDS: Final = 0.02
 
 
 class Checkpointer:
-    """Stores the runs of one ``worker``. ``lost`` is called for one that is not the worker's any more."""
+    """Stores the runs of one worker, and has it leave those that are not its own any more."""
 
-    def __init__(
-        self,
-        store: ThreadStore,
-        log: Log,
-        teller: LogAppender,
-        worker: str,
-        lost: Callable[[ActiveRun], None],
-        complaints: LogThrottle | None = None,
-    ) -> None:
-        self._store, self._log, self._teller = store, log, teller
-        self._worker, self._lost = worker, lost
-        self._complaints = complaints or LogThrottle()
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
 
-    def keep(self, live: ActiveRun, anew: bool = False) -> None:
-        """Stores what the run is now; ``anew``, as of the log's end. Failures are for the next time."""
-        with live.saving:
-            found = self._look(live, anew)
+    def store(self, active: ActiveRun, *, rebased: bool = False) -> None:
+        """Store what the run is now; ``rebased``, as of the end of the thread's log. Failures are for the next time."""
+        store, appender = self._worker.store, self._worker.appender
+        checkpoint = active.checkpoint
+        with checkpoint.saving:
+            found = self._look(active, rebased=rebased)
             if found is None:
                 return
-            state, place = found
+            state, event_id = found
             try:
-                mine = self._store.save(self._worker, *state)
-                is_gone = not mine and self._store.run(live.thread_id, live.id) is None
+                is_ours = store.save(self._worker.name, *state)
+                is_gone = not is_ours and store.run(active.thread_id, active.id) is None
             except SQLAlchemyError as error:
-                self._complaints.error(_log, error, "the text of run %s cannot be stored yet", live.id)
-                live.dirty = True
+                self._worker.throttle.error(_log, error, "the text of run %s cannot be stored yet", active.id)
+                checkpoint.fail()
                 return
-            live.kept = place.epoch if place else ""
-        if not mine and not live.reply.over:
+            checkpoint.done(event_id)
+        if not is_ours and not active.is_over:
             # Another worker took the run for lost, or the thread is gone; what was told since is to go.
-            self._teller.untell(live.thread_id, keep=not is_gone)
-            self._lost(live)
+            appender.mark_incomplete(active.thread_id, keep=not is_gone)
+            with active.lock:
+                active.leave()
 
-    def _look(self, live: ActiveRun, anew: bool = False) -> tuple[State, EventId | None] | None:
-        """Gives what to store, and as of when; ``None`` when the run is over. Its ``saving`` is held."""
-        with live.lock:
-            if live.reply.over:
+    def _look(self, active: ActiveRun, *, rebased: bool = False) -> tuple[State, EventId | None] | None:
+        """Give what to store, and as of which event; ``None`` where the run is over. ``saving`` is held."""
+        checkpoint = active.checkpoint
+        with active.lock:
+            if active.is_over:
                 return None
-            if anew:
+            if rebased:
                 # Nothing of this run is appended meanwhile, so what it is now is exact there, if nothing was missed.
-                live.place = None if self._teller.lacks(live.thread_id) else self._log.end(live.thread_id)
-            live.dirty = False
-            return live.now(), live.place
+                is_incomplete = self._worker.appender.is_incomplete(active.thread_id)
+                checkpoint.rebase(None if is_incomplete else self._worker.log.end(active.thread_id))
+            checkpoint.begin()
+            return active.state(), checkpoint.event_id
 
-    def keep_all(self, lives: Sequence[ActiveRun]) -> None:
-        """Does so for many: a few in a transaction, with time between for all else."""
-        for at in range(0, len(lives), _BATCH):
+    def store_all(self, runs: Sequence[ActiveRun]) -> None:
+        """Store many: a few in a transaction, with time between for all else."""
+        for at in range(0, len(runs), _BATCH):
             if at:
                 time.sleep(_PAUSE_SECONDS)
-            for live in self._left(lives[at : at + _BATCH]):
-                self.keep(live)
+            for active in self._store_grown(runs[at : at + _BATCH]):
+                self.store(active)
 
-    def _left(self, lives: Sequence[ActiveRun]) -> list[ActiveRun]:
-        """Stores those that have grown; gives those that may be another's."""
+    def _store_grown(self, runs: Sequence[ActiveRun]) -> list[ActiveRun]:
+        """Store, in one transaction, those that are this worker's; give the others."""
         with ExitStack() as stack:
             states, grown = [], []
-            for live in lives:
-                stack.enter_context(live.saving)
-                found = self._look(live)
+            for active in runs:
+                stack.enter_context(active.checkpoint.saving)
+                found = self._look(active)
                 if found is not None:
                     states.append(found[0])
-                    grown.append((live, found[1]))
+                    grown.append((active, found[1]))
             try:
-                mine = self._store.save_grown(self._worker, states)
+                ours = self._worker.store.save_grown(self._worker.name, states)
             except (DataError, IntegrityError):
                 # What one of them has shall not keep the others.
-                mine = set()
+                ours = set()
             except Exception as error:
-                self._complaints.error(_log, error, "the text of %d runs cannot be stored yet", len(grown))
-                for live, _ in grown:
-                    live.dirty = True
+                self._worker.throttle.error(_log, error, "the text of %d runs cannot be stored yet", len(grown))
+                for active, _ in grown:
+                    active.checkpoint.fail()
                 return []
-            for live, place in grown:
-                if live.id in mine:
-                    live.kept = place.epoch if place else ""
-        return [live for live, _ in grown if live.id not in mine]
+            for active, event_id in grown:
+                if active.id in ours:
+                    active.checkpoint.done(event_id)
+        return [active for active, _ in grown if active.id not in ours]

@@ -7,11 +7,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final, cast
 
-from ..errors import RunError, masked
+from ..errors import RunError
 from ..events import Event
 from ..fast.batch_scheduler import BatchScheduler
 from ..log.protocol import REFUSED, AppendRequest
-from ..platform.interrupt import Interrupted
 from ..platform.log_throttle import LogThrottle
 from ..upstream.deltas import Part
 from .active_run import ActiveRun
@@ -25,7 +24,6 @@ _FLOODED: Final = 4
 """With no more, for a flood too: one that begins with so many pieces, less than so many seconds from each other, and
 lasts while so many come a turn."""
 _FLOOD_PIECES: Final = 50
-_FLOOD_SECONDS: Final = 0.004
 _FLOOD_LASTS: Final = 8
 
 
@@ -36,34 +34,35 @@ class DeltaPublisher:
 
     def __init__(
         self,
-        teller: LogAppender,
+        appender: LogAppender,
         seconds: float,
         viewers: Callable[[], int],
         only_grows: Callable[[ActiveRun, Sequence[Part]], bool],
-        complaints: LogThrottle | None = None,
+        throttle: LogThrottle | None = None,
     ) -> None:
-        self._teller, self._viewers, self._only_grows = teller, viewers, only_grows
-        self._complaints = complaints or LogThrottle()
+        self._appender, self._viewers, self._only_grows = appender, viewers, only_grows
+        self._throttle = throttle or LogThrottle()
         # Those that have begun to speak and are not over.
         self._speaking: set[str] = set()
-        self._pacer: BatchScheduler[ActiveRun] | None = (
-            BatchScheduler(seconds, self._tick, self._complaints) if seconds else None
+        self._scheduler: BatchScheduler[ActiveRun] | None = (
+            BatchScheduler(seconds, self._tick, self._throttle) if seconds else None
         )
 
-    def next(self, live: ActiveRun) -> Sequence[Part] | None:
-        """Gives the run's next parts, without those that a tick told or is to tell; ``None`` at the end. Raises what
+    def next(self, active: ActiveRun) -> Sequence[Part] | None:
+        """Give the run's next parts, without those that a tick told or is to tell; ``None`` at the end. Raises what
         its stream does."""
+        reader = active.reader
         while True:
             # Before the read: an interrupt meets nothing that was read and not taken.
-            live.turn.share()
-            parts = next(live.batches, None)
+            reader.turn.share()
+            parts = next(reader.batches, None)
             if parts is None or parts:
                 return parts
-            if live.begun and self._pacer is not None and (self._has_many() or self._floods(live)):
-                if live.seat.source is not None and not live.seat.is_fed:
-                    live.feed()
-                if live.seat.can_wait:
-                    left = self._pacer.wait(live)
+            if active.pacing.has_begun and self._scheduler is not None and (self._has_many() or self._floods(active)):
+                if reader.seat.source is not None and not reader.seat.is_fed:
+                    reader.feed()
+                if reader.seat.can_wait:
+                    left = self._scheduler.wait(active)
                     if isinstance(left, Exception):
                         raise left
                     if left is not None:
@@ -72,90 +71,83 @@ class DeltaPublisher:
     def _has_many(self) -> bool:
         return len(self._speaking) > _FEW or self._viewers() > _FEW
 
-    def _floods(self, live: ActiveRun) -> bool:
-        return live.in_a_row >= _FLOOD_PIECES and live.seat.source is not None and len(self._speaking) > _FLOODED
+    def _floods(self, active: ActiveRun) -> bool:
+        is_flood = active.pacing.in_a_row >= _FLOOD_PIECES and active.seat.source is not None
+        return is_flood and len(self._speaking) > _FLOODED
 
-    def add(self, live: ActiveRun, parts: Sequence[Part]) -> None:
-        """Tells what arrived. Raises :class:`Interrupted` when the run is over, or another worker's."""
-        with live.lock:
-            live.take(parts)
-            if live.reply.over or live.left:
-                if live.reply.over:
-                    # A response that goes on in the background is cancelled by what is known of it. Who takes over
-                    # one that is left goes on behind its state, which must not be ahead of the text.
-                    live.state = live.pending_state or live.state
-                raise Interrupted
-            live.in_a_row = live.in_a_row + 1 if time.monotonic() - live.told < _FLOOD_SECONDS else 0
-            self._tell([(live, live.grow())])
+    def add(self, active: ActiveRun, parts: Sequence[Part]) -> None:
+        """Tell what arrived. Raises :class:`Interrupted` where the run is over, or another worker's."""
+        with active.lock:
+            active.pacing.arrived()
+            self._tell([(active, active.add(parts))])
 
-    def forget(self, live: ActiveRun) -> None:
-        """The run is over, or another worker's."""
-        self._speaking.discard(live.id)
+    def forget(self, active: ActiveRun) -> None:
+        """Take note that the run is over, or another worker's."""
+        self._speaking.discard(active.id)
 
     def close(self) -> None:
-        """Ticks no more."""
-        if self._pacer is not None:
-            self._pacer.close()
+        """Have no more ticks."""
+        if self._scheduler is not None:
+            self._scheduler.close()
 
     def _tick(self, ready: Sequence[ActiveRun]) -> None:
-        assert self._pacer is not None
+        assert self._scheduler is not None
         many = self._has_many()
         locked: list[ActiveRun] = []
         try:
-            for live in ready:
-                if not live.lock.acquire(blocking=False):
-                    live.seat.left.put(None)
+            for active in ready:
+                # A tick holds many of these: it waits for none, so that no two can wait for each other.
+                if not active.lock.acquire(blocking=False):
+                    active.seat.left.put(None)
                     continue
-                locked.append(live)
-                if self._read(live, many):
-                    self._pacer.again(live)
+                locked.append(active)
+                if self._read(active, many):
+                    self._scheduler.again(active)
             grown: list[tuple[ActiveRun, list[Event]]] = []
-            for live in locked:
-                if live.pending and not live.reply.over and not live.left:
-                    try:
-                        grown.append((live, live.grow()))
-                    except Exception as error:
-                        self._complaints.error(_log, error, "run %s failed", live.id)
-                        live.said = masked(repr(error))
-                        live.stop = lambda reply: reply.fail(RunError("server_error"))
-                        live.waits.interrupt()
+            for active in locked:
+                try:
+                    grown.append((active, active.grow()))
+                except Exception as error:
+                    self._throttle.error(_log, error, "run %s failed", active.id)
+                    active.interrupt(RunError("server_error", said=repr(error)))
             self._tell(grown)
         finally:
-            for live in locked:
-                live.lock.release()
+            for active in locked:
+                active.lock.release()
 
-    def _read(self, live: ActiveRun, many: bool) -> bool:
-        """Takes what the stream has; gives ``False`` where its own reader is to go on. Its lock is held."""
+    def _read(self, active: ActiveRun, many: bool) -> bool:
+        """Take what the stream has; give ``False`` where its own thread is to go on. The run's lock is held."""
         left: object = None
+        reader = active.reader
+        seat = reader.seat
         try:
-            if not live.seat.read():
+            if not seat.read():
                 return True
-            while (parts := next(live.batches)) and self._only_grows(live, parts):
-                live.take(parts)
-            if not parts and live.seat.can_wait and (many or live.seat.taken >= _FLOOD_LASTS):
+            while (parts := next(reader.batches)) and self._only_grows(active, parts):
+                active.take(parts)
+            if not parts and seat.can_wait and (many or seat.taken >= _FLOOD_LASTS):
                 return True
             left = parts or None
         except (OSError, StopIteration):
-            # The reader meets it too.
+            # Its own thread meets it too.
             pass
         except Exception as error:
             left = error
-        live.seat.left.put(left)
+        seat.left.put(left)
         return False
 
     def _tell(self, grown: Sequence[tuple[ActiveRun, list[Event]]]) -> None:
-        """Their locks are held."""
-        told = [(live, events) for live, events in grown if events]
+        """Append what the runs grew by. Their locks are held."""
+        told = [(active, events) for active, events in grown if events]
         if told:
-            places = self._teller.tell_all([AppendRequest(live.thread_id, events, live.claim) for live, events in told])
+            requests = [AppendRequest(active.thread_id, events, active.claim) for active, events in told]
+            event_ids = self._appender.append_all(requests)
             now = time.monotonic()
-            for (live, _), place in zip(told, places, strict=True):
-                if place is REFUSED:
-                    live.leave()
+            for (active, _), event_id in zip(told, event_ids, strict=True):
+                if event_id is REFUSED:
+                    active.leave()
                     continue
-                # Where it was missed no place is known as of which the text is exact, until the log began anew.
-                live.place = place
-                live.dirty, live.told = True, now
-                if not live.begun:
-                    live.begun = True
-                    self._speaking.add(live.id)
+                # Where it was missed no event is known as of which the text is exact, until the log is rebuilt.
+                active.checkpoint.move(event_id)
+                if active.pacing.told(now):
+                    self._speaking.add(active.id)

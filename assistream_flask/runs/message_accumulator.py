@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import Enum
 from typing import Literal, TypeAlias
 
 from .. import events
 from ..errors import STILL_LOADING, RunError
-from ..events import Event, Json
+from ..events import Event
 from ..types import ContentPart, Message, MessageIncompleteDetails, Run, RunIncompleteDetails, Step, TextContent
 from ..upstream.deltas import Annotation, Begun, End, Failed, Part, Reasoning, Refusal, Text
 
 Reason: TypeAlias = Literal["run_failed", "run_cancelled", "max_tokens", "content_filter", "server_shutdown"]
 """Why a message is not whole."""
+
+
+class Stop(Enum):
+    """Why a run ends that its model server neither finished nor failed."""
+
+    CANCELLED = "cancelled"
+    SHUTDOWN = "server_shutdown"
+
+
+Ending: TypeAlias = End | RunError | Stop
+"""How a run ends: with the model's last word, with an error, or stopped; the text so far stays in each case."""
 
 
 class MessageAccumulator:
@@ -29,7 +41,7 @@ class MessageAccumulator:
         self._step: tuple[Step, list[str]] | None = (steps[-1], []) if thinks else None
 
     @property
-    def over(self) -> bool:
+    def is_over(self) -> bool:
         """Whether the run is in a terminal state."""
         return self.run["status"] in events.TERMINAL
 
@@ -50,7 +62,7 @@ class MessageAccumulator:
         return [events.run_status(self.run.copy())]
 
     def add(self, parts: Sequence[Part]) -> list[Event]:
-        """Adds what arrived; an :class:`End` among it is for :meth:`end`."""
+        """Adds what arrived; an :class:`.deltas.End` among it is for :meth:`end`."""
         found: list[Event] = []
         for part in parts:
             if isinstance(part, Reasoning):
@@ -121,11 +133,18 @@ class MessageAccumulator:
             step = {**step, "step_details": {"type": "reasoning", "reasoning": {"text": thought}}}
             self._steps[-1], self._step = step, (step, [])
 
-    def finish(self, end: End) -> list[Event]:
-        """The model's answer is over."""
+    def end(self, ending: Ending) -> list[Event]:
+        """End the run and its message; give the events that tell of it."""
+        if isinstance(ending, End):
+            return self._finish(ending)
+        if isinstance(ending, RunError):
+            return self._fail(ending)
+        return self._cancel() if ending is Stop.CANCELLED else self._cut_off()
+
+    def _finish(self, end: End) -> list[Event]:
         self.run["usage"] = end.usage
         if end.reason is None and not self._says_something():
-            return self.fail(RunError("empty_answer"))
+            return self._fail(RunError("empty_answer"))
         if end.reason is None:
             self.run.update({"status": "completed", "completed_at": events.now()})
             return self._close(None)
@@ -140,18 +159,15 @@ class MessageAccumulator:
         self._settle()
         return any(part["type"] != "text" or part["text"]["value"].strip() for part in self.message["content"])
 
-    def fail(self, error: RunError) -> list[Event]:
-        """The run failed; the text so far stays."""
+    def _fail(self, error: RunError) -> list[Event]:
         self.run.update({"status": "failed", "last_error": error.public(), "failed_at": events.now()})
         return self._close("run_failed")
 
-    def cancel(self) -> list[Event]:
-        """The caller had enough; the text so far stays."""
+    def _cancel(self) -> list[Event]:
         self.run.update({"status": "cancelled", "last_error": None, "cancelled_at": events.now()})
         return self._close("run_cancelled")
 
-    def cut_off(self) -> list[Event]:
-        """The server shuts down; the text so far stays."""
+    def _cut_off(self) -> list[Event]:
         self.run.update(
             {
                 "status": "incomplete",
@@ -172,44 +188,3 @@ class MessageAccumulator:
             details: MessageIncompleteDetails = {"reason": reason}
             self.message.update({"status": "incomplete", "incomplete_at": at, "incomplete_details": details})
         return [*found, events.message_ended(self.message.copy()), events.run_status(self.run.copy())]
-
-
-class Ahead:
-    """What a reply has beyond its upstream's ``state``, which will tell it again: viewers saw it before their worker
-    was lost, and the state was not stored since."""
-
-    def __init__(self, state: Json, message: Message, steps: Sequence[Step]) -> None:
-        self._left: dict[object, int] = {}
-        for at, part in enumerate(message["content"]):
-            told = part["refusal"] if part["type"] == "refusal" else part["text"]["value"]
-            notes = part["text"]["annotations"] if part["type"] == "text" else ()
-            self._left[at], self._left["notes", at] = len(told), len(notes)
-        self._left[None] = sum(len(step["step_details"]["reasoning"]["text"]) for step in steps)
-        mark = state.get("mark")
-        if mark is not None and mark["at"] is not None:
-            # Counted as told, and told to nobody.
-            self._left[mark["at"]] = self._left.get(mark["at"], 0) + mark["cut"] + len(mark["held"])
-        for kind, _, at, told, notes, _ in state["slots"]:
-            if kind == "reasoning" or at is not None:
-                slot = None if kind == "reasoning" else at
-                self._left[slot] = self._left.get(slot, 0) - told
-                self._left["notes", slot] = self._left.get(("notes", slot), 0) - notes
-
-    def rest(self, parts: Sequence[Part]) -> list[Part]:
-        """Gives what is new in ``parts``."""
-        return [new for part in parts if (new := self._new(part)) is not None]
-
-    def _new(self, part: Part) -> Part | None:
-        if isinstance(part, End | Begun | Failed):
-            return part
-        if isinstance(part, Annotation):
-            skipped = self._skip(("notes", part.at), 1)
-            return None if skipped else part
-        skipped = self._skip(None if isinstance(part, Reasoning) else part.at, len(part.value))
-        return part._replace(value=part.value[skipped:]) if skipped < len(part.value) else None
-
-    def _skip(self, slot: object, most: int) -> int:
-        skipped = max(0, min(self._left.get(slot, 0), most))
-        if skipped:
-            self._left[slot] -= skipped
-        return skipped

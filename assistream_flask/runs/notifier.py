@@ -9,9 +9,9 @@ from collections import deque
 from typing import Literal, NamedTuple, Protocol
 
 from ..platform.log_throttle import LogThrottle
+from ..platform.threads import spawn
 from ..store.sql import Owner
 from ..types import Message, Run
-from .active_run import spawn
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class Notifier:
             if not self._idle.is_set():
                 return
             self._idle.clear()
-        spawn(self._tell, self._listener)
+        spawn("assistream-notices", self._tell, self._listener)
 
     def _tell(self, listener: Listener) -> None:
         while True:

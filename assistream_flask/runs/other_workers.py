@@ -32,8 +32,8 @@ class OtherWorkers:
     They are no fault for ``patience`` seconds: so long one that is replaced may end its runs.
     """
 
-    def __init__(self, store: ThreadStore, log: Log, teller: LogAppender, worker: str, patience: float) -> None:
-        self._store, self._log, self._teller = store, log, teller
+    def __init__(self, store: ThreadStore, log: Log, appender: LogAppender, worker: str, patience: float) -> None:
+        self._store, self._log, self._appender = store, log, appender
         self._worker, self._patience = worker, patience + _LIVES_SECONDS
         self._known: dict[str, _Known] = {}
         self._lived = False
@@ -70,7 +70,7 @@ class OtherWorkers:
             told = known.position + self._created(thread_id, known.place, place)
             is_new, position = position > told, max(position, told)
         if is_new:
-            self._teller.untell(thread_id)
+            self._appender.mark_incomplete(thread_id)
         return _Known(position, place)
 
     def _created(self, thread_id: str, since: EventId, until: EventId) -> int:

@@ -22,11 +22,11 @@ from ..platform.log_throttle import LogThrottle
 from ..settings import Settings
 from ..store.leases import Leases
 from ..store.sql import Owner, ThreadStore
-from .active_run import RunRequest
-from .executor import Executor
 from .notifier import Listener, Notifier
+from .recycle import Recycle
+from .runner import Runner
 from .shared_snapshots import Room, SharedSnapshots
-from .shutdown import Recycle
+from .thread_history import RunRequest
 
 _log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class Runtime:
         except BaseException:
             self.store.close()
             raise
-        self.runner = Executor(
+        self.runner = Runner(
             self.store,
             self.log,
             settings,
@@ -95,7 +95,7 @@ class Runtime:
         for name, seconds, job, end in (
             ("flush", settings.flush_seconds, self.runner.flush, self._stopped),
             ("heed", 1.0, self.runner.heed, self._stopped),
-            ("retell", 0.5, self.runner.retell, self._stopped),
+            ("rebuild", 0.5, self.runner.rebuild, self._stopped),
             ("sweep", 1.0, self.runner.sweep, self.stopping),
             ("tend", 5.0, self._tend, self.stopping),
             ("forget", 600.0, self._forget, self.stopping),
@@ -111,7 +111,7 @@ class Runtime:
         self._recycle = gunicorn.kept(Recycle)
         if self._recycle is not None:
             has_others = self.log.shared and (gunicorn.setting("workers") or 1) > 1
-            self._recycle.join(self.runner, self.settings.run_seconds, has_others)
+            self._recycle.join(self.runner.shutdown, self.settings.run_seconds, has_others)
         self.leases.start()
         for work in self._upkeep:
             work.start()
@@ -130,10 +130,10 @@ class Runtime:
         with self._stop_guard:
             if not self._closed:
                 self._closed = True
-                self.runner.leave()
-                self.runner.retell()
+                self.runner.shutdown.leave()
+                self.runner.rebuild()
                 self._notifier.drain(_NOTICE_SECONDS)
-                self.leases.stop(is_clean=self.runner.is_told())
+                self.leases.stop(is_clean=self.runner.has_told_all())
                 self.log.close()
                 self.store.close()
         atexit.unregister(self.stop)
@@ -143,7 +143,7 @@ class Runtime:
         self._begin_stop()
         with self._stop_guard:
             if not self._stopped.is_set():
-                self.runner.stop(self.settings.drain_seconds)
+                self.runner.shutdown.stop(self.settings.drain_seconds)
                 # Only now: while runs drain, they are this worker's, and their text is stored.
                 self._stopped.set()
                 until = time.monotonic() + 5
@@ -154,7 +154,7 @@ class Runtime:
     def _begin_stop(self) -> None:
         self.stopping.set()
         self.log.wake()
-        self.runner.leave()
+        self.runner.shutdown.leave()
 
     def _keep_house(self) -> None:
         while True:

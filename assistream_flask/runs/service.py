@@ -10,10 +10,10 @@ from ..errors import NotFoundError, RequestError
 from ..store.sql import Answer, Owner, TooManyRunsError, thread_object
 from ..types import Run, Thread
 from . import values
-from .active_run import RunRequest
-from .executor import Started
+from .runner import Started
 from .runtime import Runtime
 from .snapshot import Page
+from .thread_history import RunRequest
 
 FindAssistants = Callable[[Owner, Sequence[str]], Sequence[RunRequest | None]]
 """Finds assistants by their ids for one who asks them: for each what runs it, ``None`` where there is none."""

@@ -1,102 +1,107 @@
-"""A worker that has served gunicorn's ``--max-requests`` ends between answers, not in the midst of them."""
+"""The end of a worker: what it answers ends first, or goes to the next one."""
 
 from __future__ import annotations
 
-import threading
+import logging
 import time
-from collections.abc import Callable
-from typing import Final, Protocol
+from collections.abc import Sequence
+from typing import Final
 
-from ..platform import gunicorn
+from sqlalchemy.exc import SQLAlchemyError
 
-# With others beside it, so long is waited for a moment without an answer.
-_PATIENCE_SECONDS: Final = 10.0
-# What others take they take within a second or so.
-_TAKEN_SECONDS: Final = 3.0
+from ..store.sql import RELEASED
+from ..store.tables import runs
+from .active_run import ActiveRun
+from .checkpointer import Checkpointer
+from .executor import Executor
+from .message_accumulator import Stop
+from .recovery import can_go_on
+from .worker import Worker
+
+_log = logging.getLogger(__name__)
+
+_HANDED_SECONDS: Final = 1.0
+_CUT_SECONDS: Final = 0.5
+_LOOK_SECONDS: Final = 0.25
 
 
-class Crew(Protocol):
-    """What works in a worker, and has to be done before that ends."""
+class Shutdown:
+    """Ends the work of one worker. It is a :class:`.recycle.Crew` too: of one that ends between answers."""
+
+    def __init__(self, worker: Worker, executor: Executor, checkpointer: Checkpointer) -> None:
+        self._worker, self._executor, self._checkpointer = worker, executor, checkpointer
 
     def is_busy(self) -> bool:
-        """Whether anything is under way that no other worker can go on with."""
-        ...
+        """Tell whether anything is under way that no other worker can go on with."""
+        return any(
+            active.resume_state is None or self._worker.adopt(active.owner, active.run["assistant_id"]) is None
+            for active in self._worker.runs.all()
+        )
 
     def rest(self) -> None:
-        """Begins nothing any more, and leaves it to another worker."""
-        ...
+        """Have nothing begin here any more."""
+        self._worker.resting.set()
 
     def resume(self) -> None:
-        """Begins what is asked again."""
-        ...
+        """Have what is asked begin again."""
+        self._worker.resting.clear()
 
     def is_ignored(self, seconds: float) -> bool:
-        """Whether nobody took, for so long, what was left."""
-        ...
+        """Tell whether nobody took, for so long, what was left."""
+        return bool(self._worker.store.held(RELEASED, runs.c.created_at < time.time() - seconds))
+
+    def leave(self) -> None:
+        """Start nothing any more, and leave queued runs to the next worker."""
+        self._worker.stopping.set()
+        self.release()
+
+    def stop(self, drain: float) -> None:
+        """Give the runs under way ``drain`` seconds, then cut them off. Call :meth:`leave` before."""
+        until = time.monotonic() + drain
+        is_first = True
+        while True:
+            # Also those whose response is known of only now.
+            self._hand_over([active for active in self._worker.runs.all() if active.resume_state is not None])
+            late = [active for active in self._worker.runs.all() if not active.is_queued]
+            left = until - time.monotonic()
+            if not late or left <= 0:
+                break
+            if is_first:
+                _log.warning("shutting down: waiting up to %g s for the runs under way (%d)", drain, len(late))
+            is_first = False
+            _wait_for(late, min(left, _LOOK_SECONDS))
+        # Asked for under a key, so that the next worker, which asks again, may get the same response.
+        self._hand_over([active for active in late if can_go_on(active)])
+        late = [active for active in late if not active.is_released()]
+        for active in late:
+            active.interrupt(Stop.SHUTDOWN)
+        _wait_for(late, _CUT_SECONDS)
+        for active in late:
+            self._executor.end(active, Stop.SHUTDOWN)
+        self._executor.close()
+
+    def _hand_over(self, handed: Sequence[ActiveRun]) -> None:
+        """Leave background responses to the next worker, which goes on behind what is stored here."""
+        for active in handed:
+            self._executor.leave(active)
+        _wait_for(handed, _HANDED_SECONDS)
+        for active in handed:
+            # Or the lease of one that nothing can stop would be renewed.
+            self._executor.forget(active)
+        self._checkpointer.store_all(handed)
+        if handed:
+            self.release([active.id for active in handed])
+
+    def release(self, run_ids: Sequence[str] = ()) -> None:
+        """Let other workers take the runs, or, where none are named, those that are queued."""
+        try:
+            self._worker.store.release(self._worker.name, *run_ids)
+        except SQLAlchemyError as error:
+            self._worker.throttle.error(_log, error, "runs that are left wait until their lease ends")
 
 
-class Recycle:
-    """The end of one worker. It serves all requests until the last moment, and waits for one without an answer.
-
-    With others beside it, which take what is asked meanwhile, that comes when the answers under way are over. One that
-    is alone goes on answering; only where such a moment does not come for as long as an answer may take, what is asked
-    waits for its successor. ``clock`` gives seconds and is for tests.
-    """
-
-    def __init__(self, tenure: gunicorn.Tenure, clock: Callable[[], float] = time.monotonic) -> None:
-        self._tenure, self._clock = tenure, clock
-        self._guard = threading.Lock()
-        self._crews: list[Crew] = []
-        self._has_others, self._run_seconds = True, 0.0
-        # Since when it is to end, has the turn for that, and begins nothing any more.
-        self._due: float | None = None
-        self._ready: float | None = None
-        self._rested: float | None = None
-
-    def join(self, crew: Crew, run_seconds: float, has_others: bool) -> None:
-        """Has the worker wait for ``crew``, whose answers take ``run_seconds`` at most; ``has_others`` says whether
-        other workers can take what it leaves."""
-        self._crews.append(crew)
-        self._run_seconds = max(self._run_seconds, run_seconds)
-        self._has_others = self._has_others and has_others
-
-    def look(self) -> None:
-        """Ends the worker where it is time. Called a few times a second, by each crew."""
-        if self._tenure.is_over() and self._guard.acquire(blocking=False):
-            try:
-                self._look(self._clock())
-            finally:
-                self._guard.release()
-
-    def _look(self, now: float) -> None:
-        if self._due is None:
-            self._due = now
-        if self._ready is None:
-            # Somebody who has the turn for longer than it can take has it no more.
-            if not self._tenure.has_turn() and now - self._due < 3 * self._run_seconds:
-                return
-            self._ready = now
-        waited = now - self._ready
-        is_patient = waited < (_PATIENCE_SECONDS if self._has_others else self._run_seconds)
-        if self._rested is None:
-            if is_patient and self._is_busy():
-                return
-            self._rested = now
-            for crew in self._crews:
-                crew.rest()
-        if not self._is_busy() or now - self._rested > self._run_seconds:
-            self._tenure.end()
-        elif is_patient or self._is_ignored():
-            # Something had begun before the rest did; or the others do not work yet.
-            self._rested = None
-            for crew in self._crews:
-                crew.resume()
-
-    def _is_busy(self) -> bool:
-        return any(crew.is_busy() for crew in self._crews)
-
-    def _is_ignored(self) -> bool:
-        if self._has_others and any(crew.is_ignored(_TAKEN_SECONDS) for crew in self._crews):
-            self._has_others = False
-            return True
-        return False
+def _wait_for(runs: Sequence[ActiveRun], seconds: float) -> None:
+    """Wait until they are released, at most so long for all of them."""
+    until = time.monotonic() + seconds
+    for active in runs:
+        active.is_released(max(0.0, until - time.monotonic()))

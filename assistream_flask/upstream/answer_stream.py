@@ -11,7 +11,7 @@ import _thread
 import logging
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import openai
 
@@ -21,6 +21,7 @@ from ..events import Json
 from ..fast.read_gate import ReadGate
 from . import background, event_reader, stale_connection
 from .background import cancel
+from .delivered import Delivered, Shown
 from .deltas import Begun, End, Failed, Part
 from .dialects import DIALECTS
 from .errors import failure, of_exception, tells_failure
@@ -41,7 +42,7 @@ class AnswerStream:
     :class:`.deltas.End`. Raises :class:`RunError` when the answer fails, a missing end included.
 
     Go on iterating after the end: it reads the connection empty, so that it can be used again. ``unmark`` takes a mark
-    off the answer's beginning.
+    off the answer's beginning. ``resumed`` is there where another stream told the first of the answer.
     """
 
     def __init__(
@@ -51,9 +52,11 @@ class AnswerStream:
         place: background.ResumePoint | None = None,
         poll: background.Poll | None = None,
         unmark: Unmark | None = None,
+        resumed: _Resumed | None = None,
     ) -> None:
         self._stream, self._translator, self._place, self._poll = stream, translator, place, poll
-        self._unmark = unmark
+        self._unmark, self._resumed = unmark, resumed
+        self._delivered = resumed.delivered() if resumed is not None else None
         self._note_place()
         self.gate: ReadGate | None = None
         """Where it is set, an empty list is given before each read that can be waited for there, and before the first
@@ -151,13 +154,16 @@ class AnswerStream:
         if parts and isinstance(parts[-1], Failed):
             failed = parts[-1].error
             parts = parts[:-1]
+        if self._delivered is not None:
+            parts = self._delivered.rest(parts)
         self._over = bool(parts) and isinstance(parts[-1], End)
         if self._over or self._end() is not None:
             # Some have a reason for the end on each piece: of those the last word is known later.
             self._expire(LATE_SECONDS if self._over or not parts else 3 * LATE_SECONDS)
+        # Also where all was held back, or delivered before: what comes next is behind that.
+        self._note_place()
         if parts:
             self._said += 1
-            self._note_place()
             yield parts
         if failed is not None:
             raise failed
@@ -179,10 +185,21 @@ class AnswerStream:
         return found, self._place is not None and self._place.passes(kind, data)
 
     def _note_place(self) -> None:
+        repeated = self._repeated()
+        if repeated is not None:
+            # What is told behind it was delivered.
+            self._state: Json | None = repeated.state
+            return
         place = self._place.state() if self._place is not None else None
         if place is not None and self._unmark is not None:
             place["mark"] = self._unmark.state()
         self._state = place
+
+    def _repeated(self) -> _Resumed | None:
+        """Give what is gone on with, while the server tells what was delivered: from the answer's start."""
+        resumed = self._resumed
+        is_past = self._delivered is not None and self._delivered.is_past
+        return resumed if resumed is not None and resumed.from_start and not is_past else None
 
     def _expire(self, seconds: float) -> None:
         """Ends a connection that stays open behind the last word: some servers send no end, and heartbeats for ever."""
@@ -202,7 +219,12 @@ class AnswerStream:
     def _polled(self, poll: background.Poll) -> Iterator[list[Part]]:
         """The rest of a response that is streamed no more, once it is over."""
         response = poll.wait()
-        self._place = background.ResumePoint(self._state, again=True, limit=poll.limit)
+        repeated = self._repeated()
+        if repeated is not None:
+            # Of the answer as a whole it is told what is new, by what was known before it was told again.
+            known = repeated._replace(from_start=False)
+            self._unmark, self._delivered = known.unmark(), known.delivered()
+        self._place = background.ResumePoint(self._state, limit=poll.limit)
         self._translator = self._place.translator
         yield from self._told([(f"response.{response['status']}", {"response": response})])
 
@@ -214,6 +236,23 @@ class AnswerStream:
         if self._poll is not None:
             self._poll.close()
         event_reader.close(self._stream)
+
+
+class _Resumed(NamedTuple):
+    """What a stream goes on with: see :func:`resume`."""
+
+    state: Json
+    shown: Shown | None
+    from_start: bool
+    names: Sequence[str]
+
+    def unmark(self) -> Unmark | None:
+        # A worker of an older release takes no marks off.
+        mark = self.state.get("mark")
+        return Unmark(self.names, None if self.from_start else mark) if mark else None
+
+    def delivered(self) -> Delivered:
+        return Delivered(self.state, self.shown, from_start=self.from_start)
 
 
 def open(
@@ -276,14 +315,16 @@ def resume(
     *,
     every: float = 2.0,
     names: Sequence[str] = (),
+    shown: Shown | None = None,
 ) -> AnswerStream:
     """Goes on with a background response behind ``state``, which :meth:`AnswerStream.state` gave in any process.
 
     Nothing is given twice and nothing is left out. A server that numbers its events sends those that are new;
-    of one that does not, the response is read from its start and what was told already is dropped, by counting
-    the characters of each part. A response that the server streams no more (OpenAI's limit is five minutes), or
-    whose stream stops without an end, is asked for ``every`` so many seconds until it is over; the rest then comes
-    in one list, and failures of the network or the server that pass are waited out.
+    of one that does not, the response is read from its start. What was delivered already is dropped, by counting
+    the characters of each part: what ``shown`` has, which may be more than what was told behind ``state``. A
+    response that the server streams no more (OpenAI's limit is five minutes), or whose stream stops without an end,
+    is asked for ``every`` so many seconds until it is over; the rest then comes in one list, and failures of the
+    network or the server that pass are waited out.
 
     Raises :class:`RunError`: ``worker_lost`` when the server does not know the response (any more). ``stall`` is in
     seconds without a byte.
@@ -296,11 +337,11 @@ def resume(
     except Exception as error:
         raise of_exception(error, "server_error") from error
     limit = assistant.most_tokens
-    place = background.ResumePoint(state, again=state["sequence"] is None, limit=limit)
+    from_start = stream is not None and state["sequence"] is None
+    place = background.ResumePoint(state, from_start=from_start, limit=limit)
     poll = background.Poll(quick, state["response_id"], stall, every, limit)
-    # A worker of an older release takes no marks off.
-    unmark = Unmark(names, state["mark"]) if state.get("mark") else None
-    return AnswerStream(stream, place.translator, place, poll, unmark)
+    resumed = _Resumed(state, shown, from_start, names)
+    return AnswerStream(stream, place.translator, place, poll, resumed.unmark(), resumed)
 
 
 def translate(stream: Any) -> AnswerStream:

@@ -25,17 +25,18 @@ _QUICK_SECONDS = 10.0
 
 
 class ResumePoint:
-    """How far one response was read, by its events or ``again`` from its start."""
+    """How far one response was read: behind ``state``, or ``from_start`` where the server tells all of it again."""
 
-    def __init__(self, state: Json | None = None, *, again: bool = False, limit: int | None = None) -> None:
+    def __init__(self, state: Json | None = None, *, from_start: bool = False, limit: int | None = None) -> None:
         self.translator = ResponsesTranslator(limit)
         self._id: str | None = None
         self._sequence: int | None = None
-        self._again = again
+        self._from_start = from_start
         if state is not None:
             self._id = state["response_id"]
-            self._sequence = None if again else state["sequence"]
-            self.translator.restore(state, again)
+            if not from_start:
+                self._sequence = state["sequence"]
+                self.translator.restore(state)
         self._resumed_at = self._sequence
 
     def state(self) -> Json | None:
@@ -55,8 +56,8 @@ class ResumePoint:
         if not kind.startswith("response."):
             return False
         number = data.get("sequence_number")
-        # What is read again is counted in characters; a number from the midst of that would mislead.
-        if type(number) is int and not self._again:
+        # What is told from the start is counted in characters; a number from the midst of that would mislead.
+        if type(number) is int and not self._from_start:
             self._sequence = number if self._sequence is None else max(number, self._sequence)
         if self._id is None:
             response = data.get("response")

@@ -94,7 +94,7 @@ def merged(parts: Sequence[Part]) -> Sequence[Part]:
 class _Slot:
     """What of one text, refusal, thought, or of the reasoning, was told."""
 
-    __slots__ = ("_pieces", "_sum", "at", "cited", "half", "notes", "skip", "skip_notes", "told", "wholes")
+    __slots__ = ("_pieces", "_sum", "at", "cited", "half", "notes", "told", "wholes")
 
     def __init__(self) -> None:
         # Its index among the content parts.
@@ -108,8 +108,6 @@ class _Slot:
         # How many annotations were told, and those of which more than their number is known.
         self.notes = 0
         self.cited: Counter[str] = Counter()
-        # How much was told by another process and will come again.
-        self.skip = self.skip_notes = 0
         # The key of the whole that it was found to be, for each of the ways to tell wholes.
         self.wholes: dict[str, object] = {}
 
@@ -136,9 +134,6 @@ class _Slot:
                 value, self.half = value[:-1], value[-1]
             # PostgreSQL stores no NUL, and no reader wants one.
             value = clean(value).replace("\0", "\ufffd")
-        if self.skip:
-            skip, self.skip = self.skip, max(0, self.skip - len(value))
-            value = value[skip:]
         self.told += len(value)
         self._pieces.append(value)
         if len(self._pieces) > _PIECES:
@@ -175,20 +170,14 @@ class Slots:
         """Gives the sums of what :meth:`state` counts, in its order."""
         return [slot.sum for slot in self._slots.values()]
 
-    def restore(self, state: list[list[Any]], again: bool, sums: Sequence[int | None] = ()) -> None:
-        """Takes what :meth:`state` and :meth:`sums` gave; workers of older releases give no sums. With ``again`` the
-        answer will be told from its start, and what was given already is left out."""
+    def restore(self, state: list[list[Any]], sums: Sequence[int | None] = ()) -> None:
+        """Take what :meth:`state` and :meth:`sums` gave; workers of older releases give no sums."""
         for number, (kind, key, at, told, notes, half) in enumerate(state):
-            if again and kind == "thought":
-                # These only count; what they are pieces of is left out.
-                continue
             slot = self._slots[kind, tuple(key) if isinstance(key, list) else key] = _Slot()
             slot.at = at
             self._next += at is not None
             slot.restore(told, notes, sums[number] if number < len(sums) else None)
-            if again:
-                slot.skip, slot.skip_notes = told, notes
-            elif half:
+            if half:
                 slot.half = chr(half)
 
     def text(self, key: object, value: object) -> list[Part]:
@@ -220,9 +209,6 @@ class Slots:
             return []
         slot = self._slot("text", key)
         slot.cited[_identity(whole)] += 1
-        if slot.skip_notes:
-            slot.skip_notes -= 1
-            return []
         slot.notes += 1
         return [Annotation(self._place(slot), cast(types.Annotation, whole))]
 
@@ -233,7 +219,7 @@ class Slots:
         slot = self._slots.get(("text", key)) or _Slot()
         known = Counter(slot.cited)
         # Of those that another process gave only the count is known.
-        before = max(0, slot.notes - known.total() - slot.skip_notes)
+        before = max(0, slot.notes - known.total())
         parts: list[Part] = []
         for value in values[before:]:
             identity = _identity(as_object(value))
@@ -267,7 +253,7 @@ class Slots:
         for key in (*known, *same, *begun):
             if (slot := free[key]).begins(whole):
                 slot.wholes[way], slot.half = keys[0], ""
-                return key, whole[slot.told - slot.skip :]
+                return key, whole[slot.told :]
         if known:
             # It was told in other words, such as without the blanks around it: those that came first count.
             free[known[0]].wholes[way] = keys[0]

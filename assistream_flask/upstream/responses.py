@@ -124,19 +124,17 @@ class ResponsesTranslator:
             "pieces": {kind: pieces.state() for kind, pieces in self._pieces.items()},
         }
 
-    def restore(self, state: Json, again: bool) -> None:
-        """Goes on from ``state``: with the next event, or with ``again`` from the first, where what was told
-        before is not told again."""
-        self._slots.restore(state["slots"], again, state.get("sums", ()))
-        if not again:
-            self._paragraph, self._item_index = state["paragraph"], state.get("item")
-            thought = state.get("thought")
-            self._thought = tuple(thought) if thought is not None else None
-            # A worker of an older release tells none of these, nor which thoughts it told.
-            self._knows_thoughts = "pieces" in state
-            self._thought_events = dict(state.get("thought_events", {}))
-            for kind, pieces in state.get("pieces", {}).items():
-                self._pieces[kind].restore(pieces)
+    def restore(self, state: Json) -> None:
+        """Go on from ``state`` with the next event."""
+        self._slots.restore(state["slots"], state.get("sums", ()))
+        self._paragraph, self._item_index = state["paragraph"], state.get("item")
+        thought = state.get("thought")
+        self._thought = tuple(thought) if thought is not None else None
+        # A worker of an older release tells none of these, nor which thoughts it told.
+        self._knows_thoughts = "pieces" in state
+        self._thought_events = dict(state.get("thought_events", {}))
+        for kind, pieces in state.get("pieces", {}).items():
+            self._pieces[kind].restore(pieces)
 
     def settled(self) -> End | Failed | None:
         return Failed(self._failure) if self._failure is not None else None

@@ -16,7 +16,7 @@ from ..errors import RunError
 from ..events import Event
 from ..platform.gunicorn import serving
 from ..platform.interrupt import Interrupted, Interruptible
-from ..runs.message_accumulator import MessageAccumulator
+from ..runs.message_accumulator import MessageAccumulator, Stop
 from ..upstream.answer_stream import AnswerStream, translate
 from ..upstream.deltas import End, Part, merged
 
@@ -81,23 +81,23 @@ class relay:
         )
         threading.Thread(target=self._read, daemon=True, name="assistream-relay").start()
         sent = time.monotonic()
-        while not reply.over:
+        while not reply.is_over:
             try:
                 item = self._queue.get(timeout=min(self._heartbeat, 0.5))
             except queue.Empty:
                 if not serving():
-                    yield _frames(reply.cut_off())
+                    yield _frames(reply.end(Stop.SHUTDOWN))
                 elif time.monotonic() - sent >= self._heartbeat:
                     sent = time.monotonic()
                     yield sse.PING
                 continue
             sent = time.monotonic()
             if isinstance(item, RunError):
-                yield _frames(reply.fail(item))
+                yield _frames(reply.end(item))
                 continue
             told = reply.add(merged(item))
             if isinstance(item[-1], End):
-                told += reply.finish(item[-1])
+                told += reply.end(item[-1])
             yield _frames(told)
         yield sse.DONE
 

@@ -10,7 +10,7 @@ from typing import Any
 from flask import request
 
 from ..errors import RequestError
-from ..runs.executor import Started
+from ..runs.runner import Started
 from ..runs.service import OwnedThread, RunCommand
 from ..store.sql import Answer, AnsweredBefore, Owner
 from . import validation
@@ -58,9 +58,9 @@ def start(
     if given is not None:
         return given
     try:
-        started = thread.start(command, lambda started: once.answer(status, body(started), str(started.place)))
+        started = thread.start(command, lambda started: once.answer(status, body(started), str(started.event_id)))
     except AnsweredBefore:
         given = once.before()
         assert given is not None
         return given
-    return Answer("", "", status, body(started), str(started.place))
+    return Answer("", "", status, body(started), str(started.event_id))

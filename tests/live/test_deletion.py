@@ -22,8 +22,8 @@ from assistream_flask.events import Event
 from assistream_flask.log.memory import MemoryLog
 from assistream_flask.log.protocol import EventId, Taken
 from assistream_flask.log.redis import RedisLog
-from assistream_flask.runs.active_run import RunRequest
 from assistream_flask.runs.runtime import Runtime
+from assistream_flask.runs.thread_history import RunRequest
 from assistream_flask.settings import Settings
 from assistream_flask.store.sql import Owner, thread_object
 from assistream_flask.upstream import answer_stream
@@ -106,8 +106,8 @@ class Workers:
 
     def settle(self, thread_id: str) -> None:
         """Waits until no worker does anything for the thread."""
-        until(lambda: not any(live.thread_id == thread_id for one in self.all for live in [*one.runner._live.values()]))
-        until(lambda: not any(one.runner._teller._untold for one in self.all))
+        until(lambda: not any(live.thread_id == thread_id for one in self.all for live in one.runner.active.all()))
+        until(lambda: not any(one.runner._worker.appender._incomplete for one in self.all))
 
     def close(self) -> None:
         for runtime in self.all:

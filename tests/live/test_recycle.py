@@ -19,7 +19,7 @@ import pytest
 
 from assistream_flask import Assistant
 from assistream_flask.platform import gunicorn as server
-from assistream_flask.runs import shutdown
+from assistream_flask.runs import recycle
 from assistream_flask.store.sql import ThreadStore
 from assistream_flask.testing import OfflineServer
 from tests.cluster import Cluster, clustered
@@ -161,7 +161,7 @@ def test_eighty_background_runs_are_handed_over_at_once_also_where_nothing_can_s
         for caller in callers:
             caller.run("lasting")
         runner = app.extensions["assistream"].runtime().runner
-        wait_until(lambda: sum(live.state is not None for live in runner._live.values()) == 80, 60)
+        wait_until(lambda: sum(live.resume_state is not None for live in runner.active.all()) == 80, 60)
     # Their threads sleep until they may ask again.
     time.sleep(2)
     begun = time.monotonic()
@@ -220,12 +220,12 @@ class Clock:
         return self.now
 
 
-def of(worker: Worker, *crews: Crew, has_others: bool, clock: Clock | None = None) -> shutdown.Recycle:
+def of(worker: Worker, *crews: Crew, has_others: bool, clock: Clock | None = None) -> recycle.Recycle:
     """As of a worker that has served as many requests as it may."""
     worker.nr = 10
     found = None
     for crew in crews:
-        found = server.kept(partial(shutdown.Recycle, clock=clock or Clock()))
+        found = server.kept(partial(recycle.Recycle, clock=clock or Clock()))
         assert found is not None
         found.join(crew, 600, has_others)
     assert found is not None
@@ -245,10 +245,10 @@ def test_gunicorns_own_limit_is_out_of_the_way_and_counts_still(worker: Worker) 
 
 def test_where_gunicorn_does_not_count_as_it_is_known_to_its_limit_stays(worker: Worker) -> None:
     del worker.nr
-    assert server.kept(shutdown.Recycle) is None
+    assert server.kept(recycle.Recycle) is None
     assert worker.max_requests == 10
     worker.nr, worker.alive = 10, False
-    assert server.kept(shutdown.Recycle) is None
+    assert server.kept(recycle.Recycle) is None
 
 
 def test_the_apps_of_a_worker_all_have_to_be_done(worker: Worker) -> None:

@@ -225,18 +225,18 @@ def test_a_fence_that_could_not_be_set_is_set_before_anything_else_when_redis_is
     own_redis: RedisServer, log: RedisLog
 ) -> None:
     earlier, later = Claim("run_1", 0), Claim("run_1", 1)
-    teller = LogAppender(log)
+    appender = LogAppender(log)
     place = log.append(THREAD, [event(1)], earlier)
     own_redis.signal(signal.SIGSTOP)
-    assert not teller.fence(THREAD, later)
-    assert teller.tell(THREAD, [event(2)], later) is None
-    assert list(teller.retell()) == []
+    assert not appender.fence(THREAD, later)
+    assert appender.append(THREAD, [event(2)], later) is None
+    assert list(appender.rebuild()) == []
     own_redis.signal(signal.SIGCONT)
-    wait_until(lambda: list(teller.retell()) == [THREAD])
+    wait_until(lambda: list(appender.rebuild()) == [THREAD])
     # Its viewers get a snapshot, and nothing of what its last holder still tells.
     assert lost_within(log, place, 5)
     assert log.append(THREAD, [event(3)], earlier) is REFUSED
-    assert teller.tell(THREAD, [event(4)], later) == log.end(THREAD)
+    assert appender.append(THREAD, [event(4)], later) == log.end(THREAD)
 
 
 OLD_APPEND = """
@@ -339,15 +339,15 @@ def test_what_was_put_aside_of_a_log_is_no_more_than_it_keeps_and_goes_within_a_
 
 
 def test_a_thread_that_two_begin_anew_at_once_is_no_error(log: RedisLog, monkeypatch: pytest.MonkeyPatch) -> None:
-    teller = LogAppender(log)
-    teller.untell(THREAD)
+    appender = LogAppender(log)
+    appender.mark_incomplete(THREAD)
     restart = log.restart
 
     def other_meanwhile(thread_id: str, **more: Any) -> None:
         monkeypatch.undo()
         restart(thread_id, **more)
-        assert list(teller.retell()) == [THREAD]
+        assert list(appender.rebuild()) == [THREAD]
 
     monkeypatch.setattr(log, "restart", other_meanwhile)
-    assert list(teller.retell()) == [THREAD]
-    assert teller.is_done()
+    assert list(appender.rebuild()) == [THREAD]
+    assert appender.has_all()

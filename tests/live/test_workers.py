@@ -23,15 +23,16 @@ from assistream_flask.events import TERMINAL, Event, Json
 from assistream_flask.log import redis as redis_log
 from assistream_flask.log.protocol import AppendRequest, EventId, Log, LogUnavailableError
 from assistream_flask.log.redis import RedisLog
-from assistream_flask.runs import delta_publisher
-from assistream_flask.runs import executor as runners
-from assistream_flask.runs.active_run import RunRequest
-from assistream_flask.runs.executor import Executor
+from assistream_flask.runs import delta_publisher, run_queue
+from assistream_flask.runs import runner as runners
+from assistream_flask.runs.runner import Runner
+from assistream_flask.runs.thread_history import RunRequest
 from assistream_flask.settings import Settings
 from assistream_flask.store.leases import LEASE_SECONDS
 from assistream_flask.store.sql import Owner, ThreadStore
 from assistream_flask.store.tables import runs
 from assistream_flask.upstream import answer_stream
+from assistream_flask.upstream.delivered import Delivered, Shown
 from assistream_flask.upstream.deltas import Annotation, Begun, End, Failed, Part, Reasoning, Refusal, Text
 from assistream_flask.upstream.items import Turn
 from tests.conftest import text
@@ -152,7 +153,7 @@ class Houses(House):
         # An assistant is for one run here, so its id says what another worker asks it with.
         adopt: Callable[[Owner, str], RunRequest | None] = lambda owner, assistant_id: self._asked[assistant_id]  # noqa: E731
         mortal = cast(ThreadStore, Mortal(store, life))
-        runner = Executor(mortal, ours, Settings(), name, adopt)
+        runner = Runner(mortal, ours, Settings(), name, adopt)
         log.listen(runner.attend)
         renew: Callable[[], None] = lambda: mortal.renew(name, runner.held(), LEASE_SECONDS)  # noqa: E731
         keeper = threading.Thread(target=self._keep_house, args=(Member(runner, ours), life, renew))
@@ -160,7 +161,7 @@ class Houses(House):
 
     def _keep_house(self, member: Member, life: Life, renew: Callable[[], None]) -> None:
         runner, log = member
-        jobs = (renew, runner.flush, runner.heed, runner.sweep, runner.retell, log.tend)
+        jobs = (renew, runner.flush, runner.heed, runner.sweep, runner.rebuild, log.tend)
         with contextlib.suppress(Dead):
             while not life.over.wait(0.05):
                 for job in jobs:
@@ -198,7 +199,7 @@ class Houses(House):
         self.heal()
         for script in self.scripts:
             script.close()
-        until(lambda: not any(one.runner._live for one in self.members), 30)
+        until(lambda: not any(one.runner.active.all() for one in self.members), 30)
         for worker in self.workers:
             worker.life.over.set()
             worker.life.bury()
@@ -216,20 +217,23 @@ def _scripted(monkeypatch: pytest.MonkeyPatch) -> None:
         client.opened.set()
         return client.connect(None) if isinstance(client, Response) else client
 
-    def resume(client: Response, assistant: Assistant, state: Json, stall: float, *, names: Sequence[str]) -> Any:
-        return client.connect(state)
+    def resume(
+        client: Response, assistant: Assistant, state: Json, stall: float, *, names: Sequence[str], shown: Shown
+    ) -> Any:
+        return client.connect(state, Delivered(state, shown, from_start=False))
 
-    def spawn(target: Callable[..., None], *given: object) -> None:
+    def spawn(name: str, target: Callable[..., None], *given: object) -> None:
         def work() -> None:
             with contextlib.suppress(Dead):
                 target(*given)
 
-        threading.Thread(target=work, daemon=True).start()
+        threading.Thread(target=work, name=name, daemon=True).start()
 
     monkeypatch.setattr(answer_stream, "open", ask)
     monkeypatch.setattr(answer_stream, "resume", resume)
     monkeypatch.setattr(answer_stream, "cancel", lambda client, state: client.cancelled.set())
-    monkeypatch.setattr(runners, "_spawn", spawn)
+    for module in (run_queue, runners):
+        monkeypatch.setattr(module, "spawn", spawn)
 
 
 def seeded(houses: Houses, name: str) -> random.Random:
@@ -381,8 +385,8 @@ class Response(Script):
             self.told += count
             self.changed.notify_all()
 
-    def connect(self, state: Json | None) -> Connection:
-        return Connection(self, state)
+    def connect(self, state: Json | None, delivered: Delivered | None = None) -> Connection:
+        return Connection(self, state, delivered)
 
     def said(self) -> Said:
         found: Said = {}
@@ -399,8 +403,8 @@ class Response(Script):
 class Connection:
     """One reader of a response."""
 
-    def __init__(self, response: Response, state: Json | None) -> None:
-        self._response, self._state = response, state
+    def __init__(self, response: Response, state: Json | None, delivered: Delivered | None = None) -> None:
+        self._response, self._state, self._delivered = response, state, delivered
         self._closed = False
 
     def __iter__(self) -> Iterator[list[Part]]:
@@ -427,7 +431,8 @@ class Connection:
                     slot[3] += len(part.value)
             told = [list(slot) for slot in slots.values() if slot[0] == "reasoning" or slot[2] is not None]
             self._state = {"response_id": "r", "sequence": number, "slots": told}
-            yield parts
+            if new := self._delivered.rest(parts) if self._delivered else parts:
+                yield new
 
     def state(self) -> Json | None:
         return self._state
@@ -813,7 +818,7 @@ def test_what_was_read_of_the_log_is_stored_before_the_log_begins_anew(
         houses.kill(first)
         houses.lapse(first)
         second.member.runner.sweep()
-        next(second.member.runner._teller.retell())
+        next(second.member.runner._worker.appender.rebuild())
         # Before it has stored its runs as of the new log.
         houses.members.append(second.member)
         houses.kill(second)
@@ -829,8 +834,8 @@ def test_what_could_not_be_told_is_missing_for_nobody_when_the_run_is_handed_ove
     def refuse(*_: object, **named: object) -> None:
         raise LogUnavailableError
 
-    def says(runner: Executor) -> str:
-        return "".join(text({"message": live.now()[1]}) for live in runner._live.values())
+    def says(runner: Runner) -> str:
+        return "".join(text({"message": live.state()[1]}) for live in runner.active.all())
 
     with contextlib.closing(Idle(database_url, redis_server.empty_url())) as houses:
         thread_id = begun(houses)
@@ -846,13 +851,13 @@ def test_what_could_not_be_told_is_missing_for_nobody_when_the_run_is_handed_ove
             seat.read()
             # Of which the log has two words: its reader wants the run stored as of that, and is to wait.
             first.flush(thread_id)
-            first.leave()
-            first.stop(0)
+            first.shutdown.leave()
+            first.shutdown.stop(0)
         second.sweep()
         lasting.go()
         until(lambda: says(second) == "w0 w1 w2 w3 ")
         seat.read()
-        second.retell()
+        second.rebuild()
         until(lambda: seat.caught_up() and text(seat.viewer.entries[1]) == "w0 w1 w2 w3 ")
         seat.cut()
 
@@ -863,14 +868,14 @@ def test_who_lost_a_run_leaves_the_log_to_who_took_it_over(
     with contextlib.closing(Idle(database_url, redis_server.empty_url())) as houses:
         thread_id = begun(houses)
         first, second = (worker.member.runner for worker in houses.workers)
-        fence = second._teller.fence
+        fence = second._worker.appender.fence
 
         def fence_later(*given: Any) -> bool:
             first.flush()
-            first.retell()
+            first.rebuild()
             return fence(*given)
 
-        monkeypatch.setattr(second._teller, "fence", fence_later)
+        monkeypatch.setattr(second._worker.appender, "fence", fence_later)
         houses.lapse(houses.workers[0])
         second.sweep()
         houses.members[:] = [houses.workers[1].member]

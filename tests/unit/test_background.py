@@ -11,11 +11,13 @@ import httpx2
 import openai
 import pytest
 
-from assistream_flask import Assistant
+from assistream_flask import Assistant, events
 from assistream_flask.errors import RunError
 from assistream_flask.events import Json
+from assistream_flask.runs.message_accumulator import MessageAccumulator
 from assistream_flask.testing import OfflineServer, Reply
 from assistream_flask.upstream import answer_stream
+from assistream_flask.upstream.delivered import Shown
 from assistream_flask.upstream.deltas import Annotation, Begun, End, Reasoning, Refusal, Text
 from assistream_flask.upstream.items import Turn
 from tests.conftest import KEY, quick_client, wait_until
@@ -379,13 +381,22 @@ def as_sent(response: Json) -> httpx2.Response:
 
 
 class Habits:
-    """A server with one answer. ``hears`` tells whether it knows ``starting_after``."""
+    """A server with one answer. ``hears`` tells whether it knows ``starting_after``; who asks for the rest gets ``cut``
+    events, and no more by a stream."""
 
-    def __init__(self, events: list[Json], *, numbered: bool = True, hears: bool = True, streams: bool = True) -> None:
+    def __init__(
+        self,
+        events: list[Json],
+        *,
+        numbered: bool = True,
+        hears: bool = True,
+        streams: bool = True,
+        cut: int | None = None,
+    ) -> None:
         self.events = [*events, {"type": "response.completed", "response": FINAL}]
         if numbered:
             self.events = [{"sequence_number": n, **event} for n, event in enumerate(self.events)]
-        self.hears, self.streams = hears, streams
+        self.hears, self.streams, self.cut = hears, streams, cut
         self.final: list[httpx2.Response | Exception] = []
         self.asked: list[str] = []
 
@@ -405,6 +416,8 @@ class Habits:
             for event in self.events
             if after < 0 or event["sequence_number"] > after
         ]
+        if request.method == "GET":
+            frames, self.streams = frames[: self.cut], self.streams and self.cut is None
         return httpx2.Response(200, headers={"content-type": "text/event-stream"}, content=iter(frames))
 
     def client(self) -> openai.OpenAI:
@@ -430,6 +443,63 @@ def test_at_every_event_of_any_server_another_process_gets_exactly_the_rest(habi
         assert whole.parts == TOLD
         assert whole.notes == [(0, NOTES[0]), (0, NOTES[0]), (3, NOTES[1])]
         assert take_over_everywhere(client, whole) > 15
+
+
+@pytest.mark.parametrize("habit", HABITS)
+def test_what_viewers_have_beyond_the_state_is_left_out_too(habit: str) -> None:
+    server, count = HABITS[habit](), 0
+    with server.client() as client:
+        whole = Got()
+        read(begin(client), whole)
+        states: list[tuple[Json, int]] = []
+        lists: list[list[Any]] = []
+        stream = begin(client)
+        for parts in stream:
+            lists.append(parts)
+            if state := stream.state():
+                states.append((carried(state), len(lists)))
+        for state, at in states:
+            for seen in range(at, len(lists)):
+                run, empty = events.run("t", "tutor", "m"), events.message("t", "assistant", [])
+                got, reply = Got(), MessageAccumulator(run, empty, [])
+                for parts in lists[:seen]:
+                    got.add(parts)
+                    reply.add(parts)
+                _, message, steps = reply.snapshot()
+                rest = answer_stream.resume(client, ASSISTANT, state, 5, every=0.01, shown=Shown(message, steps))
+                assert read(rest, got) is None
+                assert got.all() == whole.all()
+                count += 1
+    assert count > 100
+
+
+@pytest.mark.parametrize("numbered", [True, False])
+def test_an_answer_that_breaks_while_it_is_told_again_goes_on_where_it_was(numbered: bool) -> None:
+    """It has a mark before it, and as a whole it lacks the blanks around it."""
+    words = ["[tu", "tor]", " Good", " ", "morning", ".  "]
+    told: list[Json] = [
+        {"type": "response.created", "response": {"id": "resp_1"}},
+        *(
+            {"type": "response.output_text.delta", "output_index": 0, "content_index": 0, "delta": word}
+            for word in words
+        ),
+    ]
+    final = {"status": "completed", "output": [message({"type": "output_text", "text": "[tutor] Good morning."})]}
+    count = 0
+    for left in range(1, len(told)):
+        for cut in range(len(told)):
+            server, got = Habits(told, numbered=numbered, hears=numbered, cut=cut), Got()
+            server.final = [as_sent(final)]
+            with server.client() as client:
+                stream = answer_stream.open(client, ASSISTANT, TURNS, 5, ["tutor"])
+                if read_lists(stream, got, left) and got.end is None:
+                    count += 1
+                    state = carried(stream.state())
+                    rest = answer_stream.resume(client, ASSISTANT, state, 5, every=0.01, names=["tutor"])
+                    assert read(rest, got) is None
+                    assert got.parts["Text", 0].strip() == "Good morning."
+                    assert got.end is not None
+    assert count > 15
 
 
 def test_at_every_event_of_a_server_without_indexes_the_rest_is_polled() -> None:

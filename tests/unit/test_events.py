@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from assistream_flask import events
 from assistream_flask.errors import RUN_ERRORS, RunError
 from assistream_flask.events import Event, Json
-from assistream_flask.runs.message_accumulator import MessageAccumulator
+from assistream_flask.runs.message_accumulator import MessageAccumulator, Stop
 from assistream_flask.types import Run, Usage
 from assistream_flask.upstream.deltas import Annotation, End, Part, Reasoning, Refusal, Text
 from tests.conftest import examples
@@ -313,12 +313,12 @@ ENDS = st.sampled_from(["completed", "max_tokens", "content_filter", "fail", "ca
 
 def end(reply: MessageAccumulator, how: Any) -> list[Event]:
     if how == "fail":
-        return reply.fail(RunError("upstream_cut"))
+        return reply.end(RunError("upstream_cut"))
     if how == "cancel":
-        return reply.cancel()
+        return reply.end(Stop.CANCELLED)
     if how == "cut_off":
-        return reply.cut_off()
-    return reply.finish(End(None if how == "completed" else how, USAGE))
+        return reply.end(Stop.SHUTDOWN)
+    return reply.end(End(None if how == "completed" else how, USAGE))
 
 
 @settings(max_examples=examples(250), deadline=None)
@@ -348,7 +348,7 @@ def test_the_events_add_up_to_the_snapshot_at_every_point_and_nothing_given_out_
     given_out.keep(told)
     model.see(told)
     look()
-    assert reply.over
+    assert reply.is_over
     assert not [step for step in model.entry["steps"] if step["status"] != "completed"]
     given_out.check()
 
@@ -381,7 +381,7 @@ def test_the_order_of_events_is_reasoning_then_text_then_the_message_then_the_ru
         *reply.begin(),
         *reply.add([Reasoning("hm"), Reasoning("m")]),
         *reply.add([Text(0, "a"), Reasoning("so"), Text(0, "b")]),
-        *reply.finish(End(None, USAGE)),
+        *reply.end(End(None, USAGE)),
     ]
     assert [event.name.removeprefix("thread.") for event in told] == [
         "run.in_progress",

@@ -20,8 +20,10 @@ from assistream_flask.fast.batch_scheduler import BatchScheduler, ReadSlot
 from assistream_flask.log.memory import MemoryLog
 from assistream_flask.platform.interrupt import Interrupted, Interruptible
 from assistream_flask.runs import delta_publisher, message_accumulator
-from assistream_flask.runs.active_run import ActiveRun, _feed
+from assistream_flask.runs.active_run import ActiveRun
 from assistream_flask.runs.log_appender import LogAppender
+from assistream_flask.runs.run_reader import _feed
+from assistream_flask.store.sql import Owner
 from assistream_flask.testing import OfflineServer, Reply
 from assistream_flask.testing._background import Stored
 from assistream_flask.upstream import answer_stream, background
@@ -133,8 +135,8 @@ def test_one_that_fails_in_a_tick_fails_alone(
     grow = ActiveRun.grow
 
     def broken(self: ActiveRun) -> Any:
-        if self.begun and self.reply.message["assistant_id"] == "critic" and self.pending:
-            self.pending = []
+        if self.pacing.has_begun and self.message["assistant_id"] == "critic" and self._arrived:
+            self._arrived = []
             raise IndexError("nobody's fault")
         return grow(self)
 
@@ -214,14 +216,9 @@ def test_a_response_that_breaks_in_a_tick_goes_on_behind_what_that_tick_tells(
 @pytest.fixture
 def live() -> ActiveRun:
     run = events.run("thread_1", "tutor", "m")
-    one = ActiveRun(
-        message_accumulator.MessageAccumulator(run, events.message("thread_1", "assistant", []), []),
-        None,
-        0,
-        None,
-        None,
-    )
-    one.seat = ReadSlot()
+    reply = message_accumulator.MessageAccumulator(run, events.message("thread_1", "assistant", []), [])
+    one = ActiveRun(Owner("test", "me"), reply, None, position=0, event_id=None, group_id=None)
+    one.read(answer_stream.translate([]))
     return one
 
 
@@ -233,13 +230,13 @@ def test_others_have_their_turn_before_a_read_and_not_with_its_parts_in_hand(
     live: ActiveRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     did: list[str] = []
-    monkeypatch.setattr(live.turn, "share", lambda: did.append("shared"))
+    monkeypatch.setattr(live.reader.turn, "share", lambda: did.append("shared"))
 
     def batches() -> Iterator[list[Part]]:
         did.append("read")
         yield [Text(0, "a")]
 
-    live.batches = batches()
+    live.reader.batches = batches()
     assert alone().next(live) == [Text(0, "a")]
     assert did == ["shared", "read"]
 
@@ -249,11 +246,11 @@ def test_what_is_known_of_a_response_is_kept_for_its_cancel_also_where_the_run_i
         def state(self) -> Json:
             return {"response_id": "resp_1"}
 
-    live.upstream = Known(None)
-    live.reply.cancel()
+    live.read(Known(None))
+    live.end(message_accumulator.Stop.CANCELLED)
     with pytest.raises(Interrupted):
         alone().add(live, [Begun()])
-    assert live.state == {"response_id": "resp_1"}
+    assert live.resume_state == {"response_id": "resp_1"}
 
 
 def test_what_arrives_for_a_run_that_is_handed_over_is_left_to_the_next_worker_whole(live: ActiveRun) -> None:
@@ -264,13 +261,13 @@ def test_what_arrives_for_a_run_that_is_handed_over_is_left_to_the_next_worker_w
             self.number += 1
             return {"sequence": self.number}
 
-    live.upstream = Known(None)
+    live.read(Known(None))
     publish = alone()
     publish.add(live, [Text(0, "one ")])
-    live.left = True
+    live.leave()
     with pytest.raises(Interrupted):
         publish.add(live, [Text(0, "two")])
-    _, message, _, _, state, _ = live.now()
+    _, message, _, _, state, _ = live.state()
     assert (cast(Any, message)["content"][0]["text"]["value"], state) == ("one ", {"sequence": 1})
 
 

@@ -18,7 +18,7 @@ from flask import current_app
 from sqlalchemy.exc import OperationalError
 
 from assistream_flask import Assistant, lean
-from assistream_flask.runs import executor
+from assistream_flask.runs import recovery, runner
 from assistream_flask.runs.runtime import Runtime
 from assistream_flask.store import leases
 from assistream_flask.store.sql import ThreadStore
@@ -71,7 +71,7 @@ def ended(caller: Caller, run_id: str) -> tuple[str, str | None]:
 
 
 def shorten_leases(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    for module in (leases, executor):
+    for module in (leases, recovery, runner):
         monkeypatch.setattr(module, "LEASE_SECONDS", seconds)
     # As often in a lease as ever: a worker that was not heard of for half of one takes nothing over.
     monkeypatch.setattr(leases, "_RENEW_SECONDS", seconds / 10)
@@ -114,8 +114,8 @@ def test_nothing_unreadable_from_upstream_holds_up_the_thread(make_app: MakeApp,
 def test_a_viewer_hears_of_another_workers_run_that_ended_before_the_first_sweep(
     make_app: MakeApp, server: OfflineServer, held: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sweep, sweeps = executor.Executor.sweep, threading.Event()
-    monkeypatch.setattr(executor.Executor, "sweep", lambda self: sweeps.is_set() and sweep(self))
+    sweep, sweeps = runner.Runner.sweep, threading.Event()
+    monkeypatch.setattr(runner.Runner, "sweep", lambda self: sweeps.is_set() and sweep(self))
     old, new = make_app(owner=me), make_app(owner=me)
     caller = Caller(old)
     (run_id,) = caller.run("tutor")

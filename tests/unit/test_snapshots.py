@@ -21,8 +21,8 @@ from assistream_flask.errors import RunError
 from assistream_flask.events import TERMINAL, Event, Json
 from assistream_flask.log.memory import MemoryLog
 from assistream_flask.log.protocol import REFUSED, Claim, EventId, Log, PositionExpiredError, Subscription
-from assistream_flask.runs.active_run import RunRequest
-from assistream_flask.runs.executor import Executor
+from assistream_flask.runs.runner import Runner
+from assistream_flask.runs.thread_history import RunRequest
 from assistream_flask.settings import Settings
 from assistream_flask.store.sql import Owner, State, ThreadStore, thread_object
 from assistream_flask.upstream import answer_stream
@@ -178,7 +178,7 @@ class Clock:
 class Member(NamedTuple):
     """A worker, as a request meets it."""
 
-    runner: Executor
+    runner: Runner
     log: Log
 
 
@@ -193,7 +193,7 @@ class House:
     def __init__(self, store: ThreadStore, *, max_events: int = 20, max_age: float = 10, worker: str = "w1") -> None:
         self.clock, self.tape = Clock(), Tape()
         self.log = TapedLog(self.tape, max_events=max_events, max_age=max_age, clock=self.clock)
-        self.runner = Executor(store, self.log, Settings(), worker, lambda scope, assistant_id: None)
+        self.runner = Runner(store, self.log, Settings(), worker, lambda scope, assistant_id: None)
         self.open(store, [Member(self.runner, self.log)])
 
     def open(self, store: ThreadStore, members: list[Member]) -> None:
@@ -228,7 +228,7 @@ class House:
         return RunRequest(Assistant(f"a{at}", model="m"), cast(Any, lambda: script), {})
 
     def live(self, thread_id: str) -> bool:
-        return any(live.thread_id == thread_id for one in self.members for live in list(one.runner._live.values()))
+        return any(live.thread_id == thread_id for one in self.members for live in one.runner.active.all())
 
     def attach(self, thread_id: str) -> tuple[list[Any], EventId]:
         """Gives a page, which must be what the events up to its place add up to."""
@@ -284,7 +284,7 @@ class House:
     def close(self) -> None:
         for script in self.scripts:
             script.close()
-        until(lambda: not any(one.runner._live for one in self.members))
+        until(lambda: not any(one.runner.active.all() for one in self.members))
         for one in self.members:
             one.log.close()
 

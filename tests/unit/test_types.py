@@ -18,7 +18,7 @@ import yaml
 
 from assistream_flask import Commands, RunList, errors, events, sse, types
 from assistream_flask.events import Event
-from assistream_flask.runs.message_accumulator import MessageAccumulator
+from assistream_flask.runs.message_accumulator import MessageAccumulator, Stop
 from assistream_flask.store.sql import thread_object
 from assistream_flask.upstream.deltas import Annotation, End, Reasoning, Refusal, Text
 
@@ -202,12 +202,12 @@ def made(end: Callable[[MessageAccumulator], list[Event]]) -> tuple[list[Event],
 
 TOKENS: types.Usage = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
 ENDS: list[Callable[[MessageAccumulator], list[Event]]] = [
-    lambda reply: reply.finish(End(None, TOKENS)),
-    lambda reply: reply.finish(End("max_tokens", None)),
-    lambda reply: reply.finish(End("content_filter", None)),
-    lambda reply: reply.fail(errors.RunError("upstream_cut")),
-    MessageAccumulator.cancel,
-    MessageAccumulator.cut_off,
+    lambda reply: reply.end(End(None, TOKENS)),
+    lambda reply: reply.end(End("max_tokens", None)),
+    lambda reply: reply.end(End("content_filter", None)),
+    lambda reply: reply.end(errors.RunError("upstream_cut")),
+    lambda reply: reply.end(Stop.CANCELLED),
+    lambda reply: reply.end(Stop.SHUTDOWN),
 ]
 
 
