@@ -65,17 +65,17 @@ class Assistant:
 
     @property
     def system(self) -> str | None:
-        """The instructions, where they are sent by themselves."""
+        """Give the instructions, where they are sent by themselves."""
         return self.instructions if self.system_role else None
 
     @property
     def most_tokens(self) -> int | None:
-        """The number of tokens that an answer of ``upstream="responses"`` may have."""
+        """Give the number of tokens that an answer of ``upstream="responses"`` may have."""
         found = {**(self.arguments.get("extra_body") or {}), **self.arguments}.get("max_output_tokens")
         return found if isinstance(found, int) else None
 
     def public(self) -> dict[str, str]:
-        """Gives what any caller may read: id, name, description."""
+        """Give what any caller may read: id, name, description."""
         return {"id": self.id, "name": self.name, "description": self.description}
 
     def __repr__(self) -> str:
@@ -126,7 +126,7 @@ def _check_background(id: object, upstream: str, arguments: Mapping[str, Any]) -
 
 
 def _limits(value: object) -> bool:
-    """Whether ``value`` can limit a history."""
+    """Tell whether ``value`` can limit a history."""
     if value is None or callable(value):
         return True
     numbers = value if isinstance(value, Mapping) else {"characters": value}
@@ -138,7 +138,7 @@ def _limits(value: object) -> bool:
 
 
 def index(assistants: Sequence[Assistant]) -> dict[str, Assistant]:
-    """Gives the assistants by id. Raises :class:`ConfigurationError` for a second one of the same id."""
+    """Give the assistants by id. Raises :class:`ConfigurationError` for a second one of the same id."""
     found: dict[str, Assistant] = {}
     for assistant in assistants:
         if not isinstance(assistant, Assistant):

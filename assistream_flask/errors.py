@@ -61,12 +61,12 @@ class RunError(AssistreamError):
         self.code, self.said = code, masked(said)
 
     def public(self) -> LastError:
-        """Gives ``{"code", "message"}``, the shape of ``run.last_error`` in the Assistants v2 API."""
+        """Give ``{"code", "message"}``, the shape of ``run.last_error`` in the Assistants v2 API."""
         return {"code": self.code, "message": str(self)}
 
 
 def masked(text: str) -> str:
-    """Gives ``text`` for the log: on one line, at most 500 characters, and without what may be a key or a password."""
+    """Give ``text`` for the log: on one line, at most 500 characters, and without what may be a key or a password."""
     text = _SECRET.sub(lambda found: found[0][: len(found[0]) - len(found[found.lastindex or 0])] + "***", text[:5000])
     text = text.encode("unicode_escape").decode() if re.search("[\x00-\x1f\x7f\u2028\u2029]", text) else text
     return text if len(text) <= 500 else text[:499] + "…"
@@ -105,7 +105,7 @@ class RequestError(AssistreamError):
         self.status, self.code, self.message, self.retry_after = status, code, message, retry_after
 
     def body(self) -> ErrorBody:
-        """Gives ``{"error": {"type", "code", "message"}}``, the shape of OpenAI's own errors."""
+        """Give ``{"error": {"type", "code", "message"}}``, the shape of OpenAI's own errors."""
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"type": kind, "code": self.code, "message": self.message}}
 

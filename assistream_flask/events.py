@@ -57,13 +57,13 @@ class Said(NamedTuple):
 
 
 def text_of(content: Sequence[ContentPart]) -> str:
-    """Gives what a message says: its parts are paragraphs."""
+    """Give what a message says: its parts are paragraphs."""
     said = (part["refusal"] if part["type"] == "refusal" else part["text"]["value"] for part in content)
     return "\n\n".join(text for text in said if text)
 
 
 def dumps(value: object) -> str:
-    """Gives compact JSON on one line. A lone surrogate, which UTF-8 cannot carry, becomes U+FFFD."""
+    """Give compact JSON on one line. A lone surrogate, which UTF-8 cannot carry, becomes U+FFFD."""
     try:
         text = to_json(value).decode()
         if "NaN" not in text and "Infinity" not in text:
@@ -76,7 +76,7 @@ def dumps(value: object) -> str:
 
 
 def clean(text: str) -> str:
-    """Gives ``text`` as UTF-8 can carry it: surrogate pairs joined, lone surrogates U+FFFD."""
+    """Give ``text`` as UTF-8 can carry it: surrogate pairs joined, lone surrogates U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -85,12 +85,12 @@ def clean(text: str) -> str:
 
 
 def new_id(kind: str) -> str:
-    """Gives ``<kind>_`` and 32 random hex digits: 128 bits, not to be guessed."""
+    """Give ``<kind>_`` and 32 random hex digits: 128 bits, not to be guessed."""
     return f"{kind}_{secrets.token_hex(16)}"
 
 
 def now() -> int:
-    """Gives Unix time in seconds, as in OpenAI's objects."""
+    """Give Unix time in seconds, as in OpenAI's objects."""
     return int(time.time())
 
 
@@ -105,7 +105,7 @@ def message(
     assistant_id: str | None = None,
     run_id: str | None = None,
 ) -> Message:
-    """Gives a new message object (Assistants v2). A user's is completed, an assistant's in progress."""
+    """Give a new message object (Assistants v2). A user's is completed, an assistant's in progress."""
     at = now()
     mine = role == "user"
     return {
@@ -126,17 +126,17 @@ def message(
 
 
 def text_part(value: str) -> TextPart:
-    """Gives a text content part."""
+    """Give a text content part."""
     return {"type": "text", "text": {"value": value, "annotations": []}}
 
 
 def refusal_part(value: str) -> RefusalPart:
-    """Gives a refusal content part."""
+    """Give a refusal content part."""
     return {"type": "refusal", "refusal": value}
 
 
 def run(thread_id: str, assistant_id: str, model: str | None) -> Run:
-    """Gives a new run object (Assistants v2), queued; ``message_id`` is for the caller to fill."""
+    """Give a new run object (Assistants v2), queued; ``message_id`` is for the caller to fill."""
     return {
         "id": new_id("run"),
         "object": "thread.run",
@@ -159,7 +159,7 @@ def run(thread_id: str, assistant_id: str, model: str | None) -> Run:
 
 
 def reasoning_step(run: Run) -> Step:
-    """Gives a new run step that holds the model's summary of its reasoning."""
+    """Give a new run step that holds the model's summary of its reasoning."""
     return {
         "id": new_id("step"),
         "object": "thread.run.step",
@@ -175,7 +175,7 @@ def reasoning_step(run: Run) -> Step:
 
 
 def entry(message: Message, run: Run | None = None, steps: list[Step] | None = None) -> Entry:
-    """Gives what pages render: a message, who speaks, and for an assistant its run and steps."""
+    """Give what pages render: a message, who speaks, and for an assistant its run and steps."""
     return {"assistant_id": message["assistant_id"], "message": message, "run": run, "steps": steps or []}
 
 
@@ -183,28 +183,28 @@ def entry(message: Message, run: Run | None = None, steps: list[Step] | None = N
 
 
 def snapshot(thread_id: str, data: list[Entry], has_more: bool) -> Event:
-    """The newest page of the thread: first on a fresh connection, and where a place can't be proven."""
+    """Give the newest page of the thread: first on a fresh connection, and where a place can't be proven."""
     page: Snapshot = {"thread_id": thread_id, "data": data, "has_more": has_more}
     return Event("thread.snapshot", page)
 
 
 def message_created(message: Message) -> Event:
-    """A message has its place in the thread."""
+    """Tell that a message has its place in the thread."""
     return Event("thread.message.created", message, message["run_id"])
 
 
 def text_delta(message: Message, index: int, value: str) -> Event:
-    """``value`` is appended to text part ``index``."""
+    """Append ``value`` to text part ``index``."""
     return _delta(message, {"index": index, "type": "text", "text": {"value": value}})
 
 
 def annotation_delta(message: Message, index: int, annotation: Annotation) -> Event:
-    """``annotation`` is appended to those of text part ``index``."""
+    """Append ``annotation`` to those of text part ``index``."""
     return _delta(message, {"index": index, "type": "text", "text": {"annotations": [annotation]}})
 
 
 def refusal_delta(message: Message, index: int, value: str) -> Event:
-    """``value`` is appended to refusal part ``index``."""
+    """Append ``value`` to refusal part ``index``."""
     return _delta(message, {"index": index, "type": "refusal", "refusal": value})
 
 
@@ -214,27 +214,27 @@ def _delta(message: Message, part: PartDelta) -> Event:
 
 
 def message_ended(message: Message) -> Event:
-    """The whole message in its final state: ``thread.message.completed`` or ``.incomplete``."""
+    """Tell the whole message in its final state: ``thread.message.completed`` or ``.incomplete``."""
     return Event(f"thread.message.{message['status']}", message, message["run_id"])
 
 
 def run_created(run: Run) -> Event:
-    """A run was stored."""
+    """Tell that a run was stored."""
     return Event("thread.run.created", run, run["id"])
 
 
 def run_status(run: Run) -> Event:
-    """The whole run, named by its status: ``thread.run.queued``, ``.in_progress``, ``.failed`` ..."""
+    """Tell the whole run, named by its status: ``thread.run.queued``, ``.in_progress``, ``.failed`` ..."""
     return Event(f"thread.run.{run['status']}", run, run["id"])
 
 
 def step_created(step: Step) -> Event:
-    """A run step began."""
+    """Tell that a run step began."""
     return Event("thread.run.step.created", step, step["run_id"])
 
 
 def step_delta(step: Step, value: str) -> Event:
-    """``value`` is appended to the step's reasoning text."""
+    """Append ``value`` to the step's reasoning text."""
     data: StepDelta = {
         "id": step["id"],
         "object": "thread.run.step.delta",
@@ -245,12 +245,12 @@ def step_delta(step: Step, value: str) -> Event:
 
 
 def step_completed(step: Step) -> Event:
-    """The whole step in its final state."""
+    """Tell the whole step in its final state."""
     return Event("thread.run.step.completed", step, step["run_id"])
 
 
 def thread_deleted(thread_id: str) -> Event:
-    """The thread is gone; its streams end after this."""
+    """Tell that the thread is gone; its streams end after this."""
     gone: Deleted = {"id": thread_id, "object": "thread.deleted", "deleted": True}
     return Event("thread.deleted", gone)
 
@@ -259,7 +259,7 @@ def thread_deleted(thread_id: str) -> Event:
 
 
 def apply(entry: Entry, event: str, data: EventData | Json) -> None:
-    """Adds an event of growing text, a delta or one of a step, to ``entry``, in place."""
+    """Add an event of growing text, a delta or one of a step, to ``entry``, in place."""
     if event == "thread.message.delta":
         _extend(entry["message"]["content"], cast(MessageDelta, data))
     elif event in ("thread.run.step.created", "thread.run.step.completed"):

@@ -44,7 +44,7 @@ class Settings:
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> Settings:
-        """Takes ``app.config``; numbers may be strings. Raises :class:`ConfigurationError`."""
+        """Take ``app.config``; numbers may be strings. Raises :class:`ConfigurationError`."""
         found: dict[str, Any] = {}
         for setting in fields(cls):
             name = f"ASSISTREAM_{setting.name.upper()}"

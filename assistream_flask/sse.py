@@ -22,7 +22,7 @@ DONE: Final = b"event: done\ndata: [DONE]\n\n"
 
 
 def encode(event: str, data: str, id: str | None = None) -> bytes:
-    """Gives one frame. ``data`` may have any characters; each of its lines becomes a ``data:`` line.
+    """Give one frame. ``data`` may have any characters; each of its lines becomes a ``data:`` line.
 
     Raises ``ValueError`` when ``event`` or ``id`` has a line end, or ``id`` a NUL: neither can be written.
     """
@@ -61,13 +61,13 @@ class Decoder:
         """Whether nothing of a frame has come."""
 
     def feed(self, chunk: bytes) -> list[Frame]:
-        """Takes the next bytes, gives the events that they complete. What is no UTF-8 becomes U+FFFD."""
+        """Take the next bytes, give the events that they complete. What is no UTF-8 becomes U+FFFD."""
         return [
             Frame(name.decode("utf-8", "replace"), data.decode("utf-8", "replace")) for name, data in self.split(chunk)
         ]
 
     def split(self, chunk: bytes) -> list[tuple[bytes, bytes]]:
-        """Does the same, and gives name and data as they came."""
+        """Do the same, and give name and data as they came."""
         # Nearly all that is read is whole frames of the one form.
         frames = _whole_frames(chunk) if self.between else []
         if not frames:
@@ -124,12 +124,12 @@ class Decoder:
                 yield from others
 
     def other(self, line: bytes) -> Iterable[tuple[bytes, bytes]]:
-        """Gives the events that a line stands for which is no part of one; none, as the standard says."""
+        """Give the events that a line stands for which is no part of one; none, as the standard says."""
         return ()
 
 
 def _whole_frames(data: bytes) -> list[tuple[bytes, bytes]]:
-    """Gives the frames of ``data`` where it is nothing but whole ones of a name and a line."""
+    """Give the frames of ``data`` where it is nothing but whole ones of a name and a line."""
     if b"\r" in data:
         return []
     frames: list[tuple[bytes, bytes]] = _FRAME.findall(data)

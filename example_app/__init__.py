@@ -121,7 +121,7 @@ def _offline_client() -> OpenAI:
 
 
 def _kept_secret(folder: Path) -> str:
-    """The key in the instance folder; made by whichever worker comes first, then read by all."""
+    """Give the key in the instance folder; made by whichever worker comes first, then read by all."""
     kept = folder / "secret_key"
     if not kept.exists():
         folder.mkdir(parents=True, exist_ok=True)

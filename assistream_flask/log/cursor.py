@@ -53,7 +53,7 @@ class Cursor:
         return self._ready(waits=False) or []
 
     def wake(self) -> None:
-        """Has what is new taken, or the reader go on."""
+        """Have what is new taken, or the reader go on."""
         try:
             if self._taken():
                 return
@@ -82,7 +82,7 @@ class Cursor:
         return False
 
     def _ready(self, *, waits: bool) -> list[Record] | None:
-        """Gives what there is to read; where that is nothing, and ``waits``, it is woken when there is."""
+        """Give what there is to read; where that is nothing, and ``waits``, it is woken when there is."""
         tail = self._tail
         with tail.guard:
             # A reader can be ahead of what was heard, where it caught up from elsewhere.

@@ -119,10 +119,10 @@ class MemoryLog:
             tail.wake()
 
     def signal(self, thread_id: str) -> None:
-        """Nobody else hears."""
+        """Do nothing: nobody else hears."""
 
     def listen(self, attend: Callable[[str], None]) -> None:
-        """Nobody else signals."""
+        """Do nothing: nobody else signals."""
 
     def tend(self) -> None:
         now = self._threads.clock()

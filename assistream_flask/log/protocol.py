@@ -30,7 +30,7 @@ class EventId(NamedTuple):
 
     @classmethod
     def parse(cls, text: str | None) -> EventId | None:
-        """Gives the place that ``text`` names, ``None`` where it names none."""
+        """Give the place that ``text`` names, ``None`` where it names none."""
         match = _PLACE.fullmatch(text or "")
         return cls(match[1], int(match[2])) if match else None
 
@@ -65,7 +65,7 @@ class Record(NamedTuple):
     frame: bytes
 
     def data(self) -> Json:
-        """Gives the event's JSON object."""
+        """Give the event's JSON object."""
         start = self.frame.index(b"\ndata: ") + 7
         found: Json = json.loads(self.frame[start : self.frame.index(b"\n", start)])
         return found
@@ -100,7 +100,7 @@ class Subscription(Protocol):
     missed or repeated between them."""
 
     def read(self, timeout: float, take: Take | None = None) -> list[Record]:
-        """Gives the records after the last ones given, waiting up to ``timeout`` seconds for one;
+        """Give the records after the last ones given, waiting up to ``timeout`` seconds for one;
         none after that. Raises :class:`PositionExpiredError` when records were trimmed before they were read.
 
         While it waits, ``take`` may be called with the next records, by who brings them: what it takes is not given.
@@ -108,7 +108,7 @@ class Subscription(Protocol):
         ...
 
     def close(self) -> None:
-        """Lets go of the log. Idempotent."""
+        """Let go of the log. Idempotent."""
         ...
 
 
@@ -119,77 +119,77 @@ class Log(Protocol):
     """Whether other workers read and write it too."""
 
     def append(self, thread_id: str, events: Sequence[Event], claim: Claim | None = None) -> EventId:
-        """Appends ``events`` as one write; gives the place after the last of them, or :data:`REFUSED`; the end of one
+        """Append ``events`` as one write; give the place after the last of them, or :data:`REFUSED`; the end of one
         that takes no more."""
         ...
 
     def append_all(self, told: Sequence[AppendRequest]) -> Sequence[EventId | None]:
-        """Appends the events of several threads, as one write where that is cheaper; gives for each what
+        """Append the events of several threads, as one write where that is cheaper; give for each what
         :meth:`append` gives; ``None`` for one that takes no more, see :meth:`forget`, and where the lock was lost."""
         ...
 
     def forget(self, thread_id: str, last: Event) -> None:
-        """Appends ``last`` and keeps nothing but that, in no worker. For :data:`GONE_SECONDS` nothing comes after it,
+        """Append ``last`` and keep nothing but that, in no worker. For :data:`GONE_SECONDS` nothing comes after it,
         and the log does not begin anew; then that is gone too."""
         ...
 
     def fence(self, thread_id: str, claim: Claim) -> None:
-        """Has what earlier holders of the run append refused from now on, however late it comes."""
+        """Have what earlier holders of the run append refused from now on, however late it comes."""
         ...
 
     def end(self, thread_id: str) -> EventId:
-        """Gives the place after the newest event; begins a log where there is none."""
+        """Give the place after the newest event; begin a log where there is none."""
         ...
 
     def quiet(self, thread_id: str) -> EventId | None:
-        """Gives what :meth:`end` gives, ``None`` while somebody holds the thread's lock."""
+        """Give what :meth:`end` gives, ``None`` while somebody holds the thread's lock."""
         ...
 
     def since(self, thread_id: str, place: EventId) -> list[Record]:
-        """Gives all records after ``place``. Raises :class:`PositionExpiredError` when that can't be proven."""
+        """Give all records after ``place``. Raises :class:`PositionExpiredError` when that can't be proven."""
         ...
 
     def recover(self, thread_id: str, place: EventId, run_id: str) -> tuple[list[Record], EventId]:
-        """Gives all records of the run after ``place``, and the end, also where the log began anew since: what a run
+        """Give all records of the run after ``place``, and the end, also where the log began anew since: what a run
         that was lost told and did not store. Raises :class:`PositionExpiredError` when that can't be proven."""
         ...
 
     def subscribe(self, thread_id: str, place: EventId) -> Subscription:
-        """Gives a cursor after ``place``. Raises :class:`PositionExpiredError` when that can't be proven."""
+        """Give a cursor after ``place``. Raises :class:`PositionExpiredError` when that can't be proven."""
         ...
 
     def lock(self, thread_id: str) -> AbstractContextManager[object]:
-        """Whoever stores a change and appends its event holds this, so that events come in the order of the
+        """Hold the lock of whoever stores a change and appends its event, so that events come in the order of the
         store. Where its holder died in between, the log begins anew; one that was only late appends nothing then, as
         viewers were given what is stored."""
         ...
 
     def viewed(self) -> list[str]:
-        """Gives the threads that somebody reads here."""
+        """Give the threads that somebody reads here."""
         ...
 
     def restart(self, thread_id: str, *, keep: bool = False, holes: Collection[str] = ()) -> None:
-        """Begins the thread's log anew: every reader gets a :class:`PositionExpiredError`, every viewer a snapshot.
+        """Begin the thread's log anew: every reader gets a :class:`PositionExpiredError`, every viewer a snapshot.
         :meth:`recover` reads on across it where ``keep`` says so, but of the runs ``holes``, of which something is
         missing before."""
         ...
 
     def signal(self, thread_id: str) -> None:
-        """Asks the workers that run runs of the thread to look at it: at cancels, and at what to store."""
+        """Ask the workers that run runs of the thread to look at it: at cancels, and at what to store."""
         ...
 
     def listen(self, attend: Callable[[str], None]) -> None:
-        """Has ``attend`` called, which must not wait, with each thread that a worker signals."""
+        """Have ``attend`` called, which must not wait, with each thread that a worker signals."""
         ...
 
     def tend(self) -> None:
-        """Drops what is older or more than the log keeps. Called every few seconds."""
+        """Drop what is older or more than the log keeps. Called every few seconds."""
         ...
 
     def wake(self) -> None:
-        """Ends all waits of readers, now and later: the worker leaves. All else still works."""
+        """End all waits of readers, now and later: the worker leaves. All else still works."""
         ...
 
     def close(self) -> None:
-        """Wakes all readers and lets go of everything."""
+        """Wake all readers and let go of everything."""
         ...

@@ -78,7 +78,7 @@ class _ViewedBuffer(ThreadBuffer):
         self.known = 0
 
     def feed(self, at: float, epoch: str, first: int, bodies: list[bytes], *, gap: bool = True) -> None:
-        """Takes what was appended from offset ``first`` on; ``gap`` lets it go on behind a hole, which readers
+        """Take what was appended from offset ``first`` on; ``gap`` lets it go on behind a hole, which readers
         fill from the stream."""
         with self.guard:
             new = self.take(at, epoch, first, bodies, gap)
@@ -86,7 +86,7 @@ class _ViewedBuffer(ThreadBuffer):
             self.wake()
 
     def take(self, at: float, epoch: str, first: int, bodies: list[bytes], gap: bool = True) -> bool:
-        """Does it, and gives whether that was new. The caller holds ``guard``."""
+        """Do it, and give whether that was new. The caller holds ``guard``."""
         if not self.ready:
             self.early.append((epoch, first, bodies))
             return False
@@ -304,7 +304,7 @@ class RedisLog:
             tail.wake()
 
     def _older(self, thread_id: str, place: EventId) -> list[Record]:
-        """What a reader has to catch up with, a piece at a time."""
+        """Give what a reader has to catch up with, a piece at a time."""
         return self._range(thread_id, place, 200)
 
     def _range(self, thread_id: str, place: EventId, count: int | None) -> list[Record]:
@@ -361,8 +361,8 @@ class RedisLog:
             self._closed.wait(_AGAIN_SECONDS * (0.5 + random.random()))
 
     def _meet(self, line: Any) -> None:
-        """A Redis that started anew, or took another's place, may have an older state, and would give places out
-        again that viewers have: all logs begin anew."""
+        """Have all logs begin anew where Redis started anew, or another took its place: that may have an older state,
+        and would give ids out again that viewers have."""
         self._run_id = redis_requirements.check(line, f"{self._prefix}none")
         met = self._redis.get(f"{self._prefix}met")
         if met not in (None, self._run_id.encode()):
@@ -413,7 +413,7 @@ class RedisLog:
                 self._complaints.error(_log, error, "looking after the log failed; it is tried again")
 
     def _check(self, viewed: Sequence[tuple[str, _ViewedBuffer]], *, patient: bool = True) -> None:
-        """Compares with the streams. What a ``patient`` one finds missing may be on its way until the next time."""
+        """Compare with the streams. What a ``patient`` one finds missing may be on its way until the next time."""
         before = [tail.place.epoch for _, tail in viewed]
         ends = self._do(lambda: self._ends([self._prefix + thread_id for thread_id, _ in viewed], [self._ttl]))
         for (_, tail), epoch, found in zip(viewed, before, ends, strict=True):
@@ -432,7 +432,7 @@ class RedisLog:
     # Upkeep
 
     def tend(self) -> None:
-        """The streams expire by themselves; what nobody views here any more is not listened to."""
+        """Keep house: the streams expire by themselves; what nobody views here any more is not listened to."""
         for thread_id, _ in self._threads.all():
             recent = self._threads.clock() - 5
             if self._threads.drop(thread_id, unless=lambda tail, recent=recent: tail.touched > recent):  # type: ignore[misc]
@@ -482,7 +482,7 @@ class RedisLog:
             self._room.release()
 
     def _say(self, how: str, error: BaseException, fix: str) -> str:
-        """Logs that Redis cannot be ``how``, and what is to be done where that is known; gives that."""
+        """Log that Redis cannot be ``how``, and what is to be done where that is known; give that."""
         if self._closed.is_set():
             pass
         elif fix:
@@ -509,7 +509,7 @@ def _body(event: Event) -> bytes:
 
 
 def _goes_on(first: dict[bytes, bytes], epoch: str, run_id: str) -> bool:
-    """Whether a stream's first entry says that it goes on from that epoch, and misses nothing of the run."""
+    """Tell whether a stream's first entry says that it goes on from that epoch, and misses nothing of the run."""
     return first.get(b"from") == epoch.encode() and run_id.encode() not in first[b"holes"].split()
 
 

@@ -64,7 +64,7 @@ class UnfitRedisError(Exception):
 
 
 def advice(error: BaseException) -> str:
-    """Gives what is wrong with the Redis that gave ``error``, and what to do, fit for the public; "" where that is not
+    """Give what is wrong with the Redis that gave ``error``, and what to do, fit for the public; "" where that is not
     known."""
     if isinstance(error, UnfitRedisError):
         return str(error)
@@ -73,8 +73,8 @@ def advice(error: BaseException) -> str:
 
 
 def check(line: Any, key: str) -> str:
-    """Tries all that the log needs on ``line``, a connection of the client's in RESP2, with a ``key`` that is not
-    there. Changes nothing; gives the ``run_id`` of that Redis.
+    """Try all that the log needs on ``line``, a connection of the client's in RESP2, with a ``key`` that is not
+    there. It changes nothing. Give the ``run_id`` of that Redis.
 
     Raises :class:`UnfitRedisError`, after which the connection is of no use, and what the client raises where Redis is
     away.

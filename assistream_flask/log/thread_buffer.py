@@ -21,7 +21,7 @@ Bell: TypeAlias = "queue.SimpleQueue[bool]"
 
 
 def plain_lock() -> threading.RLock:
-    """Gives a lock for sections in which nothing waits: gevent's own costs more than most of them.
+    """Give a lock for sections in which nothing waits: gevent's own costs more than most of them.
 
     It may be taken again, by what the garbage collector tidies up in the midst of one.
     """
@@ -33,7 +33,7 @@ class Reader(Protocol):
     """Who waits for records."""
 
     def wake(self) -> None:
-        """Has the reader go on. Must not wait."""
+        """Have the reader go on. Must not wait."""
 
 
 class ThreadBuffer:
@@ -59,30 +59,30 @@ class ThreadBuffer:
         self._readers: list[Reader] = []
 
     def wait(self, reader: Reader) -> None:
-        """Has ``reader`` woken at the next change. The caller holds ``guard``."""
+        """Have ``reader`` woken at the next change. The caller holds ``guard``."""
         self._readers.append(reader)
 
     def wake(self) -> None:
-        """Wakes all who wait."""
+        """Wake all who wait."""
         with self.guard:
             readers, self._readers = self._readers, []
         for reader in readers:
             reader.wake()
 
     def forget(self, reader: Reader) -> None:
-        """``reader`` need not be woken any more."""
+        """Wake ``reader`` no more."""
         with self.guard:
             if reader in self._readers:
                 self._readers.remove(reader)
 
     def restart(self, place: EventId) -> None:
-        """Forgets all records: the log begins anew, or goes on behind a gap."""
+        """Forget all records: the log begins anew, or goes on behind a gap."""
         self.records.clear()
         self.size = 0
         self.place = place
 
     def add(self, at: float, told: Sequence[tuple[str, str | None, bytes]]) -> None:
-        """Adds name, key and frame of the next records; ``at`` is their time."""
+        """Add name, key and frame of the next records; ``at`` is their time."""
         for name, key, frame in told:
             self.records.append((at, name, key, frame))
             self.size += len(frame)
@@ -90,17 +90,17 @@ class ThreadBuffer:
         self.place = EventId(epoch, offset + len(told))
 
     def trim(self, max_events: int, max_bytes: int, oldest: float) -> None:
-        """Keeps the newest records: so many, of so many bytes, none older."""
+        """Keep the newest records: so many, of so many bytes, none older."""
         records = self.records
         while records and (len(records) > max_events or self.size > max_bytes or records[0][0] < oldest):
             self.size -= len(records.popleft()[3])
 
     def has(self, place: EventId) -> bool:
-        """Whether all records after ``place`` are here."""
+        """Tell whether all records after ``place`` are here."""
         return place.epoch == self.place.epoch and 0 <= self.place.offset - place.offset <= len(self.records)
 
     def since(self, place: EventId, size: float = float("inf")) -> list[Record]:
-        """Gives the records after ``place``, up to about ``size`` bytes. Raises :class:`PositionExpiredError`."""
+        """Give the records after ``place``, up to about ``size`` bytes. Raises :class:`PositionExpiredError`."""
         if not self.has(place):
             raise PositionExpiredError
         epoch, offset = self.place
@@ -136,7 +136,7 @@ class ThreadBuffers(Generic[T]):
         self.closed = False
 
     def enter(self, thread_id: str) -> T:
-        """Gives the thread's tail, for :meth:`leave` to give back."""
+        """Give the thread's tail, for :meth:`leave` to give back."""
         with self._guard:
             tail = self._tails.get(thread_id)
             if tail is None:
@@ -146,13 +146,13 @@ class ThreadBuffers(Generic[T]):
             return tail
 
     def leave(self, tail: T) -> None:
-        """Counts a user out."""
+        """Count a user out."""
         with self._guard:
             tail.users -= 1
 
     @contextmanager
     def using(self, thread_id: str) -> Iterator[T]:
-        """Enters, and leaves at the end."""
+        """Enter, and leave at the end."""
         tail = self.enter(thread_id)
         try:
             yield tail
@@ -160,20 +160,20 @@ class ThreadBuffers(Generic[T]):
             self.leave(tail)
 
     def get(self, thread_id: str) -> T | None:
-        """Gives the tail of a thread in use."""
+        """Give the tail of a thread in use."""
         return self._tails.get(thread_id)
 
     def all(self) -> list[tuple[str, T]]:
-        """Gives all tails by thread."""
+        """Give all tails by thread."""
         with self._guard:
             return list(self._tails.items())
 
     def used(self) -> list[str]:
-        """Gives the threads whose tails are in use."""
+        """Give the threads whose tails are in use."""
         return [thread_id for thread_id, tail in self.all() if tail.users]
 
     def drop(self, thread_id: str, unless: Callable[[T], bool]) -> bool:
-        """Drops a tail that nobody uses."""
+        """Drop a tail that nobody uses."""
         with self._guard:
             tail = self._tails.get(thread_id)
             if tail is None or tail.users or unless(tail):
@@ -182,7 +182,7 @@ class ThreadBuffers(Generic[T]):
             return True
 
     def sleep(self, bell: Bell, seconds: float) -> bool:
-        """Waits for ``bell``; gives whether it rang within ``seconds``, of which half a one may be missing."""
+        """Wait for ``bell``; give whether it rang within ``seconds``, of which half a one may be missing."""
         if seconds <= 2 * _SWEEP_SECONDS:
             self._sleepers.pop(bell, None)
             try:
@@ -202,7 +202,7 @@ class ThreadBuffers(Generic[T]):
             threading.Thread(target=self._sweep, daemon=True, name="assistream-sweeper").start()
 
     def awake(self, bell: Bell) -> None:
-        """``bell`` is slept by no more."""
+        """Ring ``bell`` no more: nobody sleeps by it."""
         self._sleepers.pop(bell, None)
 
     def _sweep(self) -> None:
@@ -214,7 +214,7 @@ class ThreadBuffers(Generic[T]):
                     bell.put(False)
 
     def wake(self) -> None:
-        """Ends all waits, now and later."""
+        """End all waits, now and later."""
         self.closed = True
         for _, tail in self.all():
             tail.wake()

@@ -30,7 +30,7 @@ def _gunicorn() -> Any:
 
 
 def serving() -> bool:
-    """Gives ``False`` once gunicorn told its worker to end: a streaming response must then end by itself.
+    """Give ``False`` once gunicorn told its worker to end: a streaming response must then end by itself.
 
     Gunicorn says so by the worker's attribute ``alive`` alone, for a signal and for ``max_requests`` alike.
     """
@@ -43,7 +43,7 @@ def patched() -> bool:
 
 
 def setting(name: str) -> Any:
-    """Gives a setting of gunicorn's, ``None`` under another server."""
+    """Give a setting of gunicorn's, ``None`` under another server."""
     return getattr(getattr(_gunicorn(), "cfg", None), name, None)
 
 
@@ -58,11 +58,11 @@ class Tenure:
         self._since = 0.0
 
     def is_over(self) -> bool:
-        """Whether the worker serves still, and has served as many."""
+        """Tell whether the worker serves still, and has served as many."""
         return bool(self._worker.alive and self._worker.nr >= self._most)
 
     def has_turn(self) -> bool:
-        """Whether no other worker of this gunicorn ends now, or did just before: of several one is away at a time.
+        """Tell whether no other worker of this gunicorn ends now, or did just before: of several one is away at a time.
 
         Whoever has the turn has it until its process ends.
         """
@@ -80,13 +80,13 @@ class Tenure:
         return time.monotonic() - self._since > _START_SECONDS
 
     def end(self) -> None:
-        """Has gunicorn end the worker, as at the limit of its own."""
+        """Have gunicorn end the worker, as at the limit of its own."""
         self._worker.log.info("Autorestarting worker between answers: it has served %d requests.", self._worker.nr)
         self._worker.alive = False
 
 
 def kept(make: Callable[[Tenure], T]) -> T | None:
-    """Gives what ``make`` gives for the tenure of gunicorn's worker: made once a process, and kept with the worker.
+    """Give what ``make`` gives for the tenure of gunicorn's worker: made once a process, and kept with the worker.
     ``None`` where there is no limit, gunicorn ends the worker already, or does not count as it is known to."""
     worker = _gunicorn()
     known = getattr(worker, "__dict__", {})
@@ -100,12 +100,12 @@ def kept(make: Callable[[Tenure], T]) -> T | None:
 
 
 def is_kept() -> bool:
-    """Whether the end of gunicorn's worker is in our hands: see :func:`kept`."""
+    """Tell whether the end of gunicorn's worker is in our hands: see :func:`kept`."""
     return hasattr(_gunicorn(), "assistream")
 
 
 def when_booted(start: Callable[[], object]) -> None:
-    """Has ``start`` called in a thread of gunicorn's worker once that has booted, and again until it succeeds. Does
+    """Have ``start`` called in a thread of gunicorn's worker once that has booted, and again until it succeeds. Does
     nothing elsewhere, such as in a shell, nor in a worker that :func:`unfit` refuses."""
     worker = _gunicorn()
     if getattr(worker, "booted", None) is False and type(worker).__name__ != "SyncWorker":
@@ -127,7 +127,7 @@ def _begin(worker: Any, start: Callable[[], object]) -> None:
 
 
 def check_alone() -> None:
-    """Raises :class:`ConfigurationError` where gunicorn runs other workers beside this one."""
+    """Raise :class:`ConfigurationError` where gunicorn runs other workers beside this one."""
     workers = setting("workers") or 1
     if workers > 1:
         raise ConfigurationError(
@@ -137,7 +137,7 @@ def check_alone() -> None:
 
 
 def unfit(environ: Mapping[str, Any], shared: bool) -> tuple[str, str] | None:
-    """Gives an error's code and what to do where the server cannot serve event streams; the log is ``shared`` by
+    """Give an error's code and what to do where the server cannot serve event streams; the log is ``shared`` by
     workers, or not."""
     if environ.get("wsgi.multiprocess") and not shared:
         return "too_many_workers", "The event log is in memory: set ASSISTREAM_REDIS_URL, or run one worker."

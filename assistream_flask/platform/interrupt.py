@@ -30,7 +30,7 @@ class Interruptible:
         self._interrupted = threading.Event()
 
     def wait(self, call: Callable[[], T]) -> T:
-        """Gives what ``call`` gives. Raises :class:`Interrupted` when :meth:`interrupt` was or is called."""
+        """Give what ``call`` gives. Raises :class:`Interrupted` when :meth:`interrupt` was or is called."""
         if self._interrupted.is_set():
             raise Interrupted
         if monkey.is_module_patched("threading"):
@@ -49,7 +49,7 @@ class Interruptible:
                 self._close()
 
     def interrupt(self) -> None:
-        """Ends the present wait, and each later one at once. Idempotent."""
+        """End the present wait, and each later one at once. Idempotent."""
         self._interrupted.set()
         if monkey.is_module_patched("threading"):
             get_hub().loop.run_callback(self._throw)
@@ -69,7 +69,7 @@ class Interruptible:
 
 
 def _tidying(waiting: greenlet) -> bool:
-    """Whether it waits while it closes something, or for a lock. Both are short, and a connection pool
+    """Tell whether it waits while it closes something, or for a lock. Both are short, and a connection pool
     that is stopped there never gets its connection back."""
     frame = waiting.gr_frame
     if frame is not None and frame.f_code.co_name in ("acquire", "__enter__"):

@@ -40,7 +40,7 @@ class LogThrottle:
         self._guard: threading.RLock = monkey.get_original("_thread", "RLock")()
 
     def warn(self, log: logging.Logger, message: str, *arguments: object, level: int = logging.WARNING) -> None:
-        """Says it without a traceback."""
+        """Say it without a traceback."""
         more, seconds = self._count((log, message, tuple(map(type, arguments)), None), arguments)
         if more == 0:
             log.log(level, message, *arguments)
@@ -48,7 +48,7 @@ class LogThrottle:
             log.log(level, message + " (%d times in %d s)", *arguments, more, seconds)
 
     def error(self, log: logging.Logger, error: BaseException, message: str, *arguments: object) -> None:
-        """Says that ``error`` was met, the first time with its traceback."""
+        """Say that ``error`` was met, the first time with its traceback."""
         more, seconds = self._count((log, message, type(error), _raised(error)), arguments)
         if more == 0:
             log.error(message, *arguments, exc_info=error)
@@ -60,7 +60,7 @@ class LogThrottle:
     def _count(
         self, key: tuple[logging.Logger, str, object, object], arguments: tuple[object, ...]
     ) -> tuple[int | None, float]:
-        """Gives how many there were since one was written, and in how many seconds: 0 for the first, ``None`` where
+        """Give how many there were since one was written, and in how many seconds: 0 for the first, ``None`` where
         none is to be written."""
         now = self._clock()
         with self._guard:
@@ -81,7 +81,7 @@ class LogThrottle:
             return more, since
 
     def tend(self) -> None:
-        """Says what is over that was there more than once. Called every few seconds."""
+        """Say what is over that was there more than once. Called every few seconds."""
         now = self._clock()
         with self._guard:
             over = {key: kind for key, kind in self._kinds.items() if now - kind.last >= _EVERY_SECONDS}

@@ -24,7 +24,7 @@ class SharedCall(Generic[T]):
         self._error: Exception | None = None
 
     def do(self, work: Callable[[], T]) -> T:
-        """Gives what the first one's ``work`` gives. Raises what that raises, and :class:`UndoneError`."""
+        """Give what the first one's ``work`` gives. Raises what that raises, and :class:`UndoneError`."""
         if self._found:
             return self._found[0]
         if self._first.acquire(blocking=False):
@@ -66,7 +66,7 @@ class PerProcess(Generic[T]):
         self._slots: dict[int, _Slot[T]] = {}
 
     def get(self) -> T:
-        """Raises what making it raises."""
+        """Give what is made once. Raises what making it raises."""
         slot = self._slot()
         while True:
             errand = slot.errand
@@ -83,7 +83,7 @@ class PerProcess(Generic[T]):
                     raise
 
     def pop(self) -> T | None:
-        """Gives what there is, if anything; the next who asks has another one made."""
+        """Give what there is, if anything; the next who asks has another one made."""
         slot = self._slot()
         with slot.guard:
             errand, slot.errand = slot.errand, None

@@ -75,7 +75,7 @@ class Checkpoint:
 
     @property
     def is_elsewhere(self) -> bool:
-        """Whether what is stored is as of an event of another log: readers cannot put the two together."""
+        """Tell whether what is stored is as of an event of another log: readers cannot put the two together."""
         return self.event_id is not None and self.event_id.epoch != self._stored_epoch
 
 
@@ -149,7 +149,7 @@ class ActiveRun:
 
     @property
     def phase(self) -> Phase:
-        """Where the run stands."""
+        """Give where the run stands."""
         if self._is_left:
             return Phase.LEFT
         if self.is_over:
@@ -160,42 +160,42 @@ class ActiveRun:
 
     @property
     def run(self) -> Run:
-        """The run object, for nobody to change."""
+        """Give the run object, for nobody to change."""
         return self._accumulator.run
 
     @property
     def message(self) -> Message:
-        """The message object, for nobody to change: its text may be a few deltas behind."""
+        """Give the message object, for nobody to change: its text may be a few deltas behind."""
         return self._accumulator.message
 
     @property
     def is_queued(self) -> bool:
-        """Whether nothing was asked for it yet, by any worker."""
+        """Tell whether nothing was asked for it yet, by any worker."""
         return self._accumulator.run["status"] == "queued"
 
     @property
     def is_over(self) -> bool:
-        """Whether its status is terminal, in this worker and, soon, in the store."""
+        """Tell whether its status is terminal, in this worker and, soon, in the store."""
         return self._accumulator.is_over
 
     @property
     def is_left(self) -> bool:
-        """Whether another worker has it, or may have."""
+        """Tell whether another worker has it, or may have."""
         return self._is_left
 
     @property
     def is_loading(self) -> bool:
-        """Whether its model server is waited for."""
+        """Tell whether its model server is waited for."""
         return self._loading is not None
 
     @property
     def resume_state(self) -> Json | None:
-        """What another worker needs to go on behind what the message has; ``None`` where none can."""
+        """Give what another worker needs to go on behind what the message has; ``None`` where none can."""
         return self._resume_state
 
     @property
     def ending(self) -> Ending:
-        """How it is to end, where its waits are interrupted."""
+        """Give how it is to end, where its waits are interrupted."""
         return self._ending
 
     def state(self) -> State:
@@ -222,7 +222,7 @@ class ActiveRun:
 
     @property
     def history(self) -> ThreadHistory:
-        """What the run is to see of its thread."""
+        """Give what the run is to see of its thread."""
         assert self._history is not None
         return self._history
 
@@ -281,13 +281,13 @@ class ActiveRun:
 
     @property
     def reader(self) -> RunReader:
-        """The reading of its present connection."""
+        """Give the reading of its present connection."""
         assert self._reader is not None
         return self._reader
 
     @property
     def seat(self) -> ReadSlot:
-        """Where its thread waits for what is read in a tick."""
+        """Give where its thread waits for what is read in a tick."""
         return self.reader.seat
 
     def read(self, stream: AnswerStream) -> None:

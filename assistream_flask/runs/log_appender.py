@@ -28,7 +28,7 @@ class LogAppender:
     def append(self, thread_id: str, events: Sequence[Event], claim: Claim | None = None) -> EventId | None:
         """Append the events, for who has the thread's lock; give the id of the last one.
 
-        Gives ``None`` where the log cannot be reached: viewers get a snapshot as soon as it can. Gives ``REFUSED``
+        Give ``None`` where the log cannot be reached: viewers get a snapshot as soon as it can. Give ``REFUSED``
         where the run is another worker's.
         """
         return self.append_all([AppendRequest(thread_id, events, claim, locked=True)])[0]

@@ -42,27 +42,27 @@ class MessageAccumulator:
 
     @property
     def is_over(self) -> bool:
-        """Whether the run is in a terminal state."""
+        """Tell whether the run is in a terminal state."""
         return self.run["status"] in events.TERMINAL
 
     def snapshot(self) -> tuple[Run, Message, list[Step]]:
-        """Gives run, message and steps as they are now, for nobody to change."""
+        """Give run, message and steps as they are now, for nobody to change."""
         self._settle()
         return self.run.copy(), self.message.copy(), list(self._steps)
 
     def begin(self) -> list[Event]:
-        """The model was asked, or waited for it and does so no more."""
+        """Set the run in progress: the model was asked, or waited for and is so no more."""
         started_at = self.run["started_at"] or events.now()
         self.run.update({"status": "in_progress", "last_error": None, "started_at": started_at})
         return [events.run_status(self.run.copy())]
 
     def wait(self) -> list[Event]:
-        """The model is still loading."""
+        """Say that the model is still loading."""
         self.run["last_error"] = STILL_LOADING.copy()
         return [events.run_status(self.run.copy())]
 
     def add(self, parts: Sequence[Part]) -> list[Event]:
-        """Adds what arrived; an :class:`.deltas.End` among it is for :meth:`end`."""
+        """Add what arrived; an :class:`.deltas.End` among it is for :meth:`end`."""
         found: list[Event] = []
         for part in parts:
             if isinstance(part, Reasoning):
@@ -114,7 +114,7 @@ class MessageAccumulator:
         return [events.step_completed(done)]
 
     def _settle(self) -> None:
-        """Joins what grew. Objects already given out stay as they were."""
+        """Join what grew. Objects already given out stay as they were."""
         content: list[ContentPart] = []
         for at, (part, grown) in enumerate(self._content):
             if grown:
@@ -155,7 +155,7 @@ class MessageAccumulator:
         return self._close(end.reason)
 
     def _says_something(self) -> bool:
-        """Whether there is more in the message than blanks."""
+        """Tell whether there is more in the message than blanks."""
         self._settle()
         return any(part["type"] != "text" or part["text"]["value"].strip() for part in self.message["content"])
 

@@ -43,7 +43,7 @@ class OtherWorkers:
         self._told = float("-inf")
 
     def follow(self) -> None:
-        """Has viewers here get a snapshot of each thread that another worker added to, or deleted; of a run that it
+        """Have viewers here get a snapshot of each thread that another worker added to, or deleted; of a run that it
         goes on with, the runner tells. Called every second or so."""
         names = self._store.others(self._worker, _LIVES_SECONDS)
         now = time.time()
@@ -74,7 +74,7 @@ class OtherWorkers:
         return _Known(position, place)
 
     def _created(self, thread_id: str, since: EventId, until: EventId) -> int:
-        """How many messages were told of between; fewer where the log does not have all: then one snapshot more."""
+        """Count the messages that were told of between: too few where the log lacks some, then one snapshot more."""
         if since.epoch != until.epoch:
             since = EventId(until.epoch, 0)
         try:

@@ -19,19 +19,19 @@ class Crew(Protocol):
     """What works in a worker, and has to be done before that ends."""
 
     def is_busy(self) -> bool:
-        """Whether anything is under way that no other worker can go on with."""
+        """Tell whether anything is under way that no other worker can go on with."""
         ...
 
     def rest(self) -> None:
-        """Begins nothing any more, and leaves it to another worker."""
+        """Begin nothing any more, and leave it to another worker."""
         ...
 
     def resume(self) -> None:
-        """Begins what is asked again."""
+        """Begin what is asked again."""
         ...
 
     def is_ignored(self, seconds: float) -> bool:
-        """Whether nobody took, for so long, what was left."""
+        """Tell whether nobody took, for so long, what was left."""
         ...
 
 
@@ -54,14 +54,14 @@ class Recycle:
         self._rested: float | None = None
 
     def join(self, crew: Crew, run_seconds: float, has_others: bool) -> None:
-        """Has the worker wait for ``crew``, whose answers take ``run_seconds`` at most; ``has_others`` says whether
+        """Have the worker wait for ``crew``, whose answers take ``run_seconds`` at most; ``has_others`` says whether
         other workers can take what it leaves."""
         self._crews.append(crew)
         self._run_seconds = max(self._run_seconds, run_seconds)
         self._has_others = self._has_others and has_others
 
     def look(self) -> None:
-        """Ends the worker where it is time. Called a few times a second, by each crew."""
+        """End the worker where it is time. Called a few times a second, by each crew."""
         if self._tenure.is_over() and self._guard.acquire(blocking=False):
             try:
                 self._look(self._clock())

@@ -98,7 +98,7 @@ class Runner:
 
     @property
     def active(self) -> ActiveRuns:
-        """The runs that are not over, and this worker's."""
+        """Give the runs that are not over, and this worker's."""
         return self._worker.runs
 
     # Commands
@@ -114,7 +114,7 @@ class Runner:
     ) -> Started | None:
         """Store a user's message and a run for each assistant, and begin those when the thread is free.
 
-        ``answer`` gives what to remember for the request's Idempotency-Key. Gives ``None`` where the thread
+        ``answer`` gives what to remember for the request's Idempotency-Key. Give ``None`` where the thread
         is gone. Raises what :meth:`ThreadStore.add` raises.
         """
         worker = self._worker

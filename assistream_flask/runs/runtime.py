@@ -107,7 +107,7 @@ class Runtime:
         self._recycle: Recycle | None = None
 
     def start(self) -> None:
-        """Starts what keeps the worker's house."""
+        """Start what keeps the worker's house."""
         self._recycle = gunicorn.kept(Recycle)
         if self._recycle is not None:
             has_others = self.log.shared and (gunicorn.setting("workers") or 1) > 1
@@ -122,7 +122,7 @@ class Runtime:
             platform.platform()
 
     def stop(self) -> None:
-        """Ends streams at once and runs as the settings say; returns when all have, and nothing is served any more.
+        """End streams at once and runs as the settings say; return when all have, and nothing is served any more.
         Idempotent."""
         if os.getpid() != self.pid:
             return
@@ -139,7 +139,7 @@ class Runtime:
         atexit.unregister(self.stop)
 
     def _end_work(self) -> None:
-        """Does so, and leaves log and store open: gunicorn serves for a while longer."""
+        """Do so, and leave log and store open: gunicorn serves for a while longer."""
         self._begin_stop()
         with self._stop_guard:
             if not self._stopped.is_set():
@@ -170,7 +170,7 @@ class Runtime:
                 return
 
     def longest_pause(self) -> float:
-        """Gives for how many seconds, at most, nothing went on in this worker within the last ten minutes."""
+        """Give for how many seconds, at most, nothing went on in this worker within the last ten minutes."""
         return max(self._pauses, default=0.0)
 
     def _repeat(self, seconds: float, job: Callable[[], object], end: threading.Event) -> None:
@@ -190,7 +190,7 @@ class Runtime:
         self.store.forget_answers(int(time.time()) - ANSWER_SECONDS)
 
     def enter_stream(self, caller: object) -> bool:
-        """Counts a stream in; ``False`` when ``caller`` has as many as allowed."""
+        """Count a stream in; ``False`` when ``caller`` has as many as allowed."""
         with self._guard:
             count = self.streams.get(caller, 0)
             allowed = count < self.settings.max_streams
@@ -201,12 +201,12 @@ class Runtime:
         return allowed
 
     def full(self) -> bool:
-        """Whether the worker has as many streams as it can, so that commands still find a connection."""
+        """Tell whether the worker has as many streams as it can, so that commands still find a connection."""
         most = self.settings.worker_streams or (gunicorn.setting("worker_connections") or 1_000_000) * 9 // 10
         return self.open_streams >= most
 
     def leave_stream(self, caller: object) -> None:
-        """Counts a stream out."""
+        """Count a stream out."""
         self._left.append(caller)
         self._count_out()
 
@@ -245,7 +245,7 @@ def _log_of(settings: Settings, complaints: LogThrottle) -> Log:
 
 
 def default_database(instance_path: str) -> str:
-    """Gives the URL of the SQLite file in the app's instance folder, which is created."""
+    """Give the URL of the SQLite file in the app's instance folder, which is created."""
     folder = Path(instance_path)
     folder.mkdir(parents=True, exist_ok=True)
     return f"sqlite:///{folder / 'assistream.sqlite3'}"

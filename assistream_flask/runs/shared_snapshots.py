@@ -69,7 +69,7 @@ class SharedSnapshots:
         self._begun: dict[str, _Reading] = {}
 
     def get(self, thread_id: str) -> Snapshot | None:
-        """Gives one, ``None`` when the thread is gone. Raises what reading a page raises."""
+        """Give a snapshot, ``None`` when the thread is gone. Raises what reading a page raises."""
         while True:
             reading = self._open.get(thread_id) or self._open.setdefault(thread_id, _Reading())
             try:

@@ -21,7 +21,7 @@ class SnapshotMovedError(Exception):
 def read(
     store: ThreadStore, log: Log, thread_id: str, limit: int, before: str | None, ours: Container[str]
 ) -> Page | None:
-    """Gives the entries, whether there are older ones, and the place; ``None`` when the thread is gone or
+    """Give the entries, whether there are older ones, and the place; ``None`` when the thread is gone or
     ``before`` is no message of it.
 
     No lock is taken, so that a crowd does not queue. What is stored and then told is exact when nobody was
@@ -53,7 +53,7 @@ def read(
 
 
 def _growing(stored: Iterable[Stored], start: EventId, ours: Container[str] | None) -> _Growing:
-    """Gives the entry of each run that is not over, and the offset in the log up to which the row has its text.
+    """Give the entry of each run that is not over, and the offset in the log up to which the row has its text.
 
     Raises :class:`PositionExpiredError` for one of ``ours``, or of any worker where that is ``None``, whose row is not
     of this log.
@@ -72,12 +72,12 @@ def _growing(stored: Iterable[Stored], start: EventId, ours: Container[str] | No
 
 
 def _grow(growing: _Growing, record: Record) -> None:
-    """Adds an event's text to its entry, unless the row has it."""
+    """Add an event's text to its entry, unless the row has it."""
     entry, offset = growing.get(record.key, (None, 0))
     if entry is not None and record.place.offset > offset:
         events.apply(entry, record.name, record.data())
 
 
 def grows(record: Record) -> bool:
-    """Whether the event is of text, which is told before it is stored."""
+    """Tell whether the event is of text, which is told before it is stored."""
     return record.name.startswith(("thread.message.delta", "thread.run.step."))

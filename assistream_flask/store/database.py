@@ -48,7 +48,7 @@ def _now_sqlite(element: Now, compiler: Any, **_: Any) -> str:
 
 @contextmanager
 def writing(engine: Engine) -> Iterator[Connection]:
-    """Opens a transaction of ``engine``, which has the option :data:`WRITE`. Raises :class:`UnsettledError`."""
+    """Open a transaction of ``engine``, which has the option :data:`WRITE`. Raises :class:`UnsettledError`."""
     with engine.connect() as connection:
         transaction = connection.begin()
         try:
@@ -85,7 +85,7 @@ T = TypeVar("T")
 
 
 def open_engine(url: str, pool: int, patience: float = PATIENCE) -> Engine:
-    """Gives an engine of at most ``pool`` connections, each of whose statements takes at most ``patience`` seconds;
+    """Give an engine of at most ``pool`` connections, each of whose statements takes at most ``patience`` seconds;
     SQLite, which has one writer, takes no ``pool``.
 
     Raises :class:`ConfigurationError` for a URL that cannot work.
@@ -96,7 +96,7 @@ def open_engine(url: str, pool: int, patience: float = PATIENCE) -> Engine:
 
 
 def check(url: str) -> None:
-    """Raises :class:`ConfigurationError` for a URL that cannot work. Connects to nothing, and does not import
+    """Raise :class:`ConfigurationError` for a URL that cannot work. Connects to nothing, and does not import
     psycopg: see :func:`_check_psycopg`."""
     parsed = _parsed(url)
     if parsed.drivername != _PSYCOPG:
@@ -116,7 +116,7 @@ def _parsed(url: str) -> URL:
 
 
 def is_private(url: str) -> bool:
-    """Whether no other process can see the database: it is in this one's memory."""
+    """Tell whether no other process can see the database: it is in this one's memory."""
     return _in_memory(_parsed(url))
 
 
@@ -175,7 +175,7 @@ def _no_psycopg() -> ConfigurationError:
 
 
 def _check_psycopg() -> None:
-    """Raises :class:`ConfigurationError` where one query would stop all greenlets: psycopg chooses how it waits
+    """Raise :class:`ConfigurationError` where one query would stop all greenlets: psycopg chooses how it waits
     when it is imported, and a process that gevent patches later keeps the choice."""
     patched, waiting = sys.modules.get("gevent.monkey"), sys.modules.get("psycopg.waiting")
     if patched and waiting and patched.is_module_patched("select") and waiting.wait is vars(waiting).get("wait_c"):
@@ -198,7 +198,7 @@ class OneWriter(AbstractContextManager[None]):
         self._lock = threading.RLock()
 
     def __enter__(self) -> None:
-        """Raises :class:`sqlalchemy.exc.TimeoutError` when the others take too long."""
+        """Wait for the others. Raises :class:`sqlalchemy.exc.TimeoutError` when the others take too long."""
         # Behind one who waits for another process all would wait in turn, each as long again.
         if not self._lock.acquire(timeout=_LOCKED_SECONDS):
             raise sa.exc.TimeoutError(f"other writers have had the SQLite database for {_LOCKED_SECONDS:g} s")
@@ -227,7 +227,7 @@ class _Cursor(sqlite3.Cursor):
 
 
 def _patiently(seconds: float, call: Callable[..., T], *arguments: Any) -> T:
-    """Gives what ``call`` gives, as soon as no other process has the file locked. After so many seconds it raises as
+    """Give what ``call`` gives, as soon as no other process has the file locked. After so many seconds it raises as
     SQLite does.
 
     SQLite's own busy timeout sleeps inside C, where under gevent all event streams and answers of the worker stand

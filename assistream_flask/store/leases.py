@@ -57,13 +57,13 @@ class Leases:
         """By how many seconds this machine's clock is ahead of the database's, as far as that can be known."""
 
     def start(self) -> None:
-        """Starts the thread."""
+        """Start the thread."""
         if self._is_needed:
             self._is_running = True
             monkey.get_original("_thread", "start_new_thread")(self._keep, ())
 
     def stop(self, *, is_clean: bool = True) -> None:
-        """Ends the thread, and waits for that, at most as long as a renewal takes. Where that is not ``is_clean``, the
+        """End the thread, and wait for that, at most as long as a renewal takes. Where that is not ``is_clean``, the
         worker stays known, as one that died: others look after what it left."""
         if not self._is_running:
             return
@@ -74,7 +74,7 @@ class Leases:
             time.sleep(0.01)
 
     def is_steady(self) -> bool:
-        """Whether the database took what this worker wrote, for as long as a lease is, without a break: then each
+        """Tell whether the database took what this worker wrote, for as long as a lease is, without a break: then each
         worker that lives had the time to renew its own. Always, where nobody else can have any."""
         now = time.monotonic()
         return not self._is_needed or (now - self._kept < _GAP_SECONDS and now - self._since >= LEASE_SECONDS)
@@ -112,7 +112,7 @@ class Leases:
         self._kept, self._seen = now, seen
 
     def _compare(self, least: float, most: float) -> None:
-        """Tells where the clocks differ, which is by something between the two."""
+        """Say where the clocks differ, which is by something between the two."""
         self.skew = 0.0 if least <= 0 <= most else min(least, most, key=abs)
         if abs(self.skew) > SKEW_SECONDS:
             self._complaints.warn(

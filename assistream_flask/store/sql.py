@@ -220,7 +220,7 @@ class ThreadStore:
                 )
 
     def close(self) -> None:
-        """Closes the pooled connections."""
+        """Close the pooled connections."""
         # The one connection of a database in memory may be at work in another thread.
         with self._reader:
             self._engine.dispose()
@@ -228,7 +228,7 @@ class ThreadStore:
     # Threads
 
     def create_thread(self, owner: Owner, thread: Thread, answer: Answer | None = None) -> None:
-        """Stores ``thread`` as ``owner``'s. Raises :class:`AnsweredBefore`."""
+        """Store ``thread`` as ``owner``'s. Raises :class:`AnsweredBefore`."""
         with self._write() as connection:
             self._remember(connection, owner, answer)
             connection.execute(
@@ -242,7 +242,7 @@ class ThreadStore:
             )
 
     def owns(self, owner: Owner, thread_id: str) -> bool:
-        """Tells whether the thread exists and is ``owner``'s."""
+        """Tell whether the thread exists and is ``owner``'s."""
         with self._read() as connection:
             return connection.execute(_OWNS, {"this": thread_id, **_named(owner)}).first() is not None
 
@@ -253,7 +253,7 @@ class ThreadStore:
         return None if row is None else thread_object(row._mapping)
 
     def threads(self, owner: Owner, limit: int, before: str | None) -> tuple[list[Thread], bool] | None:
-        """Gives ``owner``'s threads older than ``before``, newest first, and whether there are more;
+        """Give ``owner``'s threads older than ``before``, newest first, and whether there are more;
         ``None`` when ``before`` is not one of them."""
         query = sa.select(threads).where(*_OWNED).order_by(threads.c.number.desc()).limit(limit + 1)
         with self._read() as connection:
@@ -266,7 +266,7 @@ class ThreadStore:
         return [thread_object(row._mapping) for row in rows[:limit]], len(rows) > limit
 
     def delete_thread(self, thread_id: str) -> None:
-        """Deletes the thread and all that is in it."""
+        """Delete the thread and all that is in it."""
         with self._write() as connection:
             # Before all else, as in add(): whoever else works on the thread comes wholly before or after.
             connection.execute(_HOLD, {"this": thread_id})
@@ -296,11 +296,11 @@ class ThreadStore:
         max_runs: int | None = None,
         answer: Answer | None = None,
     ) -> int | None:
-        """Stores the user's message and, for each pair of ``started``, a run and its message, in this order.
+        """Store the user's message and, for each pair of ``started``, a run and its message, in this order.
 
         The runs are ``worker``'s for ``lease`` seconds; with 0 they are anybody's.
 
-        Gives the position of the first of them, ``None`` when the thread is gone.
+        Give the position of the first of them, ``None`` when the thread is gone.
         Raises :class:`AnsweredBefore`, :class:`TooManyRunsError`.
         """
         with self._write() as connection:
@@ -331,7 +331,7 @@ class ThreadStore:
         return position
 
     def page(self, thread_id: str, limit: int, before: str | None = None) -> tuple[list[Stored], bool] | None:
-        """Gives the newest entries (older than the message ``before``), in order, and whether there are
+        """Give the newest entries (older than the message ``before``), in order, and whether there are
         more; ``None`` when the thread is gone, or ``before`` is no message of it."""
         query = (
             _entries().where(messages.c.thread_id == thread_id).order_by(messages.c.position.desc()).limit(limit + 1)
@@ -352,7 +352,7 @@ class ThreadStore:
         return [_stored(row) for row in rows[:limit]][::-1], len(rows) > limit
 
     def history(self, message_id: str, characters: int, count: int) -> tuple[list[Said], bool]:
-        """Gives what the run of the message ``message_id`` may see, in order: the messages before it, without
+        """Give what the run of the message ``message_id`` may see, in order: the messages before it, without
         the replies of its own group where that runs in parallel; and whether there are older ones.
 
         Of many, the newest: at most ``count``, and no more than it takes to have ``characters``. It is read a few
@@ -376,7 +376,7 @@ class ThreadStore:
             time.sleep(0)
 
     def run(self, thread_id: str, run_id: str) -> Run | None:
-        """Gives a run of the thread."""
+        """Give a run of the thread."""
         query = sa.select(*_RUN).where(runs.c.id == run_id, runs.c.thread_id == thread_id)
         with self._read() as connection:
             row = connection.execute(query).first()
@@ -392,7 +392,7 @@ class ThreadStore:
         upstream: Json | None = None,
         claim: int = 0,
     ) -> bool:
-        """Stores the run with its message, its steps and the state of its upstream, as of ``place``. Gives ``False``,
+        """Store the run with its message, its steps and the state of its upstream, as of ``place``. Give ``False``,
         and stores nothing, when the run is not ``worker``'s by this ``claim`` any more, or is over or gone."""
         ours = {"steps": steps, "place": place, "upstream": upstream, **_by(run, worker, claim)}
         with self._write() as connection:
@@ -402,7 +402,7 @@ class ThreadStore:
         return True
 
     def save_grown(self, worker: str, states: Sequence[State]) -> set[str]:
-        """Stores, at once, what has grown in runs whose status was stored before. Gives the ids of those; of another,
+        """Store, at once, what has grown in runs whose status was stored before. Give the ids of those; of another,
         :meth:`save` tells whether it is ``worker``'s."""
         if not states:
             return set()
@@ -427,7 +427,7 @@ class ThreadStore:
     # Who works on what
 
     def held(self, *where: sa.ColumnElement[bool]) -> list[LeasedRun]:
-        """Gives the runs that are not over, oldest first, of those that ``where`` (a condition on
+        """Give the runs that are not over, oldest first, of those that ``where`` (a condition on
         :data:`.tables.runs`) selects."""
         with self._read() as connection:
             return self._held(connection, *where)
@@ -472,25 +472,25 @@ class ThreadStore:
         return found
 
     def busy_before(self, thread_id: str, position: int, group_id: str | None) -> bool:
-        """Tells whether a run of the thread that stands before ``position``, and is not of the group, is not over."""
+        """Tell whether a run of the thread that stands before ``position``, and is not of the group, is not over."""
         values = {"this": thread_id, "before": position, "beside": group_id or ""}
         with self._read() as connection:
             return connection.execute(_BUSY, values).first() is not None
 
     def renew(self, worker: str, run_ids: Collection[str], seconds: float) -> None:
-        """Has the leases of those runs that are ``worker``'s end in so many seconds. Writes, or fails to, also where
+        """Have the leases of those runs that are ``worker``'s end in so many seconds. Writes, or fails to, also where
         there is none."""
         with self._write() as connection:
             connection.execute(_RENEW, {"mine": worker, "these": list(run_ids), "term": seconds})
 
     def to_cancel(self, worker: str, run_ids: Collection[str]) -> list[str]:
-        """Gives those of ``worker``'s runs that somebody asked to cancel."""
+        """Give those of ``worker``'s runs that somebody asked to cancel."""
         with self._read() as connection:
             return list(connection.execute(_TO_CANCEL, {"mine": worker, "these": list(run_ids)}).scalars())
 
     def claim(self, held: LeasedRun, worker: str, seconds: float) -> LeasedRun | None:
-        """Makes ``worker`` for so many seconds the holder of a run that anybody may take, if it still is as it was
-        read; gives it as it is now, with its text. ``None`` where somebody else has it, be it the last holder that
+        """Make ``worker`` for so many seconds the holder of a run that anybody may take, if it still is as it was
+        read; give it as it is now, with its text. ``None`` where somebody else has it, be it the last holder that
         came back or was heard of since, and where this worker was not heard of itself just now: all were held up then,
         or the database's clock was set."""
         lives = _heard_of(runs.c.worker, workers.c.id != worker, workers.c.seen > database.Now() - seconds)
@@ -512,12 +512,12 @@ class ThreadStore:
             return self._held(connection, runs.c.id == held.run["id"])[0]
 
     def now(self) -> float:
-        """Gives the time by the database's clock, in seconds since the epoch."""
+        """Give the time by the database's clock, in seconds since the epoch."""
         with self._read() as connection:
             return float(connection.execute(_NOW).scalar_one())
 
     def beat(self, worker: str, name: str, *, is_shared: bool) -> float:
-        """Has all know that ``worker`` lives, which is ``name`` to people; gives the time by the database's clock.
+        """Have all know that ``worker`` lives, which is ``name`` to people; give the time by the database's clock.
 
         ``is_shared`` says whether others read its event log."""
         lives = workers.update().where(workers.c.id == worker).values(seen=database.Now()).returning(workers.c.seen)
@@ -529,25 +529,25 @@ class ThreadStore:
         return float(seen)
 
     def others(self, worker: str, seconds: float) -> list[str]:
-        """Gives the names of the workers but ``worker`` that were heard of within so many seconds."""
+        """Give the names of the workers but ``worker`` that were heard of within so many seconds."""
         lives = (workers.c.id != worker, workers.c.seen > database.Now() - seconds)
         with self._read() as connection:
             return list(connection.execute(sa.select(workers.c.name).where(*lives).order_by(workers.c.name)).scalars())
 
     def newest(self, thread_ids: Collection[str]) -> dict[str, tuple[int, int]]:
-        """Gives the position of each thread's newest message, and when that was created: 0 and 0 where there is none.
+        """Give the position of each thread's newest message, and when that was created: 0 and 0 where there is none.
         Threads that are gone are left out."""
         with self._read() as connection:
             rows = connection.execute(_NEWEST, {"these": list(thread_ids)}).all()
         return {thread_id: (position or 0, created_at or 0) for thread_id, position, created_at in rows}
 
     def retire(self, worker: str) -> None:
-        """Forgets ``worker``, which left nothing behind."""
+        """Forget ``worker``, which left nothing behind."""
         with self._write() as connection:
             connection.execute(workers.delete().where(workers.c.id == worker))
 
     def bury(self, seconds: float, since: float) -> list[str]:
-        """Forgets the workers that were not heard of for so many seconds, and have no run that is not over; gives the
+        """Forget the workers that were not heard of for so many seconds, and have no run that is not over; give the
         threads that they had others in which went on after the Unix time ``since``. Of several that call at once, one
         is given them."""
         silent = workers.c.seen < database.Now() - seconds
@@ -566,20 +566,20 @@ class ThreadStore:
             return list(connection.execute(sa.select(runs.c.thread_id).where(theirs, late).distinct()).scalars())
 
     def release(self, worker: str, *run_ids: str) -> None:
-        """Lets go of ``worker``'s queued runs, or of those named, for the next worker to pick up at once."""
+        """Let go of ``worker``'s queued runs, or of those named, for the next worker to pick up at once."""
         which = runs.c.id.in_(run_ids) if run_ids else runs.c.status == "queued"
         with self._write() as connection:
             connection.execute(_free(runs.c.worker == worker, which).values(lease=0))
 
     def request_cancel(self, run_id: str) -> None:
-        """Asks the worker that holds the run to cancel it."""
+        """Ask the worker that holds the run to cancel it."""
         with self._write() as connection:
             connection.execute(runs.update().where(runs.c.id == run_id).values(cancel_requested=True))
 
     # Idempotency
 
     def answer(self, owner: Owner, key: str) -> Answer | None:
-        """Gives the answer that ``owner`` got first for this Idempotency-Key."""
+        """Give the answer that ``owner`` got first for this Idempotency-Key."""
         where = (answers.c.scope == owner.scope, answers.c.owner == owner.name, answers.c.key == key)
         columns = (answers.c.key, answers.c.fingerprint, answers.c.status, answers.c.body, answers.c.place)
         with self._read() as connection:
@@ -587,7 +587,7 @@ class ThreadStore:
         return None if row is None else Answer(*row)
 
     def remember(self, owner: Owner, answer: Answer) -> None:
-        """Stores an answer that goes with no other change. Raises :class:`AnsweredBefore`."""
+        """Store an answer that goes with no other change. Raises :class:`AnsweredBefore`."""
         with self._write() as connection:
             self._remember(connection, owner, answer)
 
@@ -606,7 +606,7 @@ class ThreadStore:
             connection.execute(answers.delete().where(answers.c.scope == owner.scope, answers.c.owner == owner.name))
 
     def forget_answers(self, before: int) -> None:
-        """Drops answers given before the Unix time ``before``."""
+        """Drop answers given before the Unix time ``before``."""
         key = (answers.c.scope, answers.c.owner, answers.c.key)
         # What another transaction holds is left for the next time: two that wait for many rows can be a deadlock.
         old = sa.select(*key).where(answers.c.created_at < before).with_for_update(skip_locked=True)
@@ -615,7 +615,7 @@ class ThreadStore:
 
 
 def thread_object(row: Mapping[Any, Any]) -> Thread:
-    """Gives the public thread object."""
+    """Give the public thread object."""
     return {"id": row["id"], "object": "thread", "created_at": row["created_at"], "metadata": row["metadata"]}
 
 

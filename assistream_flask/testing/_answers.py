@@ -107,7 +107,7 @@ class Answer:
         return float(self.delay if n else self.first_delay)
 
     def after(self, n: int) -> Iterator[Step]:
-        """What goes wrong after token `n`."""
+        """Give what goes wrong after token `n`."""
         if n != self.middle:
             return
         if self.fault == "cut":
@@ -142,11 +142,11 @@ class Answer:
         return "error", {"type": "error", "error": error} if nested else {**error, "type": "error"}
 
     def result(self) -> JSON:
-        """The body that an unstreamed request gets, once the steps are through."""
+        """Give the body that an unstreamed request gets, once the steps are through."""
         raise NotImplementedError
 
     def encoded(self) -> Iterator[float | bytes]:
-        """The steps as bytes on the wire, with the faults that concern only frames."""
+        """Give the steps as bytes on the wire, with the faults that concern only frames."""
         number = 0
         for step in self.run():
             if isinstance(step, (float, bytes)):
@@ -216,7 +216,7 @@ class Responses(Answer):
 
     @property
     def breaks(self) -> str | None:
-        """The fault that concerns only the first stream of a response in the background."""
+        """Give the fault that concerns only the first stream of a response in the background."""
         return self.fault if self.background and self.fault in _BREAKING else None
 
     def after(self, n: int) -> Iterator[Step]:
@@ -269,7 +269,7 @@ class Responses(Answer):
             yield None, "[DONE]"
 
     def items(self) -> Iterator[Step]:
-        """The plan's reasoning and messages; what follows upon one of a kind is one part."""
+        """Give the plan's reasoning and messages; what follows upon one of a kind is one part."""
         output, texts, n = self.response["output"], dict.fromkeys(("reasoning", "text", "refusal"), ""), 0
         item: JSON = {}
         for kind, group in itertools.groupby(self.plan, lambda entry: entry[0]):

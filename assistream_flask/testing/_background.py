@@ -64,7 +64,7 @@ class Stored:
             self._changed.notify_all()
 
     def cancel(self) -> None:
-        """OpenAI has no event for it: the streams just end."""
+        """Cancel it. OpenAI has no event for that: the streams just end."""
         with self._changed:
             if self.going_on:
                 for item in self.answer.response["output"]:
@@ -79,7 +79,7 @@ class Stored:
             self._changed.notify_all()
 
     def follow(self, after: int, fault: str | None) -> Iterator[float | bytes]:
-        """The frames behind number `after`, then those to come; a float asks to look for the client."""
+        """Give the frames behind number `after`, then those to come; a float asks to look for the client."""
         at = 0
         while True:
             with self._changed:

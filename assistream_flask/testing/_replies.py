@@ -77,7 +77,7 @@ class Reply:
 
     @property
     def tokens(self) -> list[str]:
-        """The text as its deltas are sent: about a word each, nothing lost, so joined they are the text."""
+        """Give the text as its deltas are sent: about a word each, nothing lost, so joined they are the text."""
         return split(self.text or "")
 
 
@@ -106,12 +106,12 @@ class Request:
 
     @property
     def disconnected(self) -> bool:
-        """Whether the client closed the connection before the answer's end."""
+        """Tell whether the client closed the connection before the answer's end."""
         return self.closed_at is not None
 
     @property
     def key(self) -> str:
-        """The request's bearer key, or "" without one."""
+        """Give the request's bearer key, or "" without one."""
         return self.headers.get("authorization", "").removeprefix("Bearer ")
 
     def wait(self, timeout: float = 5.0) -> bool:

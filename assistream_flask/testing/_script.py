@@ -87,7 +87,7 @@ _PERSONAS = (
 
 
 def scripted(request: Request) -> Reply:
-    """The default answer: some 60 to 130 words that depend on the instructions, the turn and the history.
+    """Give the default answer: some 60 to 130 words that depend on the instructions, the turn and the history.
 
     A tutor, a critic and a poet (by the words of the instructions, else by the assistant's name) answer
     differently. Each answer quotes the user's last message, names the turn and how many messages arrived, quotes

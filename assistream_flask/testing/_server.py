@@ -144,20 +144,20 @@ class OfflineServer:
 
     @property
     def base_url(self) -> str:
-        """The URL that the SDK calls ``base_url`` and the environment ``OPENAI_BASE_URL``; it ends in ``/v1``."""
+        """Give the URL that the SDK calls ``base_url`` and the environment ``OPENAI_BASE_URL``; it ends in ``/v1``."""
         if self._listener is None:
             raise RuntimeError("The offline server is not running: use it in a with block, or call start().")
         return f"http://{self.host}:{self._listener.getsockname()[1]}/v1"
 
     def client(self, **options: Any) -> openai.OpenAI:
-        """The SDK's ordinary client for this server; `options` go to `openai.OpenAI`. Close it when done."""
+        """Give the SDK's ordinary client for this server; `options` go to `openai.OpenAI`. Close it when done."""
         import openai
 
         return openai.OpenAI(**{"api_key": "sk-offline", "base_url": self.base_url, **options})
 
     @property
     def requests(self) -> list[Request]:
-        """The requests so far, oldest first (a copy)."""
+        """Give the requests so far, oldest first (a copy)."""
         with self._arrived:
             return list(self._requests)
 
@@ -204,7 +204,7 @@ class OfflineServer:
             return self._responses.get(id)
 
     def _again(self, key: str) -> Stored | None:
-        """The response in the background that was asked for under the Idempotency-Key `key`."""
+        """Give the response in the background that was asked for under the Idempotency-Key `key`."""
         with self._arrived:
             return next((one for one in self._responses.values() if key and one.key == key), None)
 

@@ -46,7 +46,7 @@ def need(body: JSON, name: str, *types: type) -> Any:
 
 
 def read_messages(items: Any, param: str, parts: Mapping[str, tuple[str, ...]]) -> list[tuple[str, str]]:
-    """The (role, text) of each message; `parts` names the content types that each role may have."""
+    """Give the (role, text) of each message; `parts` names the content types that each role may have."""
     read: list[tuple[str, str]] = []
     for n, item in enumerate(items):
         where = f"{param}[{n}]"
@@ -68,7 +68,7 @@ def read_messages(items: Any, param: str, parts: Mapping[str, tuple[str, ...]]) 
 
 
 def read_content(content: Any, param: str, kinds: tuple[str, ...]) -> str:
-    """The text of a message's content; `kinds` are the types that its parts may have."""
+    """Give the text of a message's content; `kinds` are the types that its parts may have."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -178,7 +178,7 @@ class Handler(BaseHTTPRequestHandler):
         raise Refused(404, f"Invalid URL ({self.command} {path})", code="unknown_url")
 
     def record(self) -> None:
-        """Once all is known of the request, and before the client can know that it came."""
+        """Keep the request, once all is known of it, and before the client can know that it came."""
         if not self.recorded:
             self.recorded = True
             self.offline._record(self.request_)

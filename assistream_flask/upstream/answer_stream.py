@@ -68,7 +68,7 @@ class AnswerStream:
         self._closed = threading.Event()
 
     def state(self) -> Json | None:
-        """Gives what :func:`resume` needs to go on behind the last list, as JSON for nobody to change.
+        """Give what :func:`resume` needs to go on behind the last list, as JSON for nobody to change.
 
         ``None`` unless this is a background response whose id is known (:class:`.deltas.Begun` says so). It costs
         nothing, so ask with each list, in the thread that iterates, and keep it with what the list was added to:
@@ -101,7 +101,7 @@ class AnswerStream:
             yield from self._settled(RunError("upstream_ended_early"))
 
     def _settled(self, otherwise: RunError, cause: Exception | None = None) -> Iterator[list[Part]]:
-        """The end of an answer whose stream is through. Raises ``otherwise`` where that is none."""
+        """Give the end of an answer whose stream is through. Raises ``otherwise`` where that is none."""
         end = self._end()
         if parts := [*self._held(), *([end] if isinstance(end, End) else [])]:
             yield parts
@@ -109,11 +109,11 @@ class AnswerStream:
             raise (otherwise if end is None else end.error) from cause
 
     def _end(self) -> End | Failed | None:
-        """What the answer is, should nothing more come."""
+        """Give what the answer is, should nothing more come."""
         return self._translator.settled() if self._translator is not None else None
 
     def _held(self) -> list[Part]:
-        """What was held back of the answer's beginning. That of one that can be resumed is in its state."""
+        """Give what was held back of the answer's beginning. That of one that can be resumed is in its state."""
         return self._unmark.rest() if self._unmark is not None and self._state is None else []
 
     def _read(self) -> Iterator[list[Part]]:
@@ -134,7 +134,7 @@ class AnswerStream:
             yield from self._told(batch)
 
     def _told(self, batch: list[tuple[str, Json]]) -> Iterator[list[Part]]:
-        """What a read says. Raises the error of an answer that failed once all before it was given."""
+        """Give what a read says. Raises the error of an answer that failed once all before it was given."""
         parts: list[Part] = []
         failed: RunError | None = None
         try:
@@ -177,7 +177,7 @@ class AnswerStream:
         return parts
 
     def _parts(self, kind: str, data: Json) -> tuple[list[Part], bool]:
-        """The parts of an event, and whether the answer begins with it."""
+        """Give the parts of an event, and whether the answer begins with it."""
         self._translator = self._translator or _translator(kind, data)
         if self._translator is None or (self._place is not None and self._place.repeats(data)):
             return [], False
@@ -202,7 +202,7 @@ class AnswerStream:
         return resumed if resumed is not None and resumed.from_start and not is_past else None
 
     def _expire(self, seconds: float) -> None:
-        """Ends a connection that stays open behind the last word: some servers send no end, and heartbeats for ever."""
+        """End a connection that stays open behind the last word: some servers send no end, and heartbeats for ever."""
         if not self._expires:
             self._expires = True
             _thread.start_new_thread(self._wait_for_end, (seconds,))
@@ -217,7 +217,7 @@ class AnswerStream:
             self.close()
 
     def _polled(self, poll: background.Poll) -> Iterator[list[Part]]:
-        """The rest of a response that is streamed no more, once it is over."""
+        """Give the rest of a response that is streamed no more, once it is over."""
         response = poll.wait()
         repeated = self._repeated()
         if repeated is not None:
@@ -229,7 +229,7 @@ class AnswerStream:
         yield from self._told([(f"response.{response['status']}", {"response": response})])
 
     def close(self) -> None:
-        """Closes the connection, and waits no longer for a polled response. Idempotent, from any greenlet or thread.
+        """Close the connection, and wait no longer for a polled response. Idempotent, from any greenlet or thread.
 
         The model server sees it and stops, unless it answers in the background: see :func:`cancel`.
         """
@@ -263,7 +263,7 @@ def open(
     names: Sequence[str] = (),
     key: str = "",
 ) -> AnswerStream:
-    """Asks ``assistant`` for the next message after ``turns``. ``stall`` is in seconds without a byte; ``names`` are
+    """Ask ``assistant`` for the next message after ``turns``. ``stall`` is in seconds without a byte; ``names`` are
     the assistant's own, a mark with which is taken off its answer. A background response is asked for under ``key``:
     a server that knows an ``Idempotency-Key`` gives the same one again to whoever asks with it.
 
@@ -317,7 +317,7 @@ def resume(
     names: Sequence[str] = (),
     shown: Shown | None = None,
 ) -> AnswerStream:
-    """Goes on with a background response behind ``state``, which :meth:`AnswerStream.state` gave in any process.
+    """Go on with a background response behind ``state``, which :meth:`AnswerStream.state` gave in any process.
 
     Nothing is given twice and nothing is left out. A server that numbers its events sends those that are new;
     of one that does not, the response is read from its start. What was delivered already is dropped, by counting
@@ -345,7 +345,7 @@ def resume(
 
 
 def translate(stream: Any) -> AnswerStream:
-    """Takes any OpenAI stream: the SDK's ``Stream`` of the three dialects, or an iterator of its events.
+    """Take any OpenAI stream: the SDK's ``Stream`` of the three dialects, or an iterator of its events.
 
     Raises ``TypeError`` for what cannot be iterated, such as an async stream.
     """
@@ -360,7 +360,7 @@ def translate(stream: Any) -> AnswerStream:
 
 
 def _translator(kind: str, data: Json) -> Translator | None:
-    """Tells the dialect by an event, once one is known."""
+    """Tell the dialect by an event, once one is known."""
     for dialect in DIALECTS.values():
         if dialect.recognises(kind, data):
             return dialect.translator()

@@ -72,7 +72,7 @@ class AssistantsTranslator:
         return parts
 
     def _whole(self, message_id: object, content: Sequence[Any]) -> list[Part]:
-        """What of a whole message was not told in deltas, which may have left out its id."""
+        """Give what of a whole message was not told in deltas, which may have left out its id."""
         parts: list[Part] = []
         for number, item in enumerate(content):
             text, refusal = inner(item, "text"), as_object(item).get("refusal")
@@ -90,7 +90,7 @@ class AssistantsTranslator:
 
 
 def _content(data: Json) -> list[Any]:
-    """The parts of a message's content, also where a server has mere texts there."""
+    """Give the parts of a message's content, also where a server has mere texts there."""
     content = data.get("content")
     parts = content if isinstance(content, list) else [{"text": content}] if isinstance(content, str) else []
     found = []

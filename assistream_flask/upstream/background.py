@@ -40,18 +40,18 @@ class ResumePoint:
         self._resumed_at = self._sequence
 
     def state(self) -> Json | None:
-        """Gives what another process can go on with, as JSON; ``None`` while the id is not known."""
+        """Give what another process can go on with, as JSON; ``None`` while the id is not known."""
         if self._id is None:
             return None
         return {"response_id": self._id, "sequence": self._sequence, **self.translator.state()}
 
     def repeats(self, data: Json) -> bool:
-        """Whether a server that does not know ``starting_after`` sends an event a second time."""
+        """Tell whether a server that does not know ``starting_after`` sends an event a second time."""
         number = data.get("sequence_number")
         return self._resumed_at is not None and type(number) is int and number <= self._resumed_at
 
     def passes(self, kind: str, data: Json) -> bool:
-        """Takes note of an event that was translated. Gives whether the answer begins with it."""
+        """Take note of an event that was translated. Give whether the answer begins with it."""
         # A keepalive need not count as the answer's events do.
         if not kind.startswith("response."):
             return False
@@ -79,11 +79,11 @@ class Poll:
         self._closed = threading.Event()
 
     def close(self) -> None:
-        """Ends :meth:`wait`, from any thread."""
+        """End :meth:`wait`, from any thread."""
         self._closed.set()
 
     def wait(self) -> Json:
-        """Gives the response in its last state. Goes on after failures that pass.
+        """Give the response in its last state. Goes on after failures that pass.
 
         Raises :class:`RunError`, or the SDK's error where asking again does not help.
         """
@@ -120,7 +120,7 @@ class Poll:
 
 
 def retrieve(client: openai.OpenAI, state: Json, stall: float) -> Any:
-    """Gives the SDK's stream of what comes after ``state``, or ``None`` where the server streams it no more.
+    """Give the SDK's stream of what comes after ``state``, or ``None`` where the server streams it no more.
 
     Raises :class:`RunError`, or the SDK's error.
     """
@@ -140,7 +140,7 @@ def retrieve(client: openai.OpenAI, state: Json, stall: float) -> Any:
 
 
 def cancel(client: openai.OpenAI, state: Json) -> None:
-    """Has the server end a response, if it has not ended. Raises nothing; the log has what failed."""
+    """Have the server end a response, if it has not ended. Raises nothing; the log has what failed."""
     try:
         client.responses.cancel(state["response_id"], timeout=_QUICK_SECONDS)
     except Exception as error:

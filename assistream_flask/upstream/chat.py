@@ -104,7 +104,7 @@ class ChatTranslator:
         return parts + self._judge(finish)
 
     def _judge(self, finish: Any) -> list[Part]:
-        """Takes a reason for the end; gives the failure that it means."""
+        """Take a reason for the end; give the failure that it means."""
         if isinstance(finish, dict):
             finish = finish.get("type") or finish.get("reason")
         if not is_said(finish):
@@ -140,7 +140,7 @@ class ChatTranslator:
         return parts
 
     def _message(self, message: Json) -> list[Part]:
-        """What of a whole message was not told in deltas."""
+        """Give what of a whole message was not told in deltas."""
         content = message.get("content")
         thought = next((message[name] for name in _THOUGHTS if message.get(name)), None)
         pieces = [*_pieces(thought, "thought"), *_pieces(content, "text"), *_pieces(message.get("refusal"), "refusal")]
@@ -151,7 +151,7 @@ class ChatTranslator:
         return parts + self._slots.annotations(0, message.get("annotations"))
 
     def _rest(self, kind: str, value: Any) -> list[Part]:
-        """What of a whole text was not told before."""
+        """Give what of a whole text was not told before."""
         whole = "".join(one for found, one in _pieces(value, kind) if found == kind)
         self._are_pieces = self._are_pieces or not (self._has_deltas or self._slots.begins(kind, 0, whole))
         if self._are_pieces:
@@ -176,7 +176,7 @@ class ChatTranslator:
 
 
 def _choices(data: Json) -> list[Any]:
-    """The choices, also where a server of another kind (Ollama's own API, llama.cpp's) has none."""
+    """Give the choices, also where a server of another kind (Ollama's own API, llama.cpp's) has none."""
     if data.get("choices"):
         found = data["choices"]
         return found if isinstance(found, list) else [found]
@@ -189,7 +189,7 @@ def _choices(data: Json) -> list[Any]:
 
 
 def _only_text(data: Json) -> str | None:
-    """Gives the text of an ordinary chunk, of which nearly all are; ``None`` for another."""
+    """Give the text of an ordinary chunk, of which nearly all are; ``None`` for another."""
     choices = data.get("choices")
     if type(choices) is not list or len(choices) != 1 or data.get("usage") is not None or data.get("error"):
         return None
@@ -209,7 +209,7 @@ def _is_signed(value: Any) -> bool:
 
 
 def _pieces(value: Any, kind: str) -> Iterator[tuple[str, Any]]:
-    """Gives the texts in a content with their kinds, whether it is one text, a list of parts, or parts of parts; with
+    """Give the texts in a content with their kinds, whether it is one text, a list of parts, or parts of parts; with
     the kind ``""`` what is none."""
     if isinstance(value, str):
         yield kind, value

@@ -77,7 +77,7 @@ Part = Begun | Text | Refusal | Annotation | Reasoning | End | Failed
 
 
 def merged(parts: Sequence[Part]) -> Sequence[Part]:
-    """Gives the same with neighbours joined that go to the same place: one event for what one read brought."""
+    """Give the same with neighbours joined that go to the same place: one event for what one read brought."""
     if len(parts) < 2:
         return parts
     found: list[Part] = []
@@ -113,18 +113,18 @@ class _Slot:
 
     @property
     def sum(self) -> int | None:
-        """What the characters add up to."""
+        """Give what the characters add up to."""
         if self._sum is not None and self._pieces:
             self._sum = _summed("".join(self._pieces), self._sum)
         self._pieces.clear()
         return self._sum
 
     def restore(self, told: int, notes: int, known: int | None) -> None:
-        """Takes what another process counted."""
+        """Take what another process counted."""
         self.told, self.notes, self._sum = told, notes, known if told else 0
 
     def take(self, value: str) -> str:
-        """Counts a piece; gives what is to be told of it, as pages and databases can read it."""
+        """Count a piece; give what is to be told of it, as pages and databases can read it."""
         if not value:
             return value
         if self.half:
@@ -142,7 +142,7 @@ class _Slot:
         return value
 
     def begins(self, whole: str) -> bool:
-        """Whether what was told is the beginning of ``whole``, as far as that is known."""
+        """Tell whether what was told is the beginning of ``whole``, as far as that is known."""
         return self.told <= len(whole) and self.sum in (None, _summed(whole[: self.told]))
 
 
@@ -159,7 +159,7 @@ class Slots:
         self._has_unread = False
 
     def state(self) -> list[list[Any]]:
-        """Gives all that :meth:`restore` needs but the sums, as JSON."""
+        """Give all that :meth:`restore` needs but the sums, as JSON."""
         return [
             # A lone surrogate is no text that a database takes.
             [*name, slot.at, slot.told, slot.notes, ord(slot.half or "\0")]
@@ -167,7 +167,7 @@ class Slots:
         ]
 
     def sums(self) -> list[int | None]:
-        """Gives the sums of what :meth:`state` counts, in its order."""
+        """Give the sums of what :meth:`state` counts, in its order."""
         return [slot.sum for slot in self._slots.values()]
 
     def restore(self, state: list[list[Any]], sums: Sequence[int | None] = ()) -> None:
@@ -181,24 +181,24 @@ class Slots:
                 slot.half = chr(half)
 
     def text(self, key: object, value: object) -> list[Part]:
-        """Gives the text for the part that ``key`` names."""
+        """Give the text for the part that ``key`` names."""
         slot, whole = self._take("text", key, value)
         return [Text(self._place(slot), whole)] if whole else []
 
     def refusal(self, key: object, value: object) -> list[Part]:
-        """Gives the refusal for the part that ``key`` names."""
+        """Give the refusal for the part that ``key`` names."""
         slot, whole = self._take("refusal", key, value)
         return [Refusal(self._place(slot), whole)] if whole else []
 
     def reasoning(self, key: object, value: object, gap: str = "") -> list[Part]:
-        """Gives a piece of the reasoning's summary, of which there is one. ``key`` names the thought that it is of,
+        """Give a piece of the reasoning's summary, of which there is one. ``key`` names the thought that it is of,
         ``gap`` parts that from the one before."""
         _, piece = self._take("thought", key, value)
         _, whole = self._take("reasoning", None, gap + piece if piece else "")
         return [Reasoning(whole)] if whole else []
 
     def annotation(self, key: object, value: object) -> list[Part]:
-        """Gives the annotation for the text part that ``key`` names."""
+        """Give the annotation for the text part that ``key`` names."""
         try:
             # As pages and every database can read it.
             whole: Any = json.loads(dumps(value).replace("\\u0000", "\\ufffd"))
@@ -213,7 +213,7 @@ class Slots:
         return [Annotation(self._place(slot), cast(types.Annotation, whole))]
 
     def annotations(self, key: object, values: object) -> list[Part]:
-        """Gives those of all annotations of a part that were not given before."""
+        """Give those of all annotations of a part that were not given before."""
         if not isinstance(values, list):
             return []
         slot = self._slots.get(("text", key)) or _Slot()
@@ -230,7 +230,7 @@ class Slots:
         return parts
 
     def rest(self, way: str, kind: str, keys: Sequence[object], value: object) -> tuple[object, str]:
-        """Gives the key of a text that is told as a whole, and what of it was not told before.
+        """Give the key of a text that is told as a whole, and what of it was not told before.
 
         ``keys`` are those that it may have been told under: a server may leave indexes out of its deltas, and count
         otherwise in the whole than in them. What was told is known by what it says, then. Each of the ``way`` s to
@@ -261,21 +261,21 @@ class Slots:
         return keys[0], whole
 
     def begins(self, kind: str, key: object, whole: str) -> bool:
-        """Whether what was told of a text, if anything, is the beginning of ``whole``."""
+        """Tell whether what was told of a text, if anything, is the beginning of ``whole``."""
         slot = self._slots.get((kind, key))
         return slot is None or slot.begins(whole)
 
     def has_text(self) -> bool:
-        """Whether any text or refusal was told."""
+        """Tell whether any text or refusal was told."""
         return any(slot.told and kind in ("text", "refusal") for (kind, _), slot in self._slots.items())
 
     def says(self, text: str) -> bool:
-        """Whether ``text`` is what was told as one text."""
+        """Tell whether ``text`` is what was told as one text."""
         told = [slot for (kind, _), slot in self._slots.items() if kind == "text" and slot.told]
         return len(told) == 1 and told[0].told == len(text) and told[0].begins(text)
 
     def unread(self, value: object) -> None:
-        """Says in the log, once an answer, that something of it can't be read."""
+        """Say in the log, once an answer, that something of it can't be read."""
         if not self._has_unread and value not in (None, "", [], {}, False):
             self._has_unread = True
             _log.warning("a part of an answer is left out, as it cannot be read: %s", masked(f"{value!r}"))
@@ -304,7 +304,7 @@ def _summed(text: str, so_far: int = 0) -> int:
 
 
 def _identity(note: Json) -> str:
-    """What tells one annotation from another: a server may tell more of it the second time."""
+    """Give what tells one annotation from another: a server may tell more of it the second time."""
     inner = note.get(str(note.get("type")))
     note = {**note, **inner} if isinstance(inner, dict) else note
     # A delta of the Assistants API counts its annotations under this name, which elsewhere is a place.
@@ -313,7 +313,7 @@ def _identity(note: Json) -> str:
 
 
 def words(value: Any) -> str | None:
-    """Gives the text that stands there, by itself or within an object or a list; ``None`` where there is none."""
+    """Give the text that stands there, by itself or within an object or a list; ``None`` where there is none."""
     if isinstance(value, dict):
         return next((words(value[name]) for name in _TEXTS if value.get(name)), None)
     if isinstance(value, list):
@@ -323,28 +323,28 @@ def words(value: Any) -> str | None:
 
 
 def indexed(value: object) -> object:
-    """Gives an index that a key can hold: what is none is nobody's."""
+    """Give an index that a key can hold: what is none is nobody's."""
     return value if isinstance(value, int | str) else None
 
 
 def as_object(value: Any) -> Json:
-    """Gives ``value`` where it is an object, else an empty one."""
+    """Give ``value`` where it is an object, else an empty one."""
     return value if isinstance(value, dict) else {}
 
 
 def inner(data: Any, name: str) -> Json:
-    """Gives the object that stands there, an empty one where there is none."""
+    """Give the object that stands there, an empty one where there is none."""
     return as_object(as_object(data).get(name))
 
 
 def listed(data: Any, name: str) -> list[Any]:
-    """Gives the list that stands there, an empty one where there is none."""
+    """Give the list that stands there, an empty one where there is none."""
     found = data.get(name) if isinstance(data, dict) else None
     return found if isinstance(found, list) else []
 
 
 def usage(value: Any) -> types.Usage | None:
-    """Gives token counts in the Assistants API's words, from any dialect's."""
+    """Give token counts in the Assistants API's words, from any dialect's."""
     if not isinstance(value, dict):
         return None
     prompt = value.get("prompt_tokens", value.get("input_tokens"))
@@ -382,7 +382,7 @@ _UNSAID: Final = ("", "null", "none", "nil", "undefined", "unspecified", "in_pro
 
 
 def is_said(word: object) -> bool:
-    """Whether a server's reason for an end is one: some give the word null in every chunk, or an empty one."""
+    """Tell whether a server's reason for an end is one: some give the word null in every chunk, or an empty one."""
     return isinstance(word, str) and _plainly(word) not in _UNSAID
 
 
@@ -391,12 +391,12 @@ def _plainly(word: str) -> str:
 
 
 def meaning(word: str) -> Meaning:
-    """Gives why an answer ended, for a server's word: :data:`STOP`, :data:`TOOLS`, ``max_tokens``, ``content_filter``,
+    """Give why an answer ended, for a server's word: :data:`STOP`, :data:`TOOLS`, ``max_tokens``, ``content_filter``,
     or ``""`` where it did not end as it should."""
     word = _plainly(word)
     return next((found for found, pattern in _MEANINGS if re.search(pattern, word)), "")
 
 
 def reason(value: Any) -> Cut:
-    """Gives the Assistants API's word for why a message is incomplete."""
+    """Give the Assistants API's word for why a message is incomplete."""
     return "content_filter" if isinstance(value, str) and meaning(value) == "content_filter" else "max_tokens"

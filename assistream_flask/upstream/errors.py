@@ -114,7 +114,7 @@ _REFUSED: Final = "invalid|notfound|unsupported|badrequest|unprocessable|notexis
 
 
 def failure(error: Any, status: int | None = None) -> RunError:
-    """Gives the run's error for what a server said, in any form: an object, nested or flat, a list of such, or a text.
+    """Give the run's error for what a server said, in any form: an object, nested or flat, a list of such, or a text.
 
     ``status`` is the HTTP status, where there was one that tells of it.
     """
@@ -122,7 +122,7 @@ def failure(error: Any, status: int | None = None) -> RunError:
 
 
 def tells_failure(kind: str, data: Json) -> bool:
-    """Whether an event that is none of its dialect is the word of a server, or of a gateway before it, that failed.
+    """Tell whether an event that is none of its dialect says that a server failed, or a gateway before it.
 
     ``kind`` is its type or name, ``data`` what came: ``{"error": ...}``, or a flat object as vLLM's ``{"object":
     "error", "message": ...}``, FastAPI's ``{"detail": ...}`` or DashScope's ``{"code": ..., "message": ...}``.
@@ -145,7 +145,7 @@ def tells_failure(kind: str, data: Json) -> bool:
 
 
 def _has_inner_failure(data: Json) -> bool:
-    """Whether it stands where MiniMax, and Groq, put it."""
+    """Tell whether it stands where MiniMax, and Groq, put it."""
     minimax, groq = data.get("base_resp"), data.get("x_groq")
     return bool(
         (isinstance(minimax, dict) and minimax.get("status_code")) or (isinstance(groq, dict) and groq.get("error"))
@@ -153,7 +153,7 @@ def _has_inner_failure(data: Json) -> bool:
 
 
 def of_exception(error: Exception, otherwise: str) -> RunError:
-    """Gives the run's error for what the SDK, its transport or a stream's iterator raised; ``otherwise`` is the code
+    """Give the run's error for what the SDK, its transport or a stream's iterator raised; ``otherwise`` is the code
     for what is none of theirs."""
     said = f"{error!r}, from {error.__cause__!r}" if error.__cause__ is not None else repr(error)
     if isinstance(error, openai.APITimeoutError) or timed_out(error):
@@ -177,12 +177,12 @@ def of_exception(error: Exception, otherwise: str) -> RunError:
 
 
 def timed_out(error: Exception) -> bool:
-    """Tells whether the transport gave up waiting for a byte."""
+    """Tell whether the transport gave up waiting for a byte."""
     return isinstance(error, httpx2.TimeoutException | TimeoutError)
 
 
 def dumps_safely(value: Any) -> str:
-    """Gives ``value`` as text for the log, whatever it is."""
+    """Give ``value`` as text for the log, whatever it is."""
     try:
         return value if isinstance(value, str) else dumps(value)
     except (ValueError, TypeError, RecursionError):
@@ -215,7 +215,7 @@ def _first(patterns: Sequence[tuple[str, str]], text: str) -> str | None:
 
 
 def _which(found: str, ids: str, words: str, status: int | None) -> str:
-    """Tells a quota that is used up from a limit of requests, which is over in a minute: each is called by the other's
+    """Tell a quota that is used up from a limit of requests, which is over in a minute: each is called by the other's
     name."""
     if found == _QUOTA and re.search(_BY_WORDS[1][1], words):
         return found if re.search("insufficient|budget|billing", ids) or status == 402 else _RATE
@@ -225,7 +225,7 @@ def _which(found: str, ids: str, words: str, status: int | None) -> str:
 
 
 def _status(error: Any) -> int | None:
-    """The HTTP status that stands in what came."""
+    """Give the HTTP status that stands in what came."""
     for value in _values(error, _IDS):
         if re.fullmatch("[45][0-9]{2}", value):
             return int(value)
@@ -233,7 +233,7 @@ def _status(error: Any) -> int | None:
 
 
 def _values(value: Any, names: tuple[str, ...] = (), name: str = "", deep: int = _DEEP) -> Iterator[str]:
-    """Gives the texts and numbers in ``value`` as texts, those under ``names`` where there are any."""
+    """Give the texts and numbers in ``value`` as texts, those under ``names`` where there are any."""
     if isinstance(value, dict | list) and deep:
         pairs = value.items() if isinstance(value, dict) else ((name, one) for one in value)
         for key, one in pairs:

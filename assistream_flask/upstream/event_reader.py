@@ -28,7 +28,7 @@ DONE: Final = "[DONE]"
 
 
 def unpadded(client: openai.OpenAI) -> Json:
-    """Gives the stream options that leave out OpenAI's padding; other servers may refuse them.
+    """Give the stream options that leave out OpenAI's padding; other servers may refuse them.
 
     It is there against an eavesdropper who reads lengths, and it doubles the bytes of a delta.
     """
@@ -37,10 +37,10 @@ def unpadded(client: openai.OpenAI) -> Json:
 
 
 def read(stream: Any, gate: ReadGate | None = None, *, joined: bool = False) -> Iterator[list[tuple[str, Json]]]:
-    """Gives lists of ``(kind, data)``, one list a network read; ``kind`` is the event's type or name. Where they may
+    """Give lists of ``(kind, data)``, one list a network read; ``kind`` is the event's type or name. Where they may
     be ``joined``, one event may have the texts of all of a read.
 
-    Gives an empty list at the ``gate``. Raises :class:`RunError` for an event that is not JSON, and whatever the
+    Give an empty list at the ``gate``. Raises :class:`RunError` for an event that is not JSON, and whatever the
     transport raises.
     """
     response: Any = getattr(stream, "response", None)
@@ -119,7 +119,7 @@ class _Decoder(Decoder):
         return ()
 
     def rest(self) -> list[tuple[str, Json]]:
-        """Gives those events that the last lines stand for, behind which no line end came."""
+        """Give those events that the last lines stand for, behind which no line end came."""
         lines = (self._rest + b"".join(self._more)).splitlines()
         frames = list(self._lines(lines))
         if self._object and _is_object(whole := b"\n".join(self._object)):
@@ -208,7 +208,7 @@ def _kind(name: str, data: Any) -> tuple[str, Json]:
 
 
 def _from_object(event: Any) -> tuple[str, Json]:
-    """An event object of the SDK, or the mapping it was made from."""
+    """Give an event object of the SDK, or the mapping it was made from."""
     data = event if isinstance(event, dict) else event.to_dict(mode="json", warnings=False)
     if data.get("type") == "chunk" and isinstance(data.get("chunk"), dict):
         # What client.chat.completions.stream() gives beside its own events.
@@ -219,7 +219,7 @@ def _from_object(event: Any) -> tuple[str, Json]:
 
 
 def hang_up(stream: Any) -> bool:
-    """Ends the stream for whoever reads it, in whatever way; ``False`` where it has no connection of its own."""
+    """End the stream for whoever reads it, in whatever way; ``False`` where it has no connection of its own."""
     response: Any = getattr(stream, "response", None)
     network = getattr(response, "extensions", {}).get("network_stream")
     # An HTTP/2 connection carries other streams too.
@@ -237,7 +237,7 @@ def hang_up(stream: Any) -> bool:
 
 
 def close(stream: Any) -> None:
-    """Closes the stream's connection, also while another thread reads from it."""
+    """Close the stream's connection, also while another thread reads from it."""
     hang_up(stream)
     if hasattr(stream, "close"):
         try:

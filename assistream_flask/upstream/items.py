@@ -43,11 +43,11 @@ class Limit(NamedTuple):
     messages: int
 
     def within(self, asked: object) -> Limit:
-        """Gives the limit of an assistant's ``max_history``; what that does not limit is as in this one."""
+        """Give the limit of an assistant's ``max_history``; what that does not limit is as in this one."""
         return self._replace(**asked) if isinstance(asked, Mapping) else self
 
     def of(self, said: Sequence[Said]) -> Sequence[Said]:
-        """Gives the newest of ``said`` that are within the limit."""
+        """Give the newest of ``said`` that are within the limit."""
         left, start = self.characters, len(said)
         for at in range(len(said) - 1, max(-1, len(said) - 1 - self.messages), -1):
             left -= len(said[at].text)
@@ -63,7 +63,7 @@ to send."""
 
 
 def shortened(said: Sequence[Said], shorten: Shorten) -> list[Said]:
-    """Gives what the app's ``shorten`` leaves of ``said``.
+    """Give what the app's ``shorten`` leaves of ``said``.
 
     Raises :class:`ConfigurationError` for what is no history.
     """
@@ -92,11 +92,11 @@ class Names(Protocol):
     """What assistants are called, by their ids."""
 
     def get(self, assistant_id: str, otherwise: str, /) -> str:
-        """Gives the name, ``otherwise`` where it is not known."""
+        """Give the name, ``otherwise`` where it is not known."""
 
 
 def turns_of(said: Sequence[Said], assistant_id: str, names: Names, *, is_cut: bool = False) -> list[Turn]:
-    """Gives the turns that the assistant is to see: its own messages as an assistant's, all others as a user's, those
+    """Give the turns that the assistant is to see: its own messages as an assistant's, all others as a user's, those
     of other assistants between marks with their name, and at the end something for it to answer.
 
     ``is_cut`` says that older messages were left out.
@@ -124,7 +124,7 @@ def turns_of(said: Sequence[Said], assistant_id: str, names: Names, *, is_cut: b
 
 
 def closed(turns: Sequence[Turn], system: str | None = None) -> list[Turn]:
-    """Gives ``turns`` as every server takes them: by turns, a user's first and last, none blank. ``system`` is folded
+    """Give ``turns`` as every server takes them: by turns, a user's first and last, none blank. ``system`` is folded
     into the first one."""
     said = [turn for turn in turns if turn.text.strip()]
     if not said or said[0].role != "user":
@@ -139,7 +139,7 @@ def closed(turns: Sequence[Turn], system: str | None = None) -> list[Turn]:
 
 
 def marked(name: str, text: str) -> str:
-    """Gives another assistant's message as a part of a user's turn: a model takes every assistant's turn for its own
+    """Give another assistant's message as a part of a user's turn: a model takes every assistant's turn for its own
     words, and some servers continue the last one."""
     return f'<{_TAG} name="{html.escape(name)}">\n{text}\n</{_TAG}>'
 
@@ -167,7 +167,7 @@ class Unmark:
             self._is_within, self._has_begun, self.is_over = state["within"], state["begun"], state["over"]
 
     def state(self) -> dict[str, Any]:
-        """Gives how far this is, as JSON. ``cut`` and ``held`` are what was told to nobody."""
+        """Give how far this is, as JSON. ``cut`` and ``held`` are what was told to nobody."""
         return {
             "held": self._held,
             "cut": self._cut,
@@ -178,7 +178,7 @@ class Unmark:
         }
 
     def take(self, parts: Sequence[Part]) -> list[Part]:
-        """Gives ``parts`` without the mark."""
+        """Give ``parts`` without the mark."""
         found: list[Part] = []
         for part in parts:
             if isinstance(part, Text) and not self.is_over and self._at in (None, part.at):
@@ -193,7 +193,7 @@ class Unmark:
         return found
 
     def rest(self) -> list[Part]:
-        """Gives what was held back."""
+        """Give what was held back."""
         held, self._held, self.is_over = self._held, "", True
         return [Text(self._at, held)] if held and self._at is not None else []
 
@@ -217,7 +217,7 @@ class Unmark:
         return self._ended(value)
 
     def _ended(self, value: str) -> str:
-        """The text behind a mark without the mark's end, which may be cut."""
+        """Give the text behind a mark without the mark's end, which may be cut."""
         end = f"</{_TAG}>"
         found = value.replace(end, "")
         self._cut += len(value) - len(found)

@@ -51,16 +51,16 @@ class _Pieces:
         """Whether two pieces had the same key."""
 
     def state(self) -> list[Any]:
-        """Gives all that :meth:`restore` needs, as JSON."""
+        """Give all that :meth:`restore` needs, as JSON."""
         return [self._raw, self._key, self._count, self.is_steady, self.has_ended]
 
     def restore(self, state: Sequence[Any]) -> None:
-        """Takes what :meth:`state` gave."""
+        """Take what :meth:`state` gave."""
         raw, key, self._count, self.is_steady, self.has_ended = state
         self._raw, self._key = (tuple(raw) if raw is not None else None), tuple(key)
 
     def key(self, raw: _Key, *, many: bool = False) -> _Key:
-        """Gives the key for a piece, or for ``many``, that came under ``raw``."""
+        """Give the key for a piece, or for ``many``, that came under ``raw``."""
         if raw == self._raw:
             self.is_steady = True
             if not self.has_ended or raw[1] is not None:
@@ -75,11 +75,11 @@ class _Pieces:
         return self._key
 
     def known(self, raw: _Key) -> _Key:
-        """Gives the key for what is told of a part that is known."""
+        """Give the key for what is told of a part that is known."""
         return self._key if raw == self._raw or None in raw else raw
 
     def _counts_up(self, last: _Key, raw: _Key) -> bool:
-        """Whether a part goes on though its number is another: vLLM counts ``content_index`` up with every delta."""
+        """Tell whether a part goes on under another number: vLLM counts ``content_index`` up with every delta."""
         (at, before), (index, number) = last, raw
         numbers = isinstance(before, int) and isinstance(number, int) and number > before
         return numbers and at == index and not self.has_ended and not self.is_steady
@@ -111,7 +111,7 @@ class ResponsesTranslator:
         self._added: dict[_Key, Any] = {}
 
     def state(self) -> Json:
-        """Gives all that :meth:`restore` needs, as JSON."""
+        """Give all that :meth:`restore` needs, as JSON."""
         return {
             # For workers of older releases.
             "told_by": "delta" if self._slots.has_text() else "",
@@ -233,7 +233,7 @@ class ResponsesTranslator:
         return []
 
     def _text(self, way: str, index: object, number: object, content: Json) -> list[Part]:
-        """What of a whole text was not told before, with its annotations."""
+        """Give what of a whole text was not told before, with its annotations."""
         key, rest = self._slots.rest(way, "text", _keys(self._key(index, number)), content.get("text"))
         parts = self._slots.text(key, rest) if rest else []
         return parts + self._slots.annotations(key, content.get("annotations"))
@@ -254,7 +254,7 @@ class ResponsesTranslator:
         return []
 
     def _whole(self, way: str, index: object, item: Any) -> list[Part]:
-        """What of a whole item was not told before."""
+        """Give what of a whole item was not told before."""
         found = as_object(item)
         if found.get("type") in _TOOLS:
             raise RunError("tools_not_supported")
@@ -338,7 +338,7 @@ class ResponsesTranslator:
 
 
 def _keys(key: _Key) -> Sequence[_Key]:
-    """Those that a whole text may have been told under in pieces: a server may leave indexes out of its deltas."""
+    """Give those that a whole text may have been told under in pieces: a server may leave indexes out of its deltas."""
     at, number = key
     return key, (at, None), (None, number), (None, None)
 

@@ -38,7 +38,7 @@ class RequestWatch:
         client._prepare_request = watched  # type: ignore[method-assign]
 
     def was_stale(self) -> bool:
-        """Whether the last request went over a connection that was used before, and got no answer's head."""
+        """Tell whether the last request went over a connection that was used before, and got no answer's head."""
         seen = self._seen
         return (
             # An HTTP/2 connection has no place of its own for a request.

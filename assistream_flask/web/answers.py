@@ -121,7 +121,7 @@ def unexpected(error: Exception) -> Response:
 
 
 def refused(below: re.Pattern[str]) -> Response | None:
-    """The router refuses before it knows of a blueprint, so no error handler of ours would be asked."""
+    """Answer what the router refuses before it knows of a blueprint: no error handler of ours would be asked."""
     error = request.routing_exception
     if error is None or (error.code or 500) < 400 or not below.match(request.path):
         return None

@@ -60,7 +60,7 @@ def route(view: Callable[..., Response], *, is_crowded: bool = False) -> Callabl
 
 
 def check_server() -> None:
-    """Refuses what would fail in silence, and says so in the log too."""
+    """Refuse what would fail in silence, and say so in the log too."""
     fix = gunicorn.unfit(request.environ, bool(current_app.config.get("ASSISTREAM_REDIS_URL")))
     if fix is not None:
         complaints().warn(_log, "assistream cannot serve as the server runs: %s", fix[1], level=logging.ERROR)
@@ -76,7 +76,7 @@ def _caller(part: Registration, scope: str) -> Owner | None:
 
 
 def someone(call: Call) -> Owner:
-    """The caller, who is given a name where the session is to have one."""
+    """Give the caller, who is given a name where the session is to have one."""
     if call.owner is not None:
         return call.owner
     session[SESSION_KEY] = secrets.token_hex(16)

@@ -117,7 +117,7 @@ class Part(Protocol):
     owner: Callable[[], str | None] | None
 
     def client(self) -> openai.OpenAI:
-        """Gives the client of its runs."""
+        """Give the client of its runs."""
         ...
 
 
@@ -141,7 +141,7 @@ class Patient(NamedTuple):
 
 
 def command(patient: Callable[[], Patient]) -> Callable[[str | None], None]:
-    """Gives the function of the command, with its options."""
+    """Give the function of the command, with its options."""
 
     @click.option("--url", help="The blueprint's public address, such as https://example.org/assistream.")
     def doctor(url: str | None) -> None:
@@ -205,7 +205,7 @@ def _misconfigured(error: ConfigurationError) -> Finding:
 
 
 def _why(error: BaseException, secret: object = None) -> str:
-    """Gives the first line of what ``error`` says, without the ``secret``."""
+    """Give the first line of what ``error`` says, without the ``secret``."""
     said = (str(error).strip() or type(error).__name__).splitlines()[0]
     return said.replace(str(secret), "***") if secret else said
 
@@ -283,7 +283,7 @@ def _redis(url: str) -> Iterator[Finding]:
 
 
 def _looked_at(redis: Any) -> tuple[float, dict[str, Any]]:
-    """Gives how long a round trip takes, in milliseconds, and what that Redis tells of itself. Raises
+    """Give how long a round trip takes, in milliseconds, and what that Redis tells of itself. Raises
     :class:`.redis_requirements.UnfitRedisError`, and what the client raises."""
     line = redis.connection_pool.make_connection()
     try:
@@ -327,18 +327,18 @@ def _model_server(name: str, part: Part) -> Finding:
 
 
 def admitted(store: ThreadStore, key: str) -> bool:
-    """Tells whether ``key`` was put into the database within the last minute."""
+    """Tell whether ``key`` was put into the database within the last minute."""
     found = store.answer(_WHERE, key) if re.fullmatch("[0-9a-f]{64}", key) else None
     return found is not None and bool(store.now() < found.body["expires"])
 
 
 def headers() -> dict[str, str]:
-    """Gives the headers of the answer, which name the worker."""
+    """Give the headers of the answer, which name the worker."""
     return {**sse.HEADERS, HEADER: f"{socket.gethostname()}/{os.getpid()}"}
 
 
 def frames(environ: Mapping[str, Any], host: str, patient: Patient) -> Iterator[bytes]:
-    """Gives what the shell reads: a stream as a thread's with a snapshot, of many bytes at once, then silence.
+    """Give what the shell reads: a stream as a thread's with a snapshot, of many bytes at once, then silence.
 
     It begins with what the worker finds; ``host`` is the request's own. With ``?new`` it is as a new thread's, which
     begins with few bytes. A proxy may hold back one of the two only.
@@ -410,7 +410,7 @@ def _ends(environ: Mapping[str, Any], settings: Settings) -> Iterator[Finding]:
 
 
 def _unpatched() -> list[str]:
-    """Gives the names in modules, of neither Python nor the server, that still mean what gevent has replaced."""
+    """Give the names in modules, of neither Python nor the server, that still mean what gevent has replaced."""
     replaced = {
         "_thread": ("allocate_lock", "start_new_thread"),
         "queue": ("SimpleQueue",),
@@ -456,7 +456,7 @@ class _Stream:
 
     @property
     def encoding(self) -> str:
-        """How it is compressed, "" where it is not."""
+        """Give how it is compressed, "" where it is not."""
         return _encoding(self.headers)
 
 
@@ -465,7 +465,7 @@ def _encoding(headers: Message) -> str:
 
 
 def _sent(frame: sse.Frame) -> float | None:
-    """Gives the worker's seconds from its first frame to this one; one of another release tells none."""
+    """Give the worker's seconds from its first frame to this one; one of another release tells none."""
     try:
         return float(json.loads(frame.data)["seconds"])
     except (ValueError, LookupError, TypeError):
@@ -541,7 +541,7 @@ def _connection(url: SplitResult) -> http.client.HTTPConnection:
 
 
 def _proxy(url: SplitResult, headers: Message) -> str:
-    """Gives the proxy's name where we have advice for it, else ""."""
+    """Give the proxy's name where we have advice for it, else ""."""
     said = [*headers.get_all("Server", []), *headers.get_all("Via", [])]
     # Lighttpd passes on the app's name; to this it answers itself.
     with suppress(OSError, http.client.HTTPException), closing(_connection(url)) as connection:

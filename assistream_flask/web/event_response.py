@@ -102,7 +102,7 @@ class relay:
         yield sse.DONE
 
     def close(self) -> None:
-        """Ends the reading and closes the upstream's connection. Idempotent."""
+        """End the reading and close the upstream's connection. Idempotent."""
         self._unread = False
         self._left.set()
         self._waits.interrupt()

@@ -50,14 +50,14 @@ class _Reader:
         self.seen: dict[str, str] = {}
 
     def open(self) -> None:
-        """Raises :class:`PositionExpiredError` when the place can't be proven."""
+        """Begin to read. Raises :class:`PositionExpiredError` when the place can't be proven."""
         if self._subscription is None:
             if self._place is None:
                 raise PositionExpiredError
             self._subscription = self._runtime.log.subscribe(self._thread_id, self._place)
 
     def read(self) -> list[Record]:
-        """Gives the next records, none when a heartbeat is due. Raises :class:`PositionExpiredError`."""
+        """Give the next records, none when a heartbeat is due. Raises :class:`PositionExpiredError`."""
         self.open()
         assert self._subscription is not None
         return self._subscription.read(max(0.0, self._due - time.monotonic()), self._take)
@@ -72,7 +72,7 @@ class _Reader:
         return self._send(data)
 
     def beat(self, data: bytes) -> bytes:
-        """Gives ``data``; where there is none, a heartbeat once that is due."""
+        """Give ``data``; where there is none, a heartbeat once that is due."""
         now = time.monotonic()
         if not data and now < self._due:
             return b""
@@ -80,7 +80,7 @@ class _Reader:
         return data or sse.PING
 
     def snapshot(self) -> bytes | None:
-        """Gives the frame of a snapshot, ``None`` when the thread is gone; reading goes on from there."""
+        """Give the frame of a snapshot, ``None`` when the thread is gone; reading goes on from there."""
         self.close()
         found = self._runtime.snapshots.get(self._thread_id)
         if found is None:
@@ -89,14 +89,14 @@ class _Reader:
         return frame
 
     def close(self) -> None:
-        """Lets go of the log. Idempotent."""
+        """Let go of the log. Idempotent."""
         if self._subscription is not None:
             self._subscription.close()
             self._subscription = None
 
 
 def view(runtime: Runtime, thread_id: str, place: EventId | None, send: Send) -> Frames:
-    """Gives the thread's events after ``place``, without an end; a snapshot first where that can't be proven.
+    """Give the thread's events after ``place``, without an end; a snapshot first where that can't be proven.
 
     Ends when the thread is deleted, the server shuts down or, once it has begun, log or store are away: the viewer
     comes back then. Raises what says so before its first frame, for the answer.
@@ -139,7 +139,7 @@ def view(runtime: Runtime, thread_id: str, place: EventId | None, send: Send) ->
 def follow(
     runtime: Runtime, thread_id: str, message_id: str | None, runs: set[str], place: EventId | None, send: Send
 ) -> Frames:
-    """Gives the events of ``runs`` and of the user's message after ``place``, then ``done``.
+    """Give the events of ``runs`` and of the user's message after ``place``, then ``done``.
 
     At a shutdown, or when log or store are away, it ends without ``done``: the runs go on.
     """
@@ -182,7 +182,7 @@ def follow(
 
 
 def _frames_of(records: list[Record], runs: set[str]) -> bytes | None:
-    """Gives the frames of ``runs``, where no record is one that the stream has to look at itself."""
+    """Give the frames of ``runs``, where no record is one that the stream has to look at itself."""
     found = []
     for one in records:
         if one.key is None or one.name in RUN_ENDS:
@@ -197,7 +197,7 @@ def _joined(records: list[Record]) -> bytes:
 
 
 def _until_deleted(records: list[Record]) -> tuple[list[Record], bool]:
-    """Gives the records up to the thread's end, and whether it is among them."""
+    """Give the records up to the thread's end, and whether it is among them."""
     for at, record in enumerate(records):
         if record.name == "thread.deleted":
             return records[: at + 1], True

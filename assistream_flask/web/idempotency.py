@@ -32,7 +32,7 @@ class Once:
         self._fingerprint = hashlib.sha256(route.encode() + b"\n" + body).hexdigest()
 
     def before(self) -> Answer | None:
-        """Gives the first answer, where there is one. Raises :class:`RequestError` for a key used otherwise."""
+        """Give the first answer, where there is one. Raises :class:`RequestError` for a key used otherwise."""
         answer = self._store.answer(self._owner, self.key) if self.key else None
         if answer is not None and answer.fingerprint != self._fingerprint:
             raise RequestError(
@@ -43,7 +43,7 @@ class Once:
     def answer(
         self, status: int, body: Mapping[str, Any], place: str | None = None, thread_id: str | None = None
     ) -> Answer | None:
-        """Gives what to store with the change that the request makes, to the thread that its path names or
+        """Give what to store with the change that the request makes, to the thread that its path names or
         ``thread_id``."""
         thread_id = thread_id or (request.view_args or {}).get("thread_id")
         return Answer(self.key, self._fingerprint, status, body, place, thread_id) if self.key else None
@@ -52,7 +52,7 @@ class Once:
 def start(
     call: Call, thread: OwnedThread, command: RunCommand, status: int, body: Callable[[Started], Mapping[str, Any]]
 ) -> Answer:
-    """Stores and starts what the request asks for; gives the answer."""
+    """Store and start what the request asks for; give the answer."""
     once = Once(call, thread.owner)
     given = once.before()
     if given is not None:

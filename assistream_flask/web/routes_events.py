@@ -27,7 +27,7 @@ def events(call: Call, thread: OwnedThread) -> Response:
 
 
 def streamed(call: Call, start: Callable[[event_streams.Send], event_streams.Frames], begin: bool = False) -> Response:
-    """Answers with a stream; one that is to ``begin`` before the headers can still be answered with an error."""
+    """Answer with a stream; one that is to ``begin`` before the headers can still be answered with an error."""
     runtime, settings = call.runtime, call.runtime.settings
     if request.method == "HEAD":
         return Response(headers=sse.HEADERS)
@@ -51,7 +51,7 @@ def streamed(call: Call, start: Callable[[event_streams.Send], event_streams.Fra
 
 
 def let_go(error: BaseException | None) -> None:
-    """Closes the body of a request that failed after its view, say in the app's ``after_request``: no server has it."""
+    """Close the body of a request that failed after its view, say in the app's ``after_request``: no server has it."""
     body = g.pop("assistream_body", None)
     if error is not None and body is not None:
         body.close()
@@ -67,7 +67,7 @@ class _Streamed(Response):
 
 
 def event_response(stream: Any, *, heartbeat_seconds: float = 15) -> Response:
-    """Gives a Flask response that streams any OpenAI iterator as events of the vocabulary.
+    """Give a Flask response that streams any OpenAI iterator as events of the vocabulary.
 
     ``stream`` is what ``client.responses.create(..., stream=True)``, ``client.chat.completions.create(...,
     stream=True)`` or an Assistants run with ``stream=True`` gives, or an iterator of its events. Heartbeats go out

@@ -14,7 +14,7 @@ from ..runs import values
 
 
 def same_origin(origin: str | None, host: str, allowed: Sequence[str]) -> None:
-    """Refuses a command that another site's page sent; ``host`` is the request's own.
+    """Refuse a command that another site's page sent; ``host`` is the request's own.
 
     The scheme is not compared: behind a proxy that ends TLS the app sees another one than the page.
     """
@@ -35,7 +35,7 @@ def same_origin(origin: str | None, host: str, allowed: Sequence[str]) -> None:
 
 
 def body(raw: bytes, mimetype: str, allowed: Sequence[str], required: Sequence[str] = ()) -> Json:
-    """Gives the JSON object in ``raw``, which has no fields but the ``allowed`` and all that are ``required``."""
+    """Give the JSON object in ``raw``, which has no fields but the ``allowed`` and all that are ``required``."""
     if not raw and not required:
         return {}
     if mimetype != "application/json":
@@ -69,7 +69,7 @@ def limit(text: str | None) -> int:
 
 
 def idempotency_key(value: str | None) -> str | None:
-    """Gives the key, of 1 to 255 visible ASCII characters."""
+    """Give the key, of 1 to 255 visible ASCII characters."""
     if value is not None and not re.fullmatch(r"[\x21-\x7e]{1,255}", value):
         raise values.invalid("Idempotency-Key must be 1 to 255 visible ASCII characters, such as a UUID.")
     return value

@@ -13,13 +13,13 @@ _revision: Final = sa.Table(
 
 
 def stamp(connection: sa.Connection, version: int) -> None:
-    """Records that the schema is of ``version``, for a later :func:`upgrade` to start from."""
+    """Record that the schema is of ``version``, for a later :func:`upgrade` to start from."""
     _revision.create(connection)
     connection.execute(_revision.insert().values(version_num=f"{version:04}"))
 
 
 def upgrade(connection: sa.Connection, found: int, to: str = "head") -> None:
-    """Upgrades the schema from version ``found`` to the revision ``to``, in the transaction that ``connection`` is in.
+    """Upgrade the schema from version ``found`` to the revision ``to``, in the transaction that ``connection`` is in.
 
     No two threads of a process may be in here at once: Alembic's ``op`` and ``context`` are global.
     """

@@ -16,7 +16,7 @@ def _id(name: str, *args: Any, **kwargs: Any) -> sa.Column[str]:
 
 
 def upgrade() -> None:
-    """Creates all tables."""
+    """Create all tables."""
     serial = sa.BigInteger().with_variant(sa.Integer, "sqlite")
     op.create_table("assistream_schema", sa.Column("version", sa.Integer, primary_key=True))
     op.create_table(

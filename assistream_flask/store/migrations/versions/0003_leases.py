@@ -10,7 +10,7 @@ down_revision = "0002"
 
 
 def upgrade() -> None:
-    """Adds the column, an index and the table."""
+    """Add the column, an index and the table."""
     op.add_column("assistream_runs", sa.Column("claim", sa.Integer, nullable=False, server_default="0"))
     op.create_index("ix_assistream_runs_worker", "assistream_runs", ["worker"])
     op.create_table(
