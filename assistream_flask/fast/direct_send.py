@@ -13,7 +13,7 @@ from typing import Any, Final, TypeVar
 from gevent.socket import socket as GeventSocket
 
 from .. import sse
-from ..log.protocol import Taken
+from ..log.protocol import Receipt
 
 T = TypeVar("T")
 
@@ -71,22 +71,22 @@ class ViewerConnection:
         if type(self._socket) is GeventSocket:
             self._answer = _answer(self._given())
 
-    def send(self, data: bytes) -> Taken:
+    def send(self, data: bytes) -> Receipt:
         """Sends a piece of the body from outside of it, as gunicorn does but without waiting; while its own greenlet
         waits only. Where a part is left the body has to go on, if with ``b""``."""
         answer = self._answer
         if answer is None or not answer.headers_sent or self._rest or not 0 < len(data) <= _PIECE:
-            return Taken.NO
+            return Receipt.NO
         framed = b"%X\r\n%b\r\n" % (len(data), data) if answer.chunked else data
         try:
             sent = self._socket._sock.send(framed)
         except OSError:
             # The body meets it too.
-            return Taken.NO
+            return Receipt.NO
         # For gunicorn's access log.
         answer.sent += len(data)
         self._rest = framed[sent:]
-        return Taken.PART if self._rest else Taken.WHOLE
+        return Receipt.PART if self._rest else Receipt.WHOLE
 
     def pieces(self, frames: Iterator[bytes]) -> Iterator[bytes]:
         """Gives the bytes of ``frames``, until the viewer is gone."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final
 
-from .protocol import EventId, PositionExpiredError, Record, Take, Taken
+from .protocol import EventId, PositionExpiredError, Receipt, Receive, Record
 from .thread_buffer import Bell, ThreadBuffer, ThreadBuffers
 
 _log = logging.getLogger(__name__)
@@ -33,10 +33,10 @@ class Cursor:
         self._registry, self._tail, self._place, self._older = registry, tail, place, older
         self._bell: Bell = queue.SimpleQueue()
         # Only while the reader waits.
-        self._take: Take | None = None
+        self._take: Receive | None = None
         self._open = True
 
-    def read(self, timeout: float, take: Take | None = None) -> list[Record]:
+    def read(self, timeout: float, take: Receive | None = None) -> list[Record]:
         records = self._ready(waits=True)
         if records is not None or self._registry.closed:
             return records or []
@@ -72,9 +72,9 @@ class Cursor:
                     return False
                 if records:
                     taken = self._take(records)
-                    if taken is not Taken.NO:
+                    if taken is not Receipt.NO:
                         self._place = records[-1].place
-                    if taken is not Taken.WHOLE:
+                    if taken is not Receipt.WHOLE:
                         return False
                 if self._place == tail.place:
                     tail.wait(self)

@@ -85,13 +85,13 @@ GONE_SECONDS: Final = 60
 whether its runs are still there."""
 
 
-class Taken(Enum):
+class Receipt(Enum):
     """What became of records: nothing, all that is to be done, or their reader has to do the rest."""
 
     NO, WHOLE, PART = range(3)
 
 
-Take: TypeAlias = Callable[[list[Record]], Taken]
+Receive: TypeAlias = Callable[[list[Record]], Receipt]
 """Takes records, or not. It must not wait."""
 
 
@@ -99,7 +99,7 @@ class Subscription(Protocol):
     """A reader's cursor in one thread's log. Replay and live are one sequence, so no event is
     missed or repeated between them."""
 
-    def read(self, timeout: float, take: Take | None = None) -> list[Record]:
+    def read(self, timeout: float, take: Receive | None = None) -> list[Record]:
         """Give the records after the last ones given, waiting up to ``timeout`` seconds for one;
         none after that. Raises :class:`PositionExpiredError` when records were trimmed before they were read.
 

@@ -47,7 +47,7 @@ def setting(name: str) -> Any:
     return getattr(getattr(_gunicorn(), "cfg", None), name, None)
 
 
-class Tenure:
+class RequestLimit:
     """How many requests gunicorn's ``worker`` may serve (``--max-requests``, with its jitter). Gunicorn would end it
     at once, in the midst of answers, and start another only then: the number is taken from it."""
 
@@ -85,8 +85,8 @@ class Tenure:
         self._worker.alive = False
 
 
-def kept(make: Callable[[Tenure], T]) -> T | None:
-    """Give what ``make`` gives for the tenure of gunicorn's worker: made once a process, and kept with the worker.
+def kept(make: Callable[[RequestLimit], T]) -> T | None:
+    """Give what ``make`` gives for the request limit of gunicorn's worker: made once, and kept with the worker.
     ``None`` where there is no limit, gunicorn ends the worker already, or does not count as it is known to."""
     worker = _gunicorn()
     known = getattr(worker, "__dict__", {})
@@ -94,7 +94,7 @@ def kept(make: Callable[[Tenure], T]) -> T | None:
         most, served = known.get("max_requests"), known.get("nr")
         if not serving() or not isinstance(most, int) or not isinstance(served, int) or most == sys.maxsize:
             return None
-        known["assistream"] = make(Tenure(worker))
+        known["assistream"] = make(RequestLimit(worker))
     found: T = known["assistream"]
     return found
 

@@ -212,14 +212,14 @@ class Runner:
         thread_id: str,
         limit: int,
         before: str | None = None,
-        room: Callable[[], AbstractContextManager[object]] = nullcontext,
+        read_limit: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> snapshot.Page | None:
         """Give a page of entries, whether there are older ones, and the event in the log as of which
-        the page is exact; ``None`` when ``before`` is no message of the thread. It is read in ``room``."""
+        the page is exact; ``None`` when ``before`` is no message of the thread. It is read in ``read_limit``."""
         worker = self._worker
         for tries in range(40):
             try:
-                with room():
+                with read_limit():
                     found = snapshot.read(worker.store, worker.log, thread_id, limit, before, self.active)
                 if found is not None:
                     self._recovery.note_foreign(thread_id, found[0])

@@ -23,10 +23,10 @@ from ..settings import Settings
 from ..store.leases import Leases
 from ..store.sql import Owner, ThreadStore
 from .notifier import Listener, Notifier
-from .recycle import Recycle
 from .runner import Runner
-from .shared_snapshots import Room, SharedSnapshots
+from .shared_snapshots import ReadLimit, SharedSnapshots
 from .thread_history import RunRequest
+from .worker_restart import WorkerRestart
 
 _log = logging.getLogger(__name__)
 
@@ -78,9 +78,11 @@ class Runtime:
             is_shared=self.log.shared,
             complaints=self._complaints,
         )
-        self.snapshots = SharedSnapshots(lambda thread_id, limit, room: self.runner.page(thread_id, limit, room=room))
+        self.snapshots = SharedSnapshots(
+            lambda thread_id, limit, read_limit: self.runner.page(thread_id, limit, read_limit=read_limit)
+        )
         self.log.listen(self.runner.attend)
-        self.arrivals = Room()
+        self.arrivals = ReadLimit()
         self.streams: dict[object, int] = {}
         self.open_streams = 0
         self._left: deque[object] = deque()
@@ -104,14 +106,14 @@ class Runtime:
                 target=self._repeat, args=(seconds, job, end), daemon=True, name=f"assistream-{name}"
             )
             self._upkeep.append(work)
-        self._recycle: Recycle | None = None
+        self._restart: WorkerRestart | None = None
 
     def start(self) -> None:
         """Start what keeps the worker's house."""
-        self._recycle = gunicorn.kept(Recycle)
-        if self._recycle is not None:
+        self._restart = gunicorn.kept(WorkerRestart)
+        if self._restart is not None:
             has_others = self.log.shared and (gunicorn.setting("workers") or 1) > 1
-            self._recycle.join(self.runner.shutdown, self.settings.run_seconds, has_others)
+            self._restart.join(self.runner.shutdown, self.settings.run_seconds, has_others)
         self.leases.start()
         for work in self._upkeep:
             work.start()
@@ -162,8 +164,8 @@ class Runtime:
             if self.stopping.wait(_LOOK_SECONDS):
                 return
             self._pauses.append(time.monotonic() - before - _LOOK_SECONDS)
-            if self._recycle is not None:
-                self._recycle.look()
+            if self._restart is not None:
+                self._restart.look()
             if not gunicorn.serving():
                 # At once: gunicorn lets the process end only when the last request has, however long that takes.
                 threading.Thread(target=self._end_work, daemon=True, name="assistream-stop").start()

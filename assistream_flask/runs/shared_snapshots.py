@@ -20,27 +20,27 @@ _AT_ONCE: Final = 2
 _WAIT_SECONDS: Final = 5.0
 
 
-class Room:
-    """Few are in it at once, so that a crowd's readers leave the rest of the database's connections to commands.
+class ReadLimit:
+    """Lets few read at once, so that a crowd's readers leave the rest of the database's connections to commands.
 
-    No lock: who has waited for five seconds goes in all the same, since a database may take longer to fail.
+    No lock: who has waited for five seconds reads all the same, since a database may take longer to fail.
     """
 
     def __init__(self) -> None:
-        self._seats = threading.Semaphore(_AT_ONCE)
+        self._free = threading.Semaphore(_AT_ONCE)
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        seated = self._seats.acquire(timeout=_WAIT_SECONDS)
+        is_counted = self._free.acquire(timeout=_WAIT_SECONDS)
         try:
             yield
         finally:
-            if seated:
-                self._seats.release()
+            if is_counted:
+                self._free.release()
 
 
-ReadPage: TypeAlias = Callable[[str, int, Room], Page | None]
-"""Reads a page of a thread, so many entries of it, and is in the room while it does."""
+ReadPage: TypeAlias = Callable[[str, int, ReadLimit], Page | None]
+"""Reads a page of a thread, so many entries of it, and counts in the limit while it does."""
 
 
 class Snapshot(NamedTuple):
@@ -63,7 +63,7 @@ class SharedSnapshots:
 
     def __init__(self, page: ReadPage) -> None:
         self._page = page
-        self._room = Room()
+        self._read_limit = ReadLimit()
         # By thread: what may still be joined, and what is being read.
         self._open: dict[str, _Reading] = {}
         self._begun: dict[str, _Reading] = {}
@@ -96,7 +96,7 @@ class SharedSnapshots:
     def _made(self, thread_id: str) -> Snapshot | None:
         limit = 50
         while True:
-            found = self._page(thread_id, limit, self._room)
+            found = self._page(thread_id, limit, self._read_limit)
             if found is None:
                 return None
             data, has_more, place = found

@@ -26,7 +26,7 @@ _LOOK_SECONDS: Final = 0.25
 
 
 class Shutdown:
-    """Ends the work of one worker. It is a :class:`.recycle.Crew` too: of one that ends between answers."""
+    """Ends the work of one worker. It is a :class:`.worker_restart.Workload` too: of one that ends between answers."""
 
     def __init__(self, worker: Worker, executor: Executor, checkpointer: Checkpointer) -> None:
         self._worker, self._executor, self._checkpointer = worker, executor, checkpointer

@@ -14,7 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from .. import events, sse
 from ..errors import RequestError
 from ..events import RUN_ENDS, TERMINAL
-from ..log.protocol import EventId, LogUnavailableError, PositionExpiredError, Record, Subscription, Taken
+from ..log.protocol import EventId, LogUnavailableError, PositionExpiredError, Receipt, Record, Subscription
 from ..runs.runtime import Runtime
 
 _AWAY: Final = (LogUnavailableError, RequestError, SQLAlchemyError)
@@ -22,7 +22,7 @@ _AWAY: Final = (LogUnavailableError, RequestError, SQLAlchemyError)
 
 Frames = Generator[bytes, None, None]
 """Of these ``b""`` is for what ``send`` did in part."""
-Send = Callable[[bytes], Taken]
+Send = Callable[[bytes], Receipt]
 """Sends frames to the viewer without waiting, or not, while nothing else is sent."""
 
 
@@ -62,12 +62,12 @@ class _Reader:
         assert self._subscription is not None
         return self._subscription.read(max(0.0, self._due - time.monotonic()), self._take)
 
-    def _take(self, records: list[Record]) -> Taken:
+    def _take(self, records: list[Record]) -> Receipt:
         data = None if self._runtime.stopping.is_set() else self._frames_of(records)
         if data is None:
-            return Taken.NO
+            return Receipt.NO
         if not data:
-            return Taken.WHOLE
+            return Receipt.WHOLE
         self._due = time.monotonic() + self._heartbeat
         return self._send(data)
 

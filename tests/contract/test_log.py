@@ -23,9 +23,9 @@ from assistream_flask.log.protocol import (
     EventId,
     Log,
     PositionExpiredError,
+    Receipt,
     Record,
     Subscription,
-    Taken,
 )
 from assistream_flask.log.redis import RedisLog
 from tests.redis_server import DOCUMENTED, RedisServer
@@ -497,9 +497,9 @@ def test_close_wakes_every_reader_and_later_reads_do_not_wait(make: MakeLog) -> 
 def test_what_a_waiting_reader_takes_is_not_given_to_it(make: MakeLog) -> None:
     log, taken = make(), list[int]()
 
-    def take(records: list[Record]) -> Taken:
+    def take(records: list[Record]) -> Receipt:
         taken.extend(numbers(records))
-        return Taken.WHOLE if taken[-1] < 5 else Taken.PART
+        return Receipt.WHOLE if taken[-1] < 5 else Receipt.PART
 
     def write() -> None:
         for n in range(3):
@@ -523,11 +523,11 @@ def test_what_a_waiting_reader_takes_is_not_given_to_it(make: MakeLog) -> None:
 def test_what_is_not_taken_is_given_as_ever(make: MakeLog, caplog: pytest.LogCaptureFixture, fails: bool) -> None:
     log, offered = make(), list[int]()
 
-    def take(records: list[Record]) -> Taken:
+    def take(records: list[Record]) -> Receipt:
         offered.extend(numbers(records))
         if fails:
             raise KeyError("take")
-        return Taken.NO
+        return Receipt.NO
 
     reader = log.subscribe("t", log.end("t"))
     writer = threading.Timer(0.05, lambda: log.append("t", [event(1), event(2)]))
@@ -542,9 +542,9 @@ def test_what_is_not_taken_is_given_as_ever(make: MakeLog, caplog: pytest.LogCap
 def test_a_reader_that_does_not_wait_takes_nothing(make: MakeLog) -> None:
     log, offered = make(), list[int]()
 
-    def take(records: list[Record]) -> Taken:
+    def take(records: list[Record]) -> Receipt:
         offered.extend(numbers(records))
-        return Taken.WHOLE
+        return Receipt.WHOLE
 
     reader = log.subscribe("t", log.end("t"))
     assert reader.read(0.02, take) == []
@@ -558,9 +558,9 @@ def test_whatever_is_taken_and_given_in_turns_is_each_event_once(make: MakeLog) 
     log, choose, last = make(), random.Random(1), 3000
     seen, given = list[int](), 0
 
-    def take(records: list[Record]) -> Taken:
-        taken = choose.choice(list(Taken))
-        if taken is not Taken.NO:
+    def take(records: list[Record]) -> Receipt:
+        taken = choose.choice(list(Receipt))
+        if taken is not Receipt.NO:
             seen.extend(numbers(records))
         return taken
 

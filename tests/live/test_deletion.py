@@ -20,7 +20,7 @@ from assistream_flask import events, sse
 from assistream_flask.assistants import Assistant
 from assistream_flask.events import Event
 from assistream_flask.log.memory import MemoryLog
-from assistream_flask.log.protocol import EventId, Taken
+from assistream_flask.log.protocol import EventId, Receipt
 from assistream_flask.log.redis import RedisLog
 from assistream_flask.runs.runtime import Runtime
 from assistream_flask.runs.thread_history import RunRequest
@@ -66,11 +66,11 @@ class Watcher:
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 
-    def _send(self, data: bytes) -> Taken:
+    def _send(self, data: bytes) -> Receipt:
         if self._choose.random() < 0.3:
-            return Taken.NO
+            return Receipt.NO
         self._said += data
-        return Taken.WHOLE
+        return Receipt.WHOLE
 
     def _read(self) -> None:
         for data in self._frames:

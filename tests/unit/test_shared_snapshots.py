@@ -14,7 +14,7 @@ import pytest
 
 from assistream_flask.log.protocol import EventId
 from assistream_flask.runs import shared_snapshots
-from assistream_flask.runs.shared_snapshots import Room, SharedSnapshots
+from assistream_flask.runs.shared_snapshots import ReadLimit, SharedSnapshots
 from assistream_flask.runs.snapshot import Page
 from assistream_flask.store.sql import ThreadStore
 from tests.conftest import Caller, MakeApp, wait_until
@@ -186,9 +186,9 @@ def test_pages_of_a_crowd_to_many_threads_are_read_a_few_at_once_and_stuck_ones_
     inside, most, go = 0, 0, threading.Event()
     guard = threading.Lock()
 
-    def read(thread_id: str, _: int, room: Room) -> Page:
+    def read(thread_id: str, _: int, read_limit: ReadLimit) -> Page:
         nonlocal inside, most
-        with room():
+        with read_limit():
             with guard:
                 inside += 1
                 most = max(most, inside)

@@ -19,7 +19,7 @@ import pytest
 
 from assistream_flask import Assistant
 from assistream_flask.platform import gunicorn as server
-from assistream_flask.runs import recycle
+from assistream_flask.runs import worker_restart
 from assistream_flask.store.sql import ThreadStore
 from assistream_flask.testing import OfflineServer
 from tests.cluster import Cluster, clustered
@@ -175,7 +175,7 @@ def test_eighty_background_runs_are_handed_over_at_once_also_where_nothing_can_s
 # When a worker ends
 
 
-class Crew:
+class Workload:
     def __init__(self) -> None:
         self.busy = self.resting = self.ignored = False
 
@@ -220,12 +220,12 @@ class Clock:
         return self.now
 
 
-def of(worker: Worker, *crews: Crew, has_others: bool, clock: Clock | None = None) -> recycle.Recycle:
+def of(worker: Worker, *crews: Workload, has_others: bool, clock: Clock | None = None) -> worker_restart.WorkerRestart:
     """As of a worker that has served as many requests as it may."""
     worker.nr = 10
     found = None
     for crew in crews:
-        found = server.kept(partial(recycle.Recycle, clock=clock or Clock()))
+        found = server.kept(partial(worker_restart.WorkerRestart, clock=clock or Clock()))
         assert found is not None
         found.join(crew, 600, has_others)
     assert found is not None
@@ -233,7 +233,7 @@ def of(worker: Worker, *crews: Crew, has_others: bool, clock: Clock | None = Non
 
 
 def test_gunicorns_own_limit_is_out_of_the_way_and_counts_still(worker: Worker) -> None:
-    found = of(worker, Crew(), has_others=False)
+    found = of(worker, Workload(), has_others=False)
     assert worker.max_requests > 1 << 60
     worker.nr = 9
     found.look()
@@ -245,14 +245,14 @@ def test_gunicorns_own_limit_is_out_of_the_way_and_counts_still(worker: Worker) 
 
 def test_where_gunicorn_does_not_count_as_it_is_known_to_its_limit_stays(worker: Worker) -> None:
     del worker.nr
-    assert server.kept(recycle.Recycle) is None
+    assert server.kept(worker_restart.WorkerRestart) is None
     assert worker.max_requests == 10
     worker.nr, worker.alive = 10, False
-    assert server.kept(recycle.Recycle) is None
+    assert server.kept(worker_restart.WorkerRestart) is None
 
 
 def test_the_apps_of_a_worker_all_have_to_be_done(worker: Worker) -> None:
-    one, two = Crew(), Crew()
+    one, two = Workload(), Workload()
     found = of(worker, one, two, has_others=False)
     two.busy = True
     found.look()
@@ -265,7 +265,7 @@ def test_the_apps_of_a_worker_all_have_to_be_done(worker: Worker) -> None:
 
 def test_a_worker_with_others_begins_nothing_more_after_ten_seconds(worker: Worker) -> None:
     clock = Clock()
-    crew = Crew()
+    crew = Workload()
     crew.busy = True
     found = of(worker, crew, has_others=True, clock=clock)
     found.look()
@@ -283,7 +283,7 @@ def test_a_worker_with_others_begins_nothing_more_after_ten_seconds(worker: Work
 
 def test_where_the_others_take_nothing_the_worker_goes_on_as_one_that_is_alone(worker: Worker) -> None:
     clock = Clock()
-    crew = Crew()
+    crew = Workload()
     crew.busy = True
     found = of(worker, crew, has_others=True, clock=clock)
     found.look()
@@ -303,7 +303,7 @@ def test_where_the_others_take_nothing_the_worker_goes_on_as_one_that_is_alone(w
 
 
 def test_what_begins_at_the_last_moment_is_gone_on_with(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    crew = Crew()
+    crew = Workload()
     monkeypatch.setattr(crew, "rest", lambda: setattr(crew, "busy", True))
     of(worker, crew, has_others=False).look()
     assert worker.alive
@@ -312,7 +312,7 @@ def test_what_begins_at_the_last_moment_is_gone_on_with(worker: Worker, monkeypa
 
 def test_a_worker_ends_at_last_whatever_goes_on(worker: Worker) -> None:
     clock = Clock()
-    crew = Crew()
+    crew = Workload()
     crew.busy = True
     found = of(worker, crew, has_others=True, clock=clock)
     found.look()
@@ -328,7 +328,7 @@ from types import SimpleNamespace
 from assistream_flask.platform import gunicorn as server
 server.setting = {"workers": 3}.get
 server._START_SECONDS = 0.0
-tenure = server.Tenure(SimpleNamespace(max_requests=1))
+tenure = server.RequestLimit(SimpleNamespace(max_requests=1))
 while sys.stdin.readline():
     print(tenure.has_turn(), flush=True)
 """
