@@ -18,19 +18,19 @@ READ_BYTES: Final = 65_536
 
 
 class Cursor:
-    """A reader's place in a shared tail: a reader costs an integer, however many there are.
+    """A reader's place in a thread buffer: a reader costs an integer, however many there are.
 
-    ``older`` gives records that the tail has no more.
+    ``older`` gives records that the buffer has no more.
     """
 
     def __init__(
         self,
         registry: ThreadBuffers[Any],
-        tail: ThreadBuffer,
-        place: EventId,
+        buffer: ThreadBuffer,
+        event_id: EventId,
         older: Callable[[EventId], list[Record]] | None = None,
     ) -> None:
-        self._registry, self._tail, self._place, self._older = registry, tail, place, older
+        self._registry, self._buffer, self._event_id, self._older = registry, buffer, event_id, older
         self._bell: Bell = queue.SimpleQueue()
         # Only while the reader waits.
         self._take: Receive | None = None
@@ -44,10 +44,10 @@ class Cursor:
         try:
             rang = self._registry.sleep(self._bell, timeout)
         finally:
-            with self._tail.guard:
+            with self._buffer.guard:
                 self._take = None
         if not rang:
-            self._tail.forget(self)
+            self._buffer.forget(self)
             with suppress(queue.Empty):
                 self._bell.get(block=False)
         return self._ready(waits=False) or []
@@ -62,46 +62,46 @@ class Cursor:
         self._bell.put(True)
 
     def _taken(self) -> bool:
-        tail = self._tail
-        with tail.guard:
+        buffer = self._buffer
+        with buffer.guard:
             while self._take is not None and not self._registry.closed:
                 try:
-                    records = tail.since(self._place, READ_BYTES)
+                    records = buffer.since(self._event_id, READ_BYTES)
                 except PositionExpiredError:
                     # Or elsewhere: the reader's to find out.
                     return False
                 if records:
                     taken = self._take(records)
                     if taken is not Receipt.NO:
-                        self._place = records[-1].place
+                        self._event_id = records[-1].event_id
                     if taken is not Receipt.WHOLE:
                         return False
-                if self._place == tail.place:
-                    tail.wait(self)
+                if self._event_id == buffer.event_id:
+                    buffer.wait(self)
                     return True
         return False
 
     def _ready(self, *, waits: bool) -> list[Record] | None:
         """Give what there is to read; where that is nothing, and ``waits``, it is woken when there is."""
-        tail = self._tail
-        with tail.guard:
+        buffer = self._buffer
+        with buffer.guard:
             # A reader can be ahead of what was heard, where it caught up from elsewhere.
-            same = tail.place.epoch == self._place.epoch
-            if same and tail.place.offset <= self._place.offset:
+            same = buffer.event_id.epoch == self._event_id.epoch
+            if same and buffer.event_id.offset <= self._event_id.offset:
                 if waits:
-                    tail.wait(self)
+                    buffer.wait(self)
                 return None
-            older = same and not tail.has(self._place)
+            older = same and not buffer.has(self._event_id)
             if self._older is None or not older:
-                records = tail.since(self._place, READ_BYTES)
+                records = buffer.since(self._event_id, READ_BYTES)
         if self._older is not None and older:
-            records = self._older(self._place)
+            records = self._older(self._event_id)
         if records:
-            self._place = records[-1].place
+            self._event_id = records[-1].event_id
         return records
 
     def close(self) -> None:
         if self._open:
             self._open = False
             self._registry.awake(self._bell)
-            self._registry.leave(self._tail)
+            self._registry.leave(self._buffer)

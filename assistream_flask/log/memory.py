@@ -41,25 +41,25 @@ class MemoryLog:
     def _append(
         self, thread_id: str, events: Sequence[Event], claim: Claim | None = None, is_last: bool = False
     ) -> EventId | None:
-        tail = self._threads.enter(thread_id)
+        buffer = self._threads.enter(thread_id)
         try:
-            with tail.guard:
-                if claim is not None and claim.number < tail.claims.get(claim.run_id, 0):
+            with buffer.guard:
+                if claim is not None and claim.number < buffer.claims.get(claim.run_id, 0):
                     return REFUSED
-                if tail.gone:
+                if buffer.gone:
                     return None
-                epoch, offset = tail.place
+                epoch, offset = buffer.event_id
                 told = []
                 for name, data, key in events:
                     offset += 1
                     told.append((name, key, sse.encode(name, dumps(data), f"{epoch}-{offset}")))
-                tail.add(self._threads.clock(), told)
-                tail.trim(1 if is_last else self._max_events, self._max_bytes, 0)
-                tail.gone, place = is_last, tail.place
-            tail.wake()
-            return place
+                buffer.add(self._threads.clock(), told)
+                buffer.trim(1 if is_last else self._max_events, self._max_bytes, 0)
+                buffer.gone, event_id = is_last, buffer.event_id
+            buffer.wake()
+            return event_id
         finally:
-            self._threads.leave(tail)
+            self._threads.leave(buffer)
 
     def append_all(self, told: Sequence[AppendRequest]) -> Sequence[EventId | None]:
         # Nobody else can take a lock.
@@ -69,54 +69,54 @@ class MemoryLog:
         self._append(thread_id, [last], is_last=True)
 
     def fence(self, thread_id: str, claim: Claim) -> None:
-        with self._threads.using(thread_id) as tail, tail.guard:
-            tail.claims[claim.run_id] = max(claim.number, tail.claims.get(claim.run_id, 0))
+        with self._threads.using(thread_id) as buffer, buffer.guard:
+            buffer.claims[claim.run_id] = max(claim.number, buffer.claims.get(claim.run_id, 0))
 
     def end(self, thread_id: str) -> EventId:
-        with self._threads.using(thread_id) as tail:
-            return tail.place
+        with self._threads.using(thread_id) as buffer:
+            return buffer.event_id
 
     def quiet(self, thread_id: str) -> EventId | None:
-        with self._threads.using(thread_id) as tail, tail.guard:
-            return None if tail.held else tail.place
+        with self._threads.using(thread_id) as buffer, buffer.guard:
+            return None if buffer.held else buffer.event_id
 
-    def since(self, thread_id: str, place: EventId) -> list[Record]:
-        with self._threads.using(thread_id) as tail, tail.guard:
-            return tail.since(place)
+    def since(self, thread_id: str, event_id: EventId) -> list[Record]:
+        with self._threads.using(thread_id) as buffer, buffer.guard:
+            return buffer.since(event_id)
 
-    def recover(self, thread_id: str, place: EventId, run_id: str) -> tuple[list[Record], EventId]:
+    def recover(self, thread_id: str, event_id: EventId, run_id: str) -> tuple[list[Record], EventId]:
         # Whoever could lose a run has this log too.
-        records = self.since(thread_id, place)
-        end = records[-1].place if records else place
+        records = self.since(thread_id, event_id)
+        end = records[-1].event_id if records else event_id
         return [record for record in records if record.key == run_id], end
 
-    def subscribe(self, thread_id: str, place: EventId) -> Cursor:
-        tail = self._threads.enter(thread_id)
-        with tail.guard:
-            found = tail.has(place)
+    def subscribe(self, thread_id: str, event_id: EventId) -> Cursor:
+        buffer = self._threads.enter(thread_id)
+        with buffer.guard:
+            found = buffer.has(event_id)
         if not found:
-            self._threads.leave(tail)
+            self._threads.leave(buffer)
             raise PositionExpiredError
-        return Cursor(self._threads, tail, place)
+        return Cursor(self._threads, buffer, event_id)
 
     @contextmanager
     def lock(self, thread_id: str) -> Iterator[None]:
-        with self._threads.using(thread_id) as tail, tail.lock:
-            tail.held += 1
+        with self._threads.using(thread_id) as buffer, buffer.lock:
+            buffer.held += 1
             try:
                 yield
             finally:
-                tail.held -= 1
+                buffer.held -= 1
 
     def viewed(self) -> list[str]:
         return self._threads.used()
 
     def restart(self, thread_id: str, *, keep: bool = False, holes: Collection[str] = ()) -> None:
-        with self._threads.using(thread_id) as tail:
-            with tail.guard:
-                if not tail.gone:
-                    tail.restart(EventId(_epoch(), 0))
-            tail.wake()
+        with self._threads.using(thread_id) as buffer:
+            with buffer.guard:
+                if not buffer.gone:
+                    buffer.restart(EventId(_epoch(), 0))
+            buffer.wake()
 
     def signal(self, thread_id: str) -> None:
         """Do nothing: nobody else hears."""
@@ -126,13 +126,13 @@ class MemoryLog:
 
     def tend(self) -> None:
         now = self._threads.clock()
-        for thread_id, tail in self._threads.all():
-            oldest = now - (GONE_SECONDS if tail.gone else self._max_age)
-            with tail.guard:
-                tail.trim(self._max_events, self._max_bytes, oldest)
+        for thread_id, buffer in self._threads.all():
+            oldest = now - (GONE_SECONDS if buffer.gone else self._max_age)
+            with buffer.guard:
+                buffer.trim(self._max_events, self._max_bytes, oldest)
             self._threads.drop(
                 thread_id,
-                unless=lambda tail, oldest=oldest: bool(tail.records) or tail.touched >= oldest,  # type: ignore[misc]
+                unless=lambda buffer, oldest=oldest: bool(buffer.records) or buffer.touched >= oldest,  # type: ignore[misc]
             )
 
     def wake(self) -> None:

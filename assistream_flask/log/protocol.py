@@ -59,7 +59,7 @@ class AppendRequest(NamedTuple):
 class Record(NamedTuple):
     """One event in the log. ``frame`` is its SSE frame, encoded once for all readers."""
 
-    place: EventId
+    event_id: EventId
     name: str
     key: str | None
     frame: bytes
@@ -145,17 +145,17 @@ class Log(Protocol):
         """Give what :meth:`end` gives, ``None`` while somebody holds the thread's lock."""
         ...
 
-    def since(self, thread_id: str, place: EventId) -> list[Record]:
-        """Give all records after ``place``. Raises :class:`PositionExpiredError` when that can't be proven."""
+    def since(self, thread_id: str, event_id: EventId) -> list[Record]:
+        """Give all records after ``event_id``. Raises :class:`PositionExpiredError` when that can't be proven."""
         ...
 
-    def recover(self, thread_id: str, place: EventId, run_id: str) -> tuple[list[Record], EventId]:
-        """Give all records of the run after ``place``, and the end, also where the log began anew since: what a run
+    def recover(self, thread_id: str, event_id: EventId, run_id: str) -> tuple[list[Record], EventId]:
+        """Give all records of the run after ``event_id``, and the end, also where the log began anew since: what a run
         that was lost told and did not store. Raises :class:`PositionExpiredError` when that can't be proven."""
         ...
 
-    def subscribe(self, thread_id: str, place: EventId) -> Subscription:
-        """Give a cursor after ``place``. Raises :class:`PositionExpiredError` when that can't be proven."""
+    def subscribe(self, thread_id: str, event_id: EventId) -> Subscription:
+        """Give a cursor after ``event_id``. Raises :class:`PositionExpiredError` when that can't be proven."""
         ...
 
     def lock(self, thread_id: str) -> AbstractContextManager[object]:

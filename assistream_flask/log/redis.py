@@ -90,7 +90,7 @@ class _ViewedBuffer(ThreadBuffer):
         if not self.ready:
             self.early.append((epoch, first, bodies))
             return False
-        mine, last = self.place
+        mine, last = self.event_id
         if int(epoch) < int(mine) or (first > last + 1 and not gap and epoch == mine):
             return False
         if epoch != mine or first > last + 1:
@@ -100,7 +100,7 @@ class _ViewedBuffer(ThreadBuffer):
             if not bodies:
                 self.trim(last + 1 - first, 1 << 20, 0)
             return False
-        known = max(0, self.place.offset + 1 - first)
+        known = max(0, self.event_id.offset + 1 - first)
         records = [_record(epoch, first + n, body) for n, body in enumerate(bodies[known:], known)]
         self.add(at, [(record.name, record.key, record.frame) for record in records])
         self.trim(self.most, 1 << 20, 0)
@@ -182,13 +182,13 @@ class RedisLog:
             arguments += (self._claims + one.claim.run_id, one.claim.number) if one.claim else ("", 0)
             arguments += [len(ours), *ours]
         found = self._do(lambda: self._append(keys, arguments))
-        places = [REFUSED if place == b"" else place and self._place(place) for place in found]
-        for one, ours, place in zip(told, bodies, places, strict=True):
-            tail = self._threads.get(one.thread_id)
-            if tail is not None and ours and place and place is not REFUSED:
+        event_ids = [REFUSED if event_id == b"" else event_id and self._event_id(event_id) for event_id in found]
+        for one, ours, event_id in zip(told, bodies, event_ids, strict=True):
+            buffer = self._threads.get(one.thread_id)
+            if buffer is not None and ours and event_id and event_id is not REFUSED:
                 # Its own viewers need not wait for the echo.
-                tail.feed(self._threads.clock(), place.epoch, place.offset + 1 - len(ours), ours, gap=False)
-        return places
+                buffer.feed(self._threads.clock(), event_id.epoch, event_id.offset + 1 - len(ours), ours, gap=False)
+        return event_ids
 
     def fence(self, thread_id: str, claim: Claim) -> None:
         self._do(lambda: self._fence([self._claims + claim.run_id], [claim.number, CLAIM_SECONDS * 1000]))
@@ -241,84 +241,84 @@ class RedisLog:
     # Reading
 
     def end(self, thread_id: str) -> EventId:
-        return self._place(self._do(lambda: self._ends([self._prefix + thread_id], [self._ttl]))[0])
+        return self._event_id(self._do(lambda: self._ends([self._prefix + thread_id], [self._ttl]))[0])
 
     def quiet(self, thread_id: str) -> EventId | None:
         arguments: list[int | str] = [thread_id, self._ttl]
         found = self._do(lambda: self._quiet([self._locked, self._prefix + thread_id], arguments))
-        return self._place(found) if found else None
+        return self._event_id(found) if found else None
 
-    def since(self, thread_id: str, place: EventId) -> list[Record]:
-        return self._range(thread_id, place, None)
+    def since(self, thread_id: str, event_id: EventId) -> list[Record]:
+        return self._range(thread_id, event_id, None)
 
-    def recover(self, thread_id: str, place: EventId, run_id: str) -> tuple[list[Record], EventId]:
-        self._check_place(place)
+    def recover(self, thread_id: str, event_id: EventId, run_id: str) -> tuple[list[Record], EventId]:
+        self._check_place(event_id)
         key = self._prefix + thread_id
         # In this order: what is put aside in between is found twice, and not never.
         new = self._do(lambda: self._redis.xrange(key))
-        old = self._do(lambda: self._redis.xrange(f"{key}:past", str(place)))
-        found = {self._place(id): fields for id, fields in [*old, *new]}
+        old = self._do(lambda: self._redis.xrange(f"{key}:past", str(event_id)))
+        found = {self._event_id(id): fields for id, fields in [*old, *new]}
         records: list[Record] = []
         is_proven = False
-        for at in sorted(at for at in found if at >= place):
-            if at == (place.epoch, place.offset + 1):
+        for at in sorted(at for at in found if at >= event_id):
+            if at == (event_id.epoch, event_id.offset + 1):
                 records.append(_record(at.epoch, at.offset, found[at][b"e"]))
-            elif at != place and not (is_proven and not at.offset and _goes_on(found[at], place.epoch, run_id)):
+            elif at != event_id and not (is_proven and not at.offset and _goes_on(found[at], event_id.epoch, run_id)):
                 raise PositionExpiredError
-            place, is_proven = at, True
+            event_id, is_proven = at, True
         if not is_proven:
             raise PositionExpiredError
-        return [record for record in records if record.key == run_id], place
+        return [record for record in records if record.key == run_id], event_id
 
-    def subscribe(self, thread_id: str, place: EventId) -> Cursor:
-        tail = self._threads.enter(thread_id)
+    def subscribe(self, thread_id: str, event_id: EventId) -> Cursor:
+        buffer = self._threads.enter(thread_id)
         try:
-            self._follow(thread_id, tail)
-            if not tail.has(place):
+            self._follow(thread_id, buffer)
+            if not buffer.has(event_id):
                 # The stream may be ahead of what was heard of it.
-                self._check([(thread_id, tail)], patient=False)
-                if not tail.has(place):
-                    self._range(thread_id, place, 1)
-            return Cursor(self._threads, tail, place, partial(self._older, thread_id))
+                self._check([(thread_id, buffer)], patient=False)
+                if not buffer.has(event_id):
+                    self._range(thread_id, event_id, 1)
+            return Cursor(self._threads, buffer, event_id, partial(self._older, thread_id))
         except BaseException:
-            self._threads.leave(tail)
+            self._threads.leave(buffer)
             raise
 
-    def _follow(self, thread_id: str, tail: _ViewedBuffer) -> None:
-        with tail.lock:
-            if tail.ready:
+    def _follow(self, thread_id: str, buffer: _ViewedBuffer) -> None:
+        with buffer.lock:
+            if buffer.ready:
                 return
-            tail.heard.clear()
-            tail.early = []
+            buffer.heard.clear()
+            buffer.early = []
             if not self._linked.wait(SECONDS):
                 raise LogUnavailableError(self._fix)
             self._send("SUBSCRIBE", self._prefix + thread_id)
-            if not tail.heard.wait(SECONDS):
+            if not buffer.heard.wait(SECONDS):
                 raise LogUnavailableError
-            place = self.end(thread_id)
-            with tail.guard:
-                tail.restart(place)
-                tail.ready = True
-                for early in tail.early:
-                    tail.take(self._threads.clock(), *early)
-            tail.wake()
+            event_id = self.end(thread_id)
+            with buffer.guard:
+                buffer.restart(event_id)
+                buffer.ready = True
+                for early in buffer.early:
+                    buffer.take(self._threads.clock(), *early)
+            buffer.wake()
 
-    def _older(self, thread_id: str, place: EventId) -> list[Record]:
+    def _older(self, thread_id: str, event_id: EventId) -> list[Record]:
         """Give what a reader has to catch up with, a piece at a time."""
-        return self._range(thread_id, place, 200)
+        return self._range(thread_id, event_id, 200)
 
-    def _range(self, thread_id: str, place: EventId, count: int | None) -> list[Record]:
-        self._check_place(place)
+    def _range(self, thread_id: str, event_id: EventId, count: int | None) -> list[Record]:
+        self._check_place(event_id)
         # From the place itself on: it, or the one after it, shows that nothing is missing between.
         more = None if count is None else count + 1
-        found = self._do(lambda: self._redis.xrange(self._prefix + thread_id, str(place), "+", more))
-        first = self._place(found[0][0]) if found else None
-        if first is None or first.epoch != place.epoch or first.offset > place.offset + 1:
+        found = self._do(lambda: self._redis.xrange(self._prefix + thread_id, str(event_id), "+", more))
+        first = self._event_id(found[0][0]) if found else None
+        if first is None or first.epoch != event_id.epoch or first.offset > event_id.offset + 1:
             raise PositionExpiredError
         records, size = [], 0
         for id, fields in found:
-            at = self._place(id)
-            if at.offset > place.offset:
+            at = self._event_id(id)
+            if at.offset > event_id.offset:
                 records.append(_record(at.epoch, at.offset, fields[b"e"]))
                 size += len(records[-1].frame)
                 if count is not None and size > READ_BYTES:
@@ -326,8 +326,8 @@ class RedisLog:
         return records
 
     @staticmethod
-    def _check_place(place: EventId) -> None:
-        if not place.epoch.isdecimal() or len(place.epoch) > 18:
+    def _check_place(event_id: EventId) -> None:
+        if not event_id.epoch.isdecimal() or len(event_id.epoch) > 18:
             raise PositionExpiredError
 
     # What is heard
@@ -376,16 +376,16 @@ class RedisLog:
             if kind == b"message":
                 self._attend(data.decode())
             return
-        tail = self._threads.get(channel.decode().removeprefix(self._prefix))
-        if tail is None:
+        buffer = self._threads.get(channel.decode().removeprefix(self._prefix))
+        if buffer is None:
             return
         if kind == b"subscribe":
-            tail.heard.set()
+            buffer.heard.set()
         elif kind == b"message":
             head, _, rest = data.partition(b"\n")
             epoch, _, first = head.partition(b"-")
             bodies = rest.split(b"\0") if rest else []
-            tail.feed(self._threads.clock(), epoch.decode(), int(first), bodies)
+            buffer.feed(self._threads.clock(), epoch.decode(), int(first), bodies)
 
     def _send(self, *command: str) -> None:
         with self._sending:
@@ -400,7 +400,9 @@ class RedisLog:
         # Well before a stream that is viewed would expire.
         while not self._closed.wait(min(CHECK_SECONDS, self._ttl / 3000)):
             try:
-                viewed = [(thread_id, tail) for thread_id, tail in self._threads.all() if tail.ready and tail.users]
+                viewed = [
+                    (thread_id, buffer) for thread_id, buffer in self._threads.all() if buffer.ready and buffer.users
+                ]
                 for at in range(0, len(viewed), 200):
                     self._check(viewed[at : at + 200])
                 self._do(lambda: self._left([self._locked], [self._prefix, self._ttl]))
@@ -414,20 +416,20 @@ class RedisLog:
 
     def _check(self, viewed: Sequence[tuple[str, _ViewedBuffer]], *, patient: bool = True) -> None:
         """Compare with the streams. What a ``patient`` one finds missing may be on its way until the next time."""
-        before = [tail.place.epoch for _, tail in viewed]
+        before = [buffer.event_id.epoch for _, buffer in viewed]
         ends = self._do(lambda: self._ends([self._prefix + thread_id for thread_id, _ in viewed], [self._ttl]))
-        for (_, tail), epoch, found in zip(viewed, before, ends, strict=True):
-            place = self._place(found)
-            with tail.guard:
-                if tail.place.epoch != epoch:
+        for (_, buffer), epoch, found in zip(viewed, before, ends, strict=True):
+            event_id = self._event_id(found)
+            with buffer.guard:
+                if buffer.event_id.epoch != epoch:
                     continue
-                missing = place.offset if not patient else tail.known
-                behind = place.epoch != epoch or tail.place.offset < missing
+                missing = event_id.offset if not patient else buffer.known
+                behind = event_id.epoch != epoch or buffer.event_id.offset < missing
                 if behind:
-                    tail.restart(place)
-                tail.known = place.offset if place.epoch == tail.place.epoch else 0
+                    buffer.restart(event_id)
+                buffer.known = event_id.offset if event_id.epoch == buffer.event_id.epoch else 0
             if behind:
-                tail.wake()
+                buffer.wake()
 
     # Upkeep
 
@@ -435,7 +437,7 @@ class RedisLog:
         """Keep house: the streams expire by themselves; what nobody views here any more is not listened to."""
         for thread_id, _ in self._threads.all():
             recent = self._threads.clock() - 5
-            if self._threads.drop(thread_id, unless=lambda tail, recent=recent: tail.touched > recent):  # type: ignore[misc]
+            if self._threads.drop(thread_id, unless=lambda buffer, recent=recent: buffer.touched > recent):  # type: ignore[misc]
                 try:
                     with self._sending:
                         if self._line is not None and self._threads.get(thread_id) is None:
@@ -444,7 +446,7 @@ class RedisLog:
                     # The next connection does not subscribe to it.
                     pass
         for thread_id, _ in self._locks.all():
-            self._locks.drop(thread_id, unless=lambda tail: False)
+            self._locks.drop(thread_id, unless=lambda buffer: False)
 
     def wake(self) -> None:
         self._threads.wake()
@@ -499,7 +501,7 @@ class RedisLog:
                 self._line.disconnect()
 
     @staticmethod
-    def _place(id: bytes) -> EventId:
+    def _event_id(id: bytes) -> EventId:
         epoch, _, offset = id.decode().partition("-")
         return EventId(epoch, int(offset))
 
@@ -515,7 +517,7 @@ def _goes_on(first: dict[bytes, bytes], epoch: str, run_id: str) -> bool:
 
 def _record(epoch: str, offset: int, body: bytes) -> Record:
     key, event, _ = body.split(b"\n", 2)
-    place = EventId(epoch, offset)
+    event_id = EventId(epoch, offset)
     # See sse.encode: the id comes last.
-    frame = b"%bid: %b\n\n" % (body[len(key) + 1 : -1], str(place).encode())
-    return Record(place, event[7:].decode(), key.decode() or None, frame)
+    frame = b"%bid: %b\n\n" % (body[len(key) + 1 : -1], str(event_id).encode())
+    return Record(event_id, event[7:].decode(), key.decode() or None, frame)

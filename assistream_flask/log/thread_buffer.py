@@ -37,13 +37,13 @@ class Reader(Protocol):
 
 
 class ThreadBuffer:
-    """Records without a gap up to ``place``. ``lock`` is for changes that span store and log; it is ``held`` so often,
-    among several workers under a ``token``. ``guard`` is for the records, of which a thread that is ``gone`` gets no
-    more, and the ``claims``: of each run that had more than one holder, which is the present one. ``users`` and
+    """Records without a gap up to ``event_id``. ``lock`` is for changes that span store and log; it is ``held`` so
+    often, among several workers under a ``token``. ``guard`` is for the records, of which a thread that is ``gone``
+    gets no more, and the ``claims``: of each run that had more than one holder, which is the present one. ``users`` and
     ``touched`` are the registry's."""
 
     def __init__(self, epoch: str) -> None:
-        self.place = EventId(epoch, 0)
+        self.event_id = EventId(epoch, 0)
         # Time, name, key, frame. Exact tuples of such are nothing that the garbage collector would look at again:
         # half a million records as objects hold a worker up for 150 ms, these for 10.
         self.records: deque[tuple[float, str, str | None, bytes]] = deque()
@@ -75,19 +75,19 @@ class ThreadBuffer:
             if reader in self._readers:
                 self._readers.remove(reader)
 
-    def restart(self, place: EventId) -> None:
+    def restart(self, event_id: EventId) -> None:
         """Forget all records: the log begins anew, or goes on behind a gap."""
         self.records.clear()
         self.size = 0
-        self.place = place
+        self.event_id = event_id
 
     def add(self, at: float, told: Sequence[tuple[str, str | None, bytes]]) -> None:
         """Add name, key and frame of the next records; ``at`` is their time."""
         for name, key, frame in told:
             self.records.append((at, name, key, frame))
             self.size += len(frame)
-        epoch, offset = self.place
-        self.place = EventId(epoch, offset + len(told))
+        epoch, offset = self.event_id
+        self.event_id = EventId(epoch, offset + len(told))
 
     def trim(self, max_events: int, max_bytes: int, oldest: float) -> None:
         """Keep the newest records: so many, of so many bytes, none older."""
@@ -95,22 +95,24 @@ class ThreadBuffer:
         while records and (len(records) > max_events or self.size > max_bytes or records[0][0] < oldest):
             self.size -= len(records.popleft()[3])
 
-    def has(self, place: EventId) -> bool:
-        """Tell whether all records after ``place`` are here."""
-        return place.epoch == self.place.epoch and 0 <= self.place.offset - place.offset <= len(self.records)
+    def has(self, event_id: EventId) -> bool:
+        """Tell whether all records after ``event_id`` are here."""
+        return event_id.epoch == self.event_id.epoch and 0 <= self.event_id.offset - event_id.offset <= len(
+            self.records
+        )
 
-    def since(self, place: EventId, size: float = float("inf")) -> list[Record]:
-        """Give the records after ``place``, up to about ``size`` bytes. Raises :class:`PositionExpiredError`."""
-        if not self.has(place):
+    def since(self, event_id: EventId, size: float = float("inf")) -> list[Record]:
+        """Give the records after ``event_id``, up to about ``size`` bytes. Raises :class:`PositionExpiredError`."""
+        if not self.has(event_id):
             raise PositionExpiredError
-        epoch, offset = self.place
-        if place.offset == offset - 1:
+        epoch, offset = self.event_id
+        if event_id.offset == offset - 1:
             _, name, key, frame = self.records[-1]
-            return [Record(self.place, name, key, frame)]
+            return [Record(self.event_id, name, key, frame)]
         # From the right: the newest few are what nearly every reader wants.
-        newest = list(islice(reversed(self.records), offset - place.offset))[::-1]
+        newest = list(islice(reversed(self.records), offset - event_id.offset))[::-1]
         found: list[Record] = []
-        for at, (_, name, key, frame) in enumerate(newest, place.offset + 1):
+        for at, (_, name, key, frame) in enumerate(newest, event_id.offset + 1):
             found.append(Record(EventId(epoch, at), name, key, frame))
             size -= len(frame)
             if size <= 0:
@@ -122,63 +124,63 @@ T = TypeVar("T", bound=ThreadBuffer)
 
 
 class ThreadBuffers(Generic[T]):
-    """The tails of a process. A thread that is in use is never dropped."""
+    """The thread buffers of a process. A thread that is in use is never dropped."""
 
     def __init__(
         self, make: Callable[[], T], clock: Callable[[], float], complaints: LogThrottle | None = None
     ) -> None:
         self._make, self.clock = make, clock
         self.complaints = complaints or LogThrottle()
-        self._tails: dict[str, T] = {}
+        self._buffers: dict[str, T] = {}
         self._guard = plain_lock()
         self._sleepers: dict[Bell, float] = {}
         self._sweeping = False
         self.closed = False
 
     def enter(self, thread_id: str) -> T:
-        """Give the thread's tail, for :meth:`leave` to give back."""
+        """Give the thread's buffer, for :meth:`leave` to give back."""
         with self._guard:
-            tail = self._tails.get(thread_id)
-            if tail is None:
-                tail = self._tails[thread_id] = self._make()
-            tail.users += 1
-            tail.touched = self.clock()
-            return tail
+            buffer = self._buffers.get(thread_id)
+            if buffer is None:
+                buffer = self._buffers[thread_id] = self._make()
+            buffer.users += 1
+            buffer.touched = self.clock()
+            return buffer
 
-    def leave(self, tail: T) -> None:
+    def leave(self, buffer: T) -> None:
         """Count a user out."""
         with self._guard:
-            tail.users -= 1
+            buffer.users -= 1
 
     @contextmanager
     def using(self, thread_id: str) -> Iterator[T]:
         """Enter, and leave at the end."""
-        tail = self.enter(thread_id)
+        buffer = self.enter(thread_id)
         try:
-            yield tail
+            yield buffer
         finally:
-            self.leave(tail)
+            self.leave(buffer)
 
     def get(self, thread_id: str) -> T | None:
-        """Give the tail of a thread in use."""
-        return self._tails.get(thread_id)
+        """Give the buffer of a thread in use."""
+        return self._buffers.get(thread_id)
 
     def all(self) -> list[tuple[str, T]]:
-        """Give all tails by thread."""
+        """Give all buffers by thread."""
         with self._guard:
-            return list(self._tails.items())
+            return list(self._buffers.items())
 
     def used(self) -> list[str]:
-        """Give the threads whose tails are in use."""
-        return [thread_id for thread_id, tail in self.all() if tail.users]
+        """Give the threads whose buffers are in use."""
+        return [thread_id for thread_id, buffer in self.all() if buffer.users]
 
     def drop(self, thread_id: str, unless: Callable[[T], bool]) -> bool:
-        """Drop a tail that nobody uses."""
+        """Drop a buffer that nobody uses."""
         with self._guard:
-            tail = self._tails.get(thread_id)
-            if tail is None or tail.users or unless(tail):
+            buffer = self._buffers.get(thread_id)
+            if buffer is None or buffer.users or unless(buffer):
                 return False
-            del self._tails[thread_id]
+            del self._buffers[thread_id]
             return True
 
     def sleep(self, bell: Bell, seconds: float) -> bool:
@@ -216,5 +218,5 @@ class ThreadBuffers(Generic[T]):
     def wake(self) -> None:
         """End all waits, now and later."""
         self.closed = True
-        for _, tail in self.all():
-            tail.wake()
+        for _, buffer in self.all():
+            buffer.wake()

@@ -23,7 +23,7 @@ class _Known(NamedTuple):
     """The position of a thread's newest message that viewers here heard of, and the place in the log as of which."""
 
     position: int
-    place: EventId
+    event_id: EventId
 
 
 class OtherWorkers:
@@ -57,8 +57,8 @@ class OtherWorkers:
         self._warn(names)
 
     def _look(self, thread_id: str, position: int, created_at: int) -> _Known | None:
-        known, place = self._known.get(thread_id), self._log.quiet(thread_id)
-        if place is None:
+        known, event_id = self._known.get(thread_id), self._log.quiet(thread_id)
+        if event_id is None:
             # Something is stored and not told yet.
             return known
         if known is None:
@@ -67,11 +67,11 @@ class OtherWorkers:
         elif position == _GONE:
             is_new = known.position != _GONE
         else:
-            told = known.position + self._created(thread_id, known.place, place)
+            told = known.position + self._created(thread_id, known.event_id, event_id)
             is_new, position = position > told, max(position, told)
         if is_new:
             self._appender.mark_incomplete(thread_id)
-        return _Known(position, place)
+        return _Known(position, event_id)
 
     def _created(self, thread_id: str, since: EventId, until: EventId) -> int:
         """Count the messages that were told of between: too few where the log lacks some, then one snapshot more."""
@@ -81,7 +81,7 @@ class OtherWorkers:
             records = self._log.since(thread_id, since)
         except PositionExpiredError:
             return 0
-        return sum(one.name == "thread.message.created" and one.place <= until for one in records)
+        return sum(one.name == "thread.message.created" and one.event_id <= until for one in records)
 
     def _warn(self, names: list[str]) -> None:
         now = time.monotonic()

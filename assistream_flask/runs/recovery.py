@@ -122,7 +122,7 @@ class Recovery:
         """Add to the message and the steps what the log has beyond the store: viewers saw it. Give the event as of
         which they are exact then, ``None`` where there is none."""
         log, appender = self._worker.log, self._worker.appender
-        thread_id, event_id = held.run["thread_id"], EventId.parse(held.place)
+        thread_id, event_id = held.run["thread_id"], EventId.parse(held.event_id)
         entry = events.entry(held.message, held.run, held.steps)
         # Before the log is read: what its last holder tells later is not in it.
         if not appender.fence(thread_id, Claim(held.run["id"], held.claim)):

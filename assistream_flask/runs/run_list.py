@@ -61,11 +61,11 @@ class RunWaiter:
         ended: dict[str, Run] = {}
         while True:
             # Before the store is looked at: an end that is stored after that is told after this place.
-            place = self._end_of_log()
+            event_id = self._end_of_log()
             try:
                 ended |= self._ended(waiting)
             except SQLAlchemyError:
-                place = None
+                event_id = None
                 if time.monotonic() >= until:
                     raise
             waiting -= ended.keys()
@@ -76,7 +76,7 @@ class RunWaiter:
                 raise WaitTimeoutError(
                     f"{len(waiting)} of {len(runs)} runs have not ended within {timeout:g} s; they go on"
                 )
-            self._listen(place, min(left, _LOOK_SECONDS), waiting)
+            self._listen(event_id, min(left, _LOOK_SECONDS), waiting)
 
     def _ended(self, run_ids: Collection[str]) -> dict[str, Run]:
         found: dict[str, Run] = {}
@@ -94,13 +94,13 @@ class RunWaiter:
         except LogUnavailableError:
             return None
 
-    def _listen(self, place: EventId | None, seconds: float, run_ids: Collection[str]) -> None:
-        """Wait for so many seconds at most, or until the log has an end of one of the runs after ``place``."""
+    def _listen(self, event_id: EventId | None, seconds: float, run_ids: Collection[str]) -> None:
+        """Wait for so many seconds at most, or until the log has an end of one of the runs after ``event_id``."""
         until = time.monotonic() + seconds
         try:
             # The log of a worker that leaves wakes all who read it, again and again.
-            if place is not None and not self._runtime.stopping.is_set():
-                with closing(self._runtime.log.subscribe(self._thread_id, place)) as reader:
+            if event_id is not None and not self._runtime.stopping.is_set():
+                with closing(self._runtime.log.subscribe(self._thread_id, event_id)) as reader:
                     while (left := until - time.monotonic()) > 0 and not self._runtime.stopping.is_set():
                         for record in reader.read(left):
                             if record.name == "thread.deleted" or (record.name in RUN_ENDS and record.key in run_ids):

@@ -143,7 +143,7 @@ class Runner:
                     group_id=group.id,
                     worker=worker.name,
                     lease=0 if is_left else LEASE_SECONDS,
-                    place=str(started.event_id),
+                    event_id=str(started.event_id),
                     max_runs=worker.settings.max_runs,
                     answer=answer(started),
                 )

@@ -47,7 +47,7 @@ class Snapshot(NamedTuple):
     """A frame, the place in the log as of which it is exact, and how each of its runs was."""
 
     frame: bytes
-    place: EventId
+    event_id: EventId
     runs: dict[str, str]
 
 
@@ -99,10 +99,10 @@ class SharedSnapshots:
             found = self._page(thread_id, limit, self._read_limit)
             if found is None:
                 return None
-            data, has_more, place = found
+            data, has_more, event_id = found
             event = events.snapshot(thread_id, data, has_more)
-            frame = sse.encode(event.name, events.dumps(event.data), str(place))
+            frame = sse.encode(event.name, events.dumps(event.data), str(event_id))
             # A slow viewer holds it for a while; one of long messages has a shorter page.
             if len(frame) <= _BYTES or limit == 1:
-                return Snapshot(frame, place, {one["run"]["id"]: one["run"]["status"] for one in data if one["run"]})
+                return Snapshot(frame, event_id, {one["run"]["id"]: one["run"]["status"] for one in data if one["run"]})
             limit = max(1, min(limit, len(data)) // 3)

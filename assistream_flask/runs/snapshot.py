@@ -33,23 +33,23 @@ def read(
     """
     start = log.quiet(thread_id)
     found = store.page(thread_id, limit, before) if start else None
-    place = log.quiet(thread_id)
-    if start is None or place is None or place.epoch != start.epoch:
+    event_id = log.quiet(thread_id)
+    if start is None or event_id is None or event_id.epoch != start.epoch:
         raise SnapshotMovedError
     if found is None:
         return None
     stored, more = found
     growing = _growing(stored, start, None if log.shared else ours)
     oldest = min([start.offset, *(offset for _, offset in growing.values())])
-    if place.offset > oldest:
+    if event_id.offset > oldest:
         for record in log.since(thread_id, EventId(start.epoch, oldest)):
-            if record.place.offset > place.offset:
+            if record.event_id.offset > event_id.offset:
                 break
             if grows(record):
                 _grow(growing, record)
-            elif record.place.offset > start.offset:
+            elif record.event_id.offset > start.offset:
                 raise SnapshotMovedError
-    return [one.entry for one in stored], more, place
+    return [one.entry for one in stored], more, event_id
 
 
 def _growing(stored: Iterable[Stored], start: EventId, ours: Container[str] | None) -> _Growing:
@@ -74,7 +74,7 @@ def _growing(stored: Iterable[Stored], start: EventId, ours: Container[str] | No
 def _grow(growing: _Growing, record: Record) -> None:
     """Add an event's text to its entry, unless the row has it."""
     entry, offset = growing.get(record.key, (None, 0))
-    if entry is not None and record.place.offset > offset:
+    if entry is not None and record.event_id.offset > offset:
         events.apply(entry, record.name, record.data())
 
 

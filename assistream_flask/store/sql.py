@@ -123,7 +123,7 @@ class Answer(NamedTuple):
     status: int
     # An object as the database has it: any that a route answers with.
     body: Mapping[str, Any]
-    place: str | None = None
+    event_id: str | None = None
     thread_id: str | None = None
 
 
@@ -131,7 +131,7 @@ class Stored(NamedTuple):
     """An entry as stored, and the place in the log as of which it is exact (``None``: no event yet)."""
 
     entry: Entry
-    place: str | None
+    event_id: str | None
 
 
 class LeasedRun(NamedTuple):
@@ -144,7 +144,7 @@ class LeasedRun(NamedTuple):
     owner: Owner
     group_id: str
     mode: str
-    place: str | None
+    event_id: str | None
     upstream: Json | None
     lease: float
     worker: str
@@ -292,7 +292,7 @@ class ThreadStore:
         group_id: str = "",
         worker: str = "",
         lease: float = 0,
-        place: str | None = None,
+        event_id: str | None = None,
         max_runs: int | None = None,
         answer: Answer | None = None,
     ) -> int | None:
@@ -322,7 +322,7 @@ class ThreadStore:
                     "steps": [],
                     "group_id": group_id,
                     "mode": mode,
-                    "place": place,
+                    "place": event_id,
                     "worker": worker,
                     "term": lease,
                     "cancel_requested": False,
@@ -388,13 +388,13 @@ class ThreadStore:
         run: Run,
         message: Message,
         steps: list[Step],
-        place: str | None,
+        event_id: str | None,
         upstream: Json | None = None,
         claim: int = 0,
     ) -> bool:
-        """Store the run with its message, its steps and the state of its upstream, as of ``place``. Give ``False``,
+        """Store the run with its message, its steps and the state of its upstream, as of ``event_id``. Give ``False``,
         and stores nothing, when the run is not ``worker``'s by this ``claim`` any more, or is over or gone."""
-        ours = {"steps": steps, "place": place, "upstream": upstream, **_by(run, worker, claim)}
+        ours = {"steps": steps, "place": event_id, "upstream": upstream, **_by(run, worker, claim)}
         with self._write() as connection:
             if not connection.execute(_SAVE_RUN, {**_columns(run, _RUN_CHANGES), **ours}).rowcount:
                 return False
@@ -414,8 +414,8 @@ class ThreadStore:
                 connection.execute(
                     _SAVE_RUN,
                     [
-                        {"steps": steps, "place": place, "upstream": upstream, **_by(run, worker, claim)}
-                        for run, _, steps, place, upstream, claim in found
+                        {"steps": steps, "place": event_id, "upstream": upstream, **_by(run, worker, claim)}
+                        for run, _, steps, event_id, upstream, claim in found
                     ],
                 )
                 connection.execute(
@@ -595,6 +595,8 @@ class ThreadStore:
         if answer is None:
             return
         values = {**answer._asdict(), "scope": owner.scope, "owner": owner.name, "created_at": int(time.time())}
+        # The column's name in the schema.
+        values["place"] = values.pop("event_id")
         try:
             connection.execute(answers.insert().values(values))
         except sa.exc.IntegrityError as error:

@@ -37,11 +37,11 @@ class _Reader:
         self,
         runtime: Runtime,
         thread_id: str,
-        place: EventId | None,
+        event_id: EventId | None,
         send: Send,
         frames_of: Callable[[list[Record]], bytes | None],
     ) -> None:
-        self._runtime, self._thread_id, self._place = runtime, thread_id, place
+        self._runtime, self._thread_id, self._event_id = runtime, thread_id, event_id
         self._send, self._frames_of = send, frames_of
         self._subscription: Subscription | None = None
         self._heartbeat = runtime.settings.heartbeat_seconds
@@ -52,9 +52,9 @@ class _Reader:
     def open(self) -> None:
         """Begin to read. Raises :class:`PositionExpiredError` when the place can't be proven."""
         if self._subscription is None:
-            if self._place is None:
+            if self._event_id is None:
                 raise PositionExpiredError
-            self._subscription = self._runtime.log.subscribe(self._thread_id, self._place)
+            self._subscription = self._runtime.log.subscribe(self._thread_id, self._event_id)
 
     def read(self) -> list[Record]:
         """Give the next records, none when a heartbeat is due. Raises :class:`PositionExpiredError`."""
@@ -85,7 +85,7 @@ class _Reader:
         found = self._runtime.snapshots.get(self._thread_id)
         if found is None:
             return None
-        frame, self._place, self.seen = found
+        frame, self._event_id, self.seen = found
         return frame
 
     def close(self) -> None:
@@ -95,8 +95,8 @@ class _Reader:
             self._subscription = None
 
 
-def view(runtime: Runtime, thread_id: str, place: EventId | None, send: Send) -> Frames:
-    """Give the thread's events after ``place``, without an end; a snapshot first where that can't be proven.
+def view(runtime: Runtime, thread_id: str, event_id: EventId | None, send: Send) -> Frames:
+    """Give the thread's events after ``event_id``, without an end; a snapshot first where that can't be proven.
 
     Ends when the thread is deleted, the server shuts down or, once it has begun, log or store are away: the viewer
     comes back then. Raises what says so before its first frame, for the answer.
@@ -106,7 +106,7 @@ def view(runtime: Runtime, thread_id: str, place: EventId | None, send: Send) ->
         found, gone = _until_deleted(records)
         return None if gone else _joined(found)
 
-    reader = _Reader(runtime, thread_id, place, send, frames_of)
+    reader = _Reader(runtime, thread_id, event_id, send, frames_of)
     first = sse.RETRY
     try:
         while True:
@@ -137,9 +137,9 @@ def view(runtime: Runtime, thread_id: str, place: EventId | None, send: Send) ->
 
 
 def follow(
-    runtime: Runtime, thread_id: str, message_id: str | None, runs: set[str], place: EventId | None, send: Send
+    runtime: Runtime, thread_id: str, message_id: str | None, runs: set[str], event_id: EventId | None, send: Send
 ) -> Frames:
-    """Give the events of ``runs`` and of the user's message after ``place``, then ``done``.
+    """Give the events of ``runs`` and of the user's message after ``event_id``, then ``done``.
 
     At a shutdown, or when log or store are away, it ends without ``done``: the runs go on.
     """
@@ -147,7 +147,7 @@ def follow(
     def frames_of(records: list[Record]) -> bytes | None:
         return None if first else _frames_of(records, runs)
 
-    reader = _Reader(runtime, thread_id, place, send, frames_of)
+    reader = _Reader(runtime, thread_id, event_id, send, frames_of)
     waiting = set(runs)
     first = sse.RETRY
     try:

@@ -41,12 +41,12 @@ class Once:
         return answer
 
     def answer(
-        self, status: int, body: Mapping[str, Any], place: str | None = None, thread_id: str | None = None
+        self, status: int, body: Mapping[str, Any], event_id: str | None = None, thread_id: str | None = None
     ) -> Answer | None:
         """Give what to store with the change that the request makes, to the thread that its path names or
         ``thread_id``."""
         thread_id = thread_id or (request.view_args or {}).get("thread_id")
-        return Answer(self.key, self._fingerprint, status, body, place, thread_id) if self.key else None
+        return Answer(self.key, self._fingerprint, status, body, event_id, thread_id) if self.key else None
 
 
 def start(

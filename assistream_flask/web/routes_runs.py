@@ -27,7 +27,7 @@ def create_runs(call: Call, thread: OwnedThread) -> Response:
         message = given.body["message"]
         runs = {run["id"] for run in given.body["runs"]}
         message_id = message["message"]["id"] if message else None
-        return event_streams.follow(call.runtime, thread.id, message_id, runs, EventId.parse(given.place), send)
+        return event_streams.follow(call.runtime, thread.id, message_id, runs, EventId.parse(given.event_id), send)
 
     if any(kind.lower() == "text/event-stream" and quality for kind, quality in request.accept_mimetypes):
         return streamed(call, follow)

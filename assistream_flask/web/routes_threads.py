@@ -41,9 +41,9 @@ def delete_thread(call: Call, thread: OwnedThread) -> Response:
 
 def messages(call: Call, thread: OwnedThread) -> Response:
     """``GET /threads/<id>/messages``: a page of entries, with the place in the log as of which it is exact."""
-    data, has_more, place = thread.messages(*page())
+    data, has_more, event_id = thread.messages(*page())
     response = json_answer({"data": data, "has_more": has_more})
-    response.headers["Last-Event-ID"] = str(place)
+    response.headers["Last-Event-ID"] = str(event_id)
     return response
 
 

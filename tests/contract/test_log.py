@@ -107,8 +107,8 @@ def numbers(records: list[Record]) -> list[int]:
     return [record.data()["n"] for record in records]
 
 
-def after(log: Log, place: EventId) -> list[int]:
-    return numbers(log.since("t", place))
+def after(log: Log, event_id: EventId) -> list[int]:
+    return numbers(log.since("t", event_id))
 
 
 # Ids
@@ -123,7 +123,7 @@ def test_offsets_grow_by_one_an_event_in_one_epoch(make: MakeLog) -> None:
     start = log.end("t")
     assert log.append("t", [event(1), event(2)]) == EventId(start.epoch, 2)
     assert log.append("t", [event(3)]) == EventId(start.epoch, 3) == log.end("t")
-    assert [record.place for record in log.since("t", start)] == [EventId(start.epoch, n) for n in (1, 2, 3)]
+    assert [record.event_id for record in log.since("t", start)] == [EventId(start.epoch, n) for n in (1, 2, 3)]
 
 
 def test_threads_and_logs_have_epochs_of_their_own(make: MakeLog) -> None:
@@ -173,8 +173,8 @@ def test_a_record_has_its_frame_with_its_id_and_the_key_of_its_run(make: MakeLog
 
 
 def test_a_place_reads_back_as_it_was_written() -> None:
-    place = EventId("0af", 12)
-    assert EventId.parse(str(place)) == place
+    event_id = EventId("0af", 12)
+    assert EventId.parse(str(event_id)) == event_id
 
 
 @pytest.mark.parametrize(
@@ -280,11 +280,11 @@ def test_since_gives_all_records_after_a_place_and_none_at_the_end(make: MakeLog
     assert after(log, end) == []
 
 
-def lost(log: Log, place: EventId) -> bool:
+def lost(log: Log, event_id: EventId) -> bool:
     """Whether the place is lost, which both ways to read must agree on."""
     ways: list[Callable[[], object]] = [
-        lambda: log.since("t", place),
-        lambda: log.subscribe("t", place).close(),
+        lambda: log.since("t", event_id),
+        lambda: log.subscribe("t", event_id).close(),
     ]
     found = []
     for way in ways:
@@ -617,7 +617,15 @@ def test_of_what_is_appended_at_once_only_what_is_an_earlier_holders_is_refused(
         AppendRequest("t", [event(8)], SECOND),
     ]
     places = log.append_all(told)
-    assert [place.offset if place and place is not REFUSED else None for place in places] == [None, 1, 1, None, 2, 2, 3]
+    assert [event_id.offset if event_id and event_id is not REFUSED else None for event_id in places] == [
+        None,
+        1,
+        1,
+        None,
+        2,
+        2,
+        3,
+    ]
     for name, expected in (("t", [3, 5, 8]), ("u", [4]), ("v", [6, 7])):
         assert numbers(log.since(name, starts[name])) == expected
         assert numbers(readers[name].read(0.05)) == expected
@@ -644,8 +652,8 @@ def test_what_was_told_is_recovered_with_the_place_as_of_which_it_is_exact(make:
     start = log.append("t", [event(1, "r")])
     assert log.recover("t", start, "r") == ([], start)
     end = log.append("t", [event(2, "r"), event(3, "r"), event(4, "another")])
-    records, place = log.recover("t", start, "r")
-    assert (numbers(records), place) == ([2, 3], end)
+    records, event_id = log.recover("t", start, "r")
+    assert (numbers(records), event_id) == ([2, 3], end)
 
 
 def test_a_log_that_began_anew_is_recovered_from_where_nothing_is_missing_and_is_lost_for_readers(
@@ -662,8 +670,8 @@ def test_a_log_that_began_anew_is_recovered_from_where_nothing_is_missing_and_is
         with pytest.raises(PositionExpiredError):
             read("t", start)
     if log.shared:
-        records, place = log.recover("t", start, "r")
-        assert (numbers(records), place) == ([2, 3, 4], end)
+        records, event_id = log.recover("t", start, "r")
+        assert (numbers(records), event_id) == ([2, 3, 4], end)
     log.restart("t")
     log.append("t", [event(5, "r")])
     for known in (start, end):
@@ -680,8 +688,8 @@ def test_of_what_is_missing_in_a_log_that_began_anew_nothing_is_recovered_and_al
     with pytest.raises(PositionExpiredError):
         log.recover("t", start, "r")
     if log.shared:
-        records, place = log.recover("t", start, "s")
-        assert (numbers(records), place) == ([3, 4], end)
+        records, event_id = log.recover("t", start, "s")
+        assert (numbers(records), event_id) == ([3, 4], end)
 
 
 def test_a_place_that_never_was_is_not_recovered(make: MakeLog) -> None:
@@ -772,16 +780,16 @@ def test_appending_and_reading_need_no_lock(make: MakeLog) -> None:
 
 def _attach(log: Log, name: str, choose: random.Random, stop: int) -> tuple[EventId, list[int]]:
     """Reads from the log's end as it is now up to the offset ``stop``, with cuts; gives that end and what came."""
-    place, got = log.end(name), list[int]()
-    reader = log.subscribe(name, place)
-    while place.offset + len(got) < stop:
+    event_id, got = log.end(name), list[int]()
+    reader = log.subscribe(name, event_id)
+    while event_id.offset + len(got) < stop:
         got += numbers(reader.read(5))
         if choose.random() < 0.3:
             # A cut: back at the place of the last record seen.
             reader.close()
-            reader = log.subscribe(name, place._replace(offset=place.offset + len(got)))
+            reader = log.subscribe(name, event_id._replace(offset=event_id.offset + len(got)))
     reader.close()
-    return place, got
+    return event_id, got
 
 
 @pytest.mark.slow
@@ -810,8 +818,8 @@ def test_10000_attaches_while_appending_miss_and_repeat_nothing(make: MakeLog) -
         for n in range(0, stop, 3):
             log.append(f"t{number}", [event(n + 1), event(n + 2), event(n + 3)])
         ready.wait(20)
-        for place, got in zip(places, results, strict=True):
-            wrong += got != list(range(place.offset + 1, stop + 1))
+        for event_id, got in zip(places, results, strict=True):
+            wrong += got != list(range(event_id.offset + 1, stop + 1))
     for thread in threads:
         thread.join(5)
     assert wrong == 0
@@ -868,7 +876,7 @@ def test_writers_at_once_leave_no_hole_and_each_batch_whole(make: MakeLog) -> No
     for thread in threads:
         thread.join()
     reader.close()
-    assert [record.place.offset for record in got] == list(range(1, 2401))
+    assert [record.event_id.offset for record in got] == list(range(1, 2401))
     data = [record.data() for record in got]
     for at in range(0, 2400, 3):
         assert data[at : at + 3] == [{**data[at], "part": part} for part in range(3)]
@@ -876,17 +884,17 @@ def test_writers_at_once_leave_no_hole_and_each_batch_whole(make: MakeLog) -> No
         assert [d["n"] for d in data if d["w"] == writer and not d["part"]] == list(range(200))
 
 
-def _read_on(log: Log, place: EventId, is_whole: Callable[[EventId], bool], wrong: list[str]) -> None:
+def _read_on(log: Log, event_id: EventId, is_whole: Callable[[EventId], bool], wrong: list[str]) -> None:
     """Reads on from a place until all is read; ``wrong`` gets each record that is not the next.
 
     An epoch may end only while nobody reads, so a hole shows as an offset that is not the next.
     """
-    with contextlib.closing(log.subscribe("t", place)) as reader:
-        while not is_whole(place):
+    with contextlib.closing(log.subscribe("t", event_id)) as reader:
+        while not is_whole(event_id):
             for record in reader.read(0.01):
-                if record.place != place._replace(offset=place.offset + 1):
-                    wrong.append(f"{record.place} after {place}")
-                place = record.place
+                if record.event_id != event_id._replace(offset=event_id.offset + 1):
+                    wrong.append(f"{record.event_id} after {event_id}")
+                event_id = record.event_id
 
 
 def test_trimming_at_once_with_readers_and_writers_loses_nothing_silently(make: MakeLog) -> None:
@@ -903,15 +911,15 @@ def test_trimming_at_once_with_readers_and_writers_loses_nothing_silently(make: 
                 log.tend()
         written.set()
 
-    def is_whole(place: EventId) -> bool:
-        return written.is_set() and log.end("t") == place
+    def is_whole(event_id: EventId) -> bool:
+        return written.is_set() and log.end("t") == event_id
 
     def read(found: list[str]) -> None:
-        place = log.end("t")
-        while not is_whole(place):
+        event_id = log.end("t")
+        while not is_whole(event_id):
             with contextlib.suppress(PositionExpiredError):
-                _read_on(log, place, is_whole, found)
-            place = log.end("t")
+                _read_on(log, event_id, is_whole, found)
+            event_id = log.end("t")
 
     wrong: list[str] = []
     threads = [threading.Thread(target=read, args=(wrong,)) for _ in range(3)]
@@ -986,13 +994,13 @@ class Beside:
             self._model.trim(self._clock())
 
     def _attach(self) -> None:
-        place = EventId(self._epoch, self._choose.randrange(self._counter + 3))
-        expected = self._model.after(place.offset)
+        event_id = EventId(self._epoch, self._choose.randrange(self._counter + 3))
+        expected = self._model.after(event_id.offset)
         if expected is None:
-            assert lost(self._log, place)
+            assert lost(self._log, event_id)
         else:
-            assert after(self._log, place) == expected
-            self._readers.append((self._log.subscribe("t", place), place.offset))
+            assert after(self._log, event_id) == expected
+            self._readers.append((self._log.subscribe("t", event_id), event_id.offset))
 
     def _read(self) -> None:
         reader, offset = self._readers.pop(self._choose.randrange(len(self._readers)))

@@ -184,8 +184,8 @@ def test_ids_of_another_in_the_query_give_nothing(world: World) -> None:
     refused(world.another.open("GET", f"{url}/messages?before={world.message_id}"), 404, "message_not_found")
     refused(world.another.open("GET", f"{P}/threads?before={world.thread_id}"), 404, "thread_not_found")
     refused(world.another.open("POST", f"{url}/runs/{world.run_id}/cancel", {}), 404, "run_not_found")
-    place = world.owner.open("GET", f"{world.url}/messages").headers["Last-Event-ID"].split("-")[0] + "-0"
-    [frame] = read(world.another.open("GET", f"{url}/events?last_event_id={place}"), named("thread.snapshot"))
+    event_id = world.owner.open("GET", f"{world.url}/messages").headers["Last-Event-ID"].split("-")[0] + "-0"
+    [frame] = read(world.another.open("GET", f"{url}/events?last_event_id={event_id}"), named("thread.snapshot"))
     assert frame.data == {"thread_id": world.its, "data": [], "has_more": False}
 
 

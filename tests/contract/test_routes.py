@@ -183,10 +183,10 @@ def test_messages_are_chronological_and_paged_from_the_newest(caller: Caller) ->
 
 def test_the_page_names_the_place_in_the_log_that_it_is_exact_as_of(caller: Caller) -> None:
     say(caller, "before")
-    place = caller.client.get(f"{caller.url}/messages").headers["Last-Event-ID"]
-    assert re.fullmatch(r"[0-9a-f]+-1", place)
+    event_id = caller.client.get(f"{caller.url}/messages").headers["Last-Event-ID"]
+    assert re.fullmatch(r"[0-9a-f]+-1", event_id)
     after = say(caller, "after")
-    stream = caller.client.get(f"{caller.url}/events", headers={"Last-Event-ID": place})
+    stream = caller.client.get(f"{caller.url}/events", headers={"Last-Event-ID": event_id})
     frames = read(stream, named("thread.message.created"))
     assert [frame.data["id"] for frame in frames if frame.id] == [after]
 
@@ -527,18 +527,18 @@ def test_the_stream_tells_of_a_run_in_the_words_and_the_order_of_the_contract(
 def test_a_stream_goes_on_where_the_viewer_was(caller: Caller, by: str) -> None:
     caller.run("tutor")
     caller.wait()
-    place = caller.client.get(f"{caller.url}/messages").headers["Last-Event-ID"]
-    epoch, end = place.split("-")
+    event_id = caller.client.get(f"{caller.url}/messages").headers["Last-Event-ID"]
+    epoch, end = event_id.split("-")
     for offset in range(int(end)):
         at = f"{epoch}-{offset}"
         if by == "header":
             stream = caller.client.get(f"{caller.url}/events", headers={"Last-Event-ID": at})
         else:
             stream = caller.client.get(f"{caller.url}/events?last_event_id={at}")
-        frames = read(stream, lambda frame: frame.id == place)
+        frames = read(stream, lambda frame: frame.id == event_id)
         ids = [frame.id for frame in frames if frame.id]
         assert ids == [f"{epoch}-{n}" for n in range(offset + 1, int(end) + 1)]
-    stream = caller.client.get(f"{caller.url}/events?last_event_id={place}")
+    stream = caller.client.get(f"{caller.url}/events?last_event_id={event_id}")
     assert [frame.event for frame in read(stream, named("ping"))] == ["", "ping"]
 
 
@@ -551,14 +551,14 @@ def test_the_header_wins_over_the_query(caller: Caller) -> None:
 
 
 @pytest.mark.parametrize(
-    "place",
+    "event_id",
     ["ffffffff-0", "{epoch}-3", "{epoch}-999999999999999999999", "{epoch}--1", "{epoch}", "x", "0-0", "{epoch}-00"],
 )
-def test_a_place_that_cannot_be_proven_gets_a_snapshot(caller: Caller, place: str) -> None:
+def test_a_place_that_cannot_be_proven_gets_a_snapshot(caller: Caller, event_id: str) -> None:
     say(caller, "one")
     say(caller, "two")
     epoch = caller.client.get(f"{caller.url}/messages").headers["Last-Event-ID"].split("-")[0]
-    stream = caller.client.get(f"{caller.url}/events", headers={"Last-Event-ID": place.format(epoch=epoch)})
+    stream = caller.client.get(f"{caller.url}/events", headers={"Last-Event-ID": event_id.format(epoch=epoch)})
     [snapshot] = read(stream, lambda frame: True)
     assert (snapshot.event, snapshot.id) == ("thread.snapshot", f"{epoch}-2")
 

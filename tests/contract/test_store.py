@@ -85,7 +85,7 @@ def pair(thread_id: str, assistant_id: str = "tutor") -> tuple[Run, Message]:
 
 def start(store: ThreadStore, thread_id: str, **more: Any) -> tuple[Run, Message]:
     run, message = pair(thread_id)
-    arguments = {"worker": "w1", "lease": 3600, "group_id": "g", "place": "0a-0", **more}
+    arguments = {"worker": "w1", "lease": 3600, "group_id": "g", "event_id": "0a-0", **more}
     assert store.add(ME, thread_id, None, [(run, message)], **arguments) is not None
     return run, message
 
@@ -293,16 +293,16 @@ def test_a_page_is_the_newest_in_order_and_before_goes_back(store: ThreadStore) 
 def test_a_page_tells_the_place_of_what_grows_and_of_nothing_else(store: ThreadStore) -> None:
     thread_id = new_thread(store)["id"]
     store.add(ME, thread_id, user(thread_id))
-    run, message = start(store, thread_id, place="0a-4")
-    done_run, done_message = start(store, thread_id, place="0a-5")
+    run, message = start(store, thread_id, event_id="0a-4")
+    done_run, done_message = start(store, thread_id, event_id="0a-5")
     assert store.save("w1", *over(done_run, done_message), [], "0a-9")
     found = store.page(thread_id, 10)
     assert found is not None
-    assert [one.place for one in found[0]] == [None, "0a-4", None]
+    assert [one.event_id for one in found[0]] == [None, "0a-4", None]
     assert store.save("w1", run, message, [], "0a-7")
     found = store.page(thread_id, 10)
     assert found is not None
-    assert found[0][1].place == "0a-7"
+    assert found[0][1].event_id == "0a-7"
 
 
 def said(message: Message) -> Said:
@@ -381,8 +381,8 @@ def test_what_has_grown_is_stored_at_once_of_those_runs_that_are_the_workers_and
     found, _ = store.page(thread_id, 200) or ([], False)
     stored = {one.entry["run"]["id"]: one for one in found if one.entry["run"]}
     for run, _ in (mine, also):
-        entry, place = stored[run["id"]]
-        assert (entry["message"]["content"], entry["steps"], place) == (grown, [step], "0a-3")
+        entry, event_id = stored[run["id"]]
+        assert (entry["message"]["content"], entry["steps"], event_id) == (grown, [step], "0a-3")
     for run, _ in (theirs, ended):
         assert stored[run["id"]].entry["message"]["content"] == []
     held = {one.run["id"]: one.upstream for one in store.held()}
@@ -635,7 +635,7 @@ def test_who_claims_a_run_gets_what_its_last_holder_stored_until_then(store: Thr
     assert store.save_grown("w1", [(run, message, [], "0a-9", None, 0)]) == {run["id"]}
     claimed = store.claim(read, "w2", 3600)
     assert claimed is not None
-    assert (claimed.message, claimed.place) == (message, "0a-9")
+    assert (claimed.message, claimed.event_id) == (message, "0a-9")
     # Its holder is another from now on.
     assert store.save_grown("w1", [(run, message, [], "0a-9", None, 0)]) == set()
     assert store.save_grown("w2", [(run, message, [], "0a-9", None, 0)]) == set()

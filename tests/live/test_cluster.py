@@ -172,8 +172,8 @@ def test_attaches_while_two_workers_append_miss_and_repeat_nothing(redis_server:
                     with contextlib.closing(log.subscribe(f"t{number}", place)) as reader:
                         while place.offset < stop and chance.random() < 0.7:
                             for record in reader.read(5):
-                                assert record.place == place._replace(offset=place.offset + 1)
-                                place = record.place
+                                assert record.event_id == place._replace(offset=place.offset + 1)
+                                place = record.event_id
                     log = chance.choice([one, other])
 
         def write(log: RedisLog) -> None:

@@ -55,14 +55,14 @@ class Watcher:
         workers: Workers,
         thread_id: str,
         choose: random.Random,
-        place: EventId | None = None,
+        event_id: EventId | None = None,
         runs: set[str] | None = None,
     ) -> None:
         runtime, self._choose, self._said = choose.choice(workers.all), choose, b""
         if runs is None:
-            self._frames = event_streams.view(runtime, thread_id, place, self._send)
+            self._frames = event_streams.view(runtime, thread_id, event_id, self._send)
         else:
-            self._frames = event_streams.follow(runtime, thread_id, None, runs, place, self._send)
+            self._frames = event_streams.follow(runtime, thread_id, None, runs, event_id, self._send)
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 

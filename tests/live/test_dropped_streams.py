@@ -118,7 +118,7 @@ def test_streams_that_an_apps_hook_replaced_are_counted_out_and_let_go_of(
     gc.collect()
     assert (runtime(app).streams, runtime(app).open_streams) == ({}, 0)
     caller.wait()
-    (tail,) = runtime(app).log._threads._tails.values()  # type: ignore[attr-defined]
+    (tail,) = runtime(app).log._threads._buffers.values()  # type: ignore[attr-defined]
     assert tail.users == 0
 
 

@@ -52,12 +52,12 @@ def away(call: Callable[[], object]) -> bool:
     return False
 
 
-def lost_within(log: RedisLog, place: EventId, seconds: float) -> bool:
-    """Whether a viewer at ``place`` is told within so many ``seconds`` that it needs a snapshot."""
+def lost_within(log: RedisLog, event_id: EventId, seconds: float) -> bool:
+    """Whether a viewer at ``event_id`` is told within so many ``seconds`` that it needs a snapshot."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:
-            log.subscribe(THREAD, place).close()
+            log.subscribe(THREAD, event_id).close()
         except PositionExpiredError:
             return True
         except LogUnavailableError:
@@ -116,25 +116,25 @@ def test_what_needs_redis_says_so_while_it_is_away_and_works_when_it_is_back(
 
 
 def test_a_full_redis_takes_nothing_and_still_answers(own_redis: RedisServer, log: RedisLog) -> None:
-    place = log.append(THREAD, [event(1)])
+    event_id = log.append(THREAD, [event(1)])
     own_redis.ask("CONFIG", "SET", "maxmemory", "1")
     assert away(lambda: log.append(THREAD, [event(2)]))
-    assert log.since(THREAD, place) == []
+    assert log.since(THREAD, event_id) == []
     log.forget(THREAD, event(3))
-    assert [record.data()["n"] for record in log.since(THREAD, place)] == [3]
+    assert [record.data()["n"] for record in log.since(THREAD, event_id)] == [3]
 
 
 def test_a_lock_whose_holder_died_begins_the_log_anew(
     own_redis: RedisServer, log: RedisLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(redis_log, "LOCK_SECONDS", 0.3)
-    place = log.append(THREAD, [event(1)])
+    event_id = log.append(THREAD, [event(1)])
     code = (
         "import os; from assistream_flask.log import redis as r; r.LOCK_SECONDS = 0.3\n"
         f"held = r.RedisLog({own_redis.url!r}).lock({THREAD!r}); held.__enter__(); os._exit(0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
-    assert lost_within(log, place, 5)
+    assert lost_within(log, event_id, 5)
     assert log.quiet(THREAD) is not None
 
 
@@ -155,7 +155,7 @@ def test_a_threads_stream_has_at_most_about_so_many_bytes(own_redis: RedisServer
     with redis.Redis.from_url(own_redis.url) as client:
         used = client.memory_usage(f"assistream:0:{THREAD}")
     assert used < 250_000
-    assert log.since(THREAD, end._replace(offset=end.offset - 3))[-1].place == end
+    assert log.since(THREAD, end._replace(offset=end.offset - 3))[-1].event_id == end
     log.close()
 
 
@@ -226,7 +226,7 @@ def test_a_fence_that_could_not_be_set_is_set_before_anything_else_when_redis_is
 ) -> None:
     earlier, later = Claim("run_1", 0), Claim("run_1", 1)
     appender = LogAppender(log)
-    place = log.append(THREAD, [event(1)], earlier)
+    event_id = log.append(THREAD, [event(1)], earlier)
     own_redis.signal(signal.SIGSTOP)
     assert not appender.fence(THREAD, later)
     assert appender.append(THREAD, [event(2)], later) is None
@@ -234,7 +234,7 @@ def test_a_fence_that_could_not_be_set_is_set_before_anything_else_when_redis_is
     own_redis.signal(signal.SIGCONT)
     wait_until(lambda: list(appender.rebuild()) == [THREAD])
     # Its viewers get a snapshot, and nothing of what its last holder still tells.
-    assert lost_within(log, place, 5)
+    assert lost_within(log, event_id, 5)
     assert log.append(THREAD, [event(3)], earlier) is REFUSED
     assert appender.append(THREAD, [event(4)], later) == log.end(THREAD)
 
@@ -271,8 +271,8 @@ def test_a_worker_of_the_older_release_appends_beside_this_one_also_where_a_run_
     with contextlib.closing(log.subscribe(THREAD, start)) as viewer, redis.Redis.from_url(own_redis.url) as client:
         old = client.register_script(redis_log.lua("common") + OLD_APPEND)
         body = redis_log._body(event(2))
-        [place] = old(["assistream:0:" + THREAD], [600_000, 10_000, 8 << 20, 1, body])
-        assert place.decode() == f"{start.epoch}-2"
+        [event_id] = old(["assistream:0:" + THREAD], [600_000, 10_000, 8 << 20, 1, body])
+        assert event_id.decode() == f"{start.epoch}-2"
         assert log.append(THREAD, [event(3)], Claim("run_1", 1)) == start._replace(offset=3)
         seen: list[int] = []
         for _ in range(20):
@@ -315,9 +315,9 @@ def test_what_a_run_told_is_recovered_where_a_lock_of_its_thread_ran_out(
         wait_until(lambda: lost_within(log, start, 0.1))
         log.append(THREAD, [Event("e", cast(Any, {"n": 3}), "r")])
     log.append(THREAD, [Event("e", cast(Any, {"n": 4}), "r")])
-    records, place = log.recover(THREAD, start, "r")
+    records, event_id = log.recover(THREAD, start, "r")
     assert [record.data()["n"] for record in records] == [2, 3, 4]
-    assert place == log.end(THREAD)
+    assert event_id == log.end(THREAD)
     own_redis.ask("FLUSHALL")
     log.append(THREAD, [Event("e", cast(Any, {"n": 5}), "r")])
     with pytest.raises(PositionExpiredError):

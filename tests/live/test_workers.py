@@ -96,8 +96,8 @@ class Mortal:
 
 
 class RedisTape(Tape):
-    def later(self, known: EventId, place: EventId) -> bool:
-        return (int(known.epoch), known.offset) > (int(place.epoch), place.offset)
+    def later(self, known: EventId, event_id: EventId) -> bool:
+        return (int(known.epoch), known.offset) > (int(event_id.epoch), event_id.offset)
 
 
 class TapedRedisLog(RedisLog):

@@ -83,8 +83,8 @@ def test_no_snapshot_is_older_than_what_its_asker_did_before(seed: int) -> None:
                 written += 1
                 mine = written
             found = ours.get("thread")
-            if found is None or found.place.offset < mine:
-                wrong.append((mine, found.place.offset if found else -1))
+            if found is None or found.event_id.offset < mine:
+                wrong.append((mine, found.event_id.offset if found else -1))
             time.sleep(choose.random() * 0.003)
 
     choose = random.Random(seed)
@@ -133,7 +133,7 @@ def test_a_failure_is_that_of_all_who_waited_and_the_next_reads_anew() -> None:
     assert Counter(found) == {1: 1, 2: 10}
     anew = ours.get("thread")
     assert anew is not None
-    assert anew.place == EventId("a", 3)
+    assert anew.event_id == EventId("a", 3)
     assert (ours._open, ours._begun) == ({}, {})
 
 

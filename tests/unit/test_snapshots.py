@@ -79,22 +79,22 @@ class Tape:
         self, append: Callable[..., EventId | None], thread_id: str, events: Sequence[Event], *more: Any
     ) -> EventId | None:
         with self._guard:
-            place = append(thread_id, events, *more)
-            if place is None or place is REFUSED:
-                return place
-            for at, event in enumerate(events, place.offset - len(events) + 1):
-                self._tapes.setdefault(thread_id, []).append((EventId(place.epoch, at), copy.deepcopy(event)))
-            return place
+            event_id = append(thread_id, events, *more)
+            if event_id is None or event_id is REFUSED:
+                return event_id
+            for at, event in enumerate(events, event_id.offset - len(events) + 1):
+                self._tapes.setdefault(thread_id, []).append((EventId(event_id.epoch, at), copy.deepcopy(event)))
+            return event_id
 
-    def until(self, thread_id: str, place: EventId | None = None) -> list[Event]:
-        """Gives all events of the thread, or those up to ``place``, those of earlier epochs included."""
+    def until(self, thread_id: str, event_id: EventId | None = None) -> list[Event]:
+        """Gives all events of the thread, or those up to ``event_id``, those of earlier epochs included."""
         with self._guard:
             tape = list(self._tapes.get(thread_id, ()))
-        before = [at for at, (known, _) in enumerate(tape) if place is not None and self.later(known, place)]
+        before = [at for at, (known, _) in enumerate(tape) if event_id is not None and self.later(known, event_id)]
         return [event for _, event in (tape[: before[0]] if before else tape)]
 
-    def later(self, known: EventId, place: EventId) -> bool:
-        return known.epoch == place.epoch and known > place
+    def later(self, known: EventId, event_id: EventId) -> bool:
+        return known.epoch == event_id.epoch and known > event_id
 
 
 class TapedLog(MemoryLog):
@@ -234,11 +234,11 @@ class House:
         """Gives a page, which must be what the events up to its place add up to."""
         runner, log = self.pick()
         # A thread that is gone has no page; what its events leave is nothing.
-        entries, more, place = runner.page(thread_id, 200) or ([], False, log.end(thread_id))
+        entries, more, event_id = runner.page(thread_id, 200) or ([], False, log.end(thread_id))
         assert not more
         if self.exact:
-            assert entries == Viewer().see(self.tape.until(thread_id, place)).entries
-        return entries, place
+            assert entries == Viewer().see(self.tape.until(thread_id, event_id)).entries
+        return entries, event_id
 
     def check(self, thread_id: str, whole: list[Json]) -> None:
         """What must be true of a thread when all is over, of which ``whole`` is stored."""
@@ -367,27 +367,27 @@ class Seat:
 
     def __init__(self, house: House, thread_id: str) -> None:
         self._house, self._thread_id = house, thread_id
-        self.place: EventId | None = None
+        self.event_id: EventId | None = None
         self.viewer = Viewer()
         self._subscription: Subscription | None = None
 
     def read(self) -> None:
         try:
             if self._subscription is None:
-                if self.place is None:
+                if self.event_id is None:
                     raise PositionExpiredError
-                self._subscription = self._house.pick().log.subscribe(self._thread_id, self.place)
+                self._subscription = self._house.pick().log.subscribe(self._thread_id, self.event_id)
             records = self._subscription.read(0)
         except PositionExpiredError:
             self.cut()
-            entries, self.place = self._house.attach(self._thread_id)
+            entries, self.event_id = self._house.attach(self._thread_id)
             self.viewer = Viewer(entries)
             return
         for record in records:
-            assert self.place is not None
-            assert record.place == EventId(self.place.epoch, self.place.offset + 1)
+            assert self.event_id is not None
+            assert record.event_id == EventId(self.event_id.epoch, self.event_id.offset + 1)
             self.viewer.see([Event(record.name, cast(Any, record.data()))])
-            self.place = record.place
+            self.event_id = record.event_id
 
     def cut(self) -> None:
         if self._subscription is not None:
@@ -397,7 +397,7 @@ class Seat:
     def caught_up(self) -> bool:
         with self._house.trouble():
             self.read()
-            return self.place == self._house.pick().log.end(self._thread_id)
+            return self.event_id == self._house.pick().log.end(self._thread_id)
         return False
 
 
@@ -582,8 +582,8 @@ def test_text_that_was_not_stored_yet_survives_the_end_of_an_epoch(house: House)
     before = house.attach(thread_id)[1]
     house.clock.now += 100
     house.log.tend()
-    entries, place = house.attach(thread_id)
-    assert place.epoch != before.epoch
+    entries, event_id = house.attach(thread_id)
+    assert event_id.epoch != before.epoch
     assert entries[1]["message"]["content"] == [events.text_part("a")]
     script.go()
     until(lambda: house.attach(thread_id)[0][1]["message"]["content"] == [events.text_part("ab")])
