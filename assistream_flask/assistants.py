@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from .errors import ConfigurationError
+from .types import AssistantSummary
 from .upstream.dialects import DIALECTS
 
 _ID: Final = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
@@ -74,7 +75,7 @@ class Assistant:
         found = {**(self.arguments.get("extra_body") or {}), **self.arguments}.get("max_output_tokens")
         return found if isinstance(found, int) else None
 
-    def public(self) -> dict[str, str]:
+    def public(self) -> AssistantSummary:
         """Give what any caller may read: id, name, description."""
         return {"id": self.id, "name": self.name, "description": self.description}
 

@@ -14,6 +14,7 @@ from typing import Literal, TypeAlias, TypedDict
 __all__ = [
     "Annotation",
     "AnnotatedFile",
+    "AssistantSummary",
     "ContentPart",
     "Deleted",
     "Entry",
@@ -34,6 +35,7 @@ __all__ = [
     "Run",
     "RunIncompleteDetails",
     "Snapshot",
+    "StartedRuns",
     "Step",
     "StepDelta",
     "StepDeltaDetails",
@@ -232,6 +234,21 @@ class Entry(TypedDict):
 
 
 # The data of events
+
+
+class AssistantSummary(TypedDict):
+    """What any caller may know of an assistant."""
+
+    id: str
+    name: str
+    description: str
+
+
+class StartedRuns(TypedDict):
+    """What one POST stored: the user's message, where there is one, and the runs in the order of their assistants."""
+
+    message: Entry | None
+    runs: list[Run]
 
 
 class Snapshot(TypedDict):

@@ -20,7 +20,7 @@ from ..platform.threads import spawn
 from ..settings import Settings
 from ..store.leases import LEASE_SECONDS
 from ..store.sql import Answer, Owner, ThreadStore
-from ..types import Entry, Message, Run
+from ..types import Entry, Message, Run, StartedRuns
 from . import snapshot
 from .active_run import ActiveRun
 from .checkpointer import Checkpointer
@@ -43,6 +43,10 @@ class Started(NamedTuple):
     message: Entry | None
     runs: list[Run]
     event_id: EventId
+
+    def public(self) -> StartedRuns:
+        """Give what the caller is told of it."""
+        return {"message": self.message, "runs": self.runs}
 
 
 class _Group(NamedTuple):

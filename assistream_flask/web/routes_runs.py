@@ -5,6 +5,7 @@ from __future__ import annotations
 from flask import Response, request
 
 from ..log.protocol import EventId
+from ..runs.runner import Started
 from ..runs.service import OwnedThread
 from ..store.sql import Answer, AnsweredBefore
 from . import event_streams
@@ -20,7 +21,7 @@ def create_runs(call: Call, thread: OwnedThread) -> Response:
     command = thread.runs(body["assistant_ids"], body.get("content"), body.get("mode", "parallel"))
 
     def begin() -> Answer:
-        return start(call, thread, command, 202, lambda started: {"message": started.message, "runs": started.runs})
+        return start(call, thread, command, 202, Started.public)
 
     def follow(send: event_streams.Send) -> event_streams.Frames:
         given = begin()

@@ -127,6 +127,8 @@ def of_object(hint: Any, schema: Any, at: str) -> Iterator[str]:
         (types.Step, "Step"),
         (types.ReasoningDetails, "ReasoningDetails"),
         (types.Entry, "Entry"),
+        (types.AssistantSummary, "Assistant"),
+        (types.StartedRuns, "Started"),
         (types.Snapshot, "Snapshot"),
         (types.MessageDelta, "MessageDelta"),
         (types.StepDelta, "StepDelta"),
