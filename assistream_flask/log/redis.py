@@ -136,8 +136,8 @@ class RedisLog:
                 url, max_connections=connections + 1, socket_timeout=SECONDS, **options
             )
         )
-        # It counts what it ever made, and this makes one a reconnect.
-        self._lines = redis.ConnectionPool.from_url(url, max_connections=2**31, socket_timeout=SECONDS, **options)
+        # For the one that listens.
+        self._lines = redis.ConnectionPool.from_url(url, max_connections=1, socket_timeout=SECONDS, **options)
         # Channels are the same in all databases of a server, so the database is in the name.
         base = f"assistream:{self._redis.connection_pool.connection_kwargs.get('db') or 0}"
         self._prefix, self._locked, self._signal = f"{base}:", f"{base}-locks", f"{base}-signal".encode()
@@ -336,8 +336,7 @@ class RedisLog:
         while not self._closed.is_set():
             line: Any = None
             try:
-                line = self._lines.make_connection()
-                line.connect()
+                line = self._lines.get_connection()
                 self._meet(line)
                 channels = [self._prefix + thread_id for thread_id, _ in self._threads.all()]
                 with self._sending:
@@ -357,7 +356,9 @@ class RedisLog:
                     self._line = None
                     self._linked.clear()
                     if line is not None:
+                        # What is subscribed ends with it: the next is this one, connected anew.
                         line.disconnect()
+                        self._lines.release(line)
             self._closed.wait(_AGAIN_SECONDS * (0.5 + random.random()))
 
     def _meet(self, line: Any) -> None:

@@ -285,12 +285,13 @@ def _redis(url: str) -> Iterator[Finding]:
 def _looked_at(redis: Any) -> tuple[float, dict[str, Any]]:
     """Give how long a round trip takes, in milliseconds, and what that Redis tells of itself. Raises
     :class:`.redis_requirements.UnfitRedisError`, and what the client raises."""
-    line = redis.connection_pool.make_connection()
+    line = redis.connection_pool.get_connection()
     try:
-        line.connect()
         redis_requirements.check(line, f"assistream:{line.db or 0}:none")
     finally:
+        # After what it was asked it may be of no use.
         line.disconnect()
+        redis.connection_pool.release(line)
     redis.ping()
     start = time.perf_counter()
     redis.ping()
