@@ -1,4 +1,4 @@
-"""What is known of the server below, gunicorn and gevent, and of the process that they give the app.
+"""What is known of gunicorn and gevent, the server below, of the process that they give the app, and of the SDK.
 
 Nothing in here knows of threads, runs or events: it is what all else stands on.
 """

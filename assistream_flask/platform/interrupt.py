@@ -10,6 +10,8 @@ import gevent
 from gevent import get_hub, getcurrent, monkey
 from greenlet import greenlet
 
+from . import reliances
+
 T = TypeVar("T")
 
 
@@ -71,6 +73,10 @@ class Interruptible:
 def _tidying(waiting: greenlet) -> bool:
     """Tell whether it waits while it closes something, or for a lock. Both are short, and a connection pool
     that is stopped there never gets its connection back."""
+    if not hasattr(waiting, "gr_frame"):
+        missing = reliances.Missing("greenlet", "greenlet.gr_frame")
+        reliances.miss("interrupt", missing, "a run that is cancelled as it closes a connection may lose that")
+        return False
     frame = waiting.gr_frame
     if frame is not None and frame.f_code.co_name in ("acquire", "__enter__"):
         return True

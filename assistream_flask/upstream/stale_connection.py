@@ -12,6 +12,8 @@ from typing import Any, Final
 import httpx2
 import openai
 
+from ..platform import openai_sdk
+
 _SECONDS: Final = 2.0
 """Who closed it before the request tells so at once; one that took longer may have been at work on the answer."""
 
@@ -26,16 +28,7 @@ class RequestWatch:
     def __init__(self, client: openai.OpenAI) -> None:
         self._seen: set[str] = set()
         self._asked_at = 0.0
-        prepare: Any = getattr(client, "_prepare_request", None)
-        if prepare is None:
-            return
-
-        def watched(request: httpx2.Request) -> None:
-            prepare(request)
-            self._seen, self._asked_at = set(), time.monotonic()
-            request.extensions.setdefault("trace", self._trace)
-
-        client._prepare_request = watched  # type: ignore[method-assign]
+        openai_sdk.on_request(client, self._begin)
 
     def was_stale(self) -> bool:
         """Tell whether the last request went over a connection that was used before, and got no answer's head."""
@@ -47,6 +40,10 @@ class RequestWatch:
             and not any(".connect_tcp" in step or ".connect_unix" in step for step in seen)
             and time.monotonic() - self._asked_at < _SECONDS
         )
+
+    def _begin(self, request: httpx2.Request) -> None:
+        self._seen, self._asked_at = set(), time.monotonic()
+        request.extensions.setdefault("trace", self._trace)
 
     def _trace(self, name: str, info: dict[str, Any]) -> None:
         self._seen.add(name)

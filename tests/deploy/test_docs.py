@@ -217,7 +217,7 @@ def test_every_dependency_has_a_lowest_version_and_says_in_its_line_what_it_is_f
 def test_a_major_version_of_what_is_known_from_within_comes_only_when_it_was_looked_at() -> None:
     known = runpy.run_path(str(ROOT / "run_tests.py"))["lowest"]
     text = (ROOT / "pyproject.toml").read_text()
-    for name in ("httpx2", "httpcore2", r"gunicorn\[gevent\]", r"redis\[hiredis\]"):
+    for name in ("openai", "httpx2", "httpcore2", r"gunicorn\[gevent\]", r"redis\[hiredis\]"):
         assert re.search(rf'"{name}>=[\d.]+,<\d+"', text), name
     assert {"flask", "gunicorn[gevent]", "redis[hiredis]"} <= {one.partition("==")[0] for one in known()}
 

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -241,6 +242,47 @@ def test_the_top_of_a_module_only_imports_and_defines(path: Path) -> None:
         kinds = ast.Import | ast.ImportFrom | ast.Assign | ast.AnnAssign | ast.FunctionDef | ast.ClassDef
         definition = isinstance(node, kinds)
         assert docstring or typing or definition, f"{path}:{node.lineno}"
+
+
+# Names with an underscore that a library documents: those of named tuples, and of SQLAlchemy's rows.
+DOCUMENTED = {"_asdict", "_mapping", "_replace"}
+
+
+def names(tree: ast.AST) -> Iterator[tuple[str, int, bool]]:
+    """The names in a module that are defined, or asked of an object, each with its line and whether it is defined."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.Name(id=name, ctx=ast.Store()):
+                yield name, node.lineno, True
+            case ast.Attribute(value=ast.Name(id="self"), attr=name, ctx=ast.Store()):
+                yield name, node.lineno, True
+            case ast.Attribute(attr=name):
+                yield name, node.lineno, False
+            case ast.Call(func=ast.Name(id="getattr" | "hasattr"), args=[_, ast.Constant(value=str(name)), *_]):
+                yield name, node.lineno, False
+
+
+def test_private_names_of_other_libraries_are_for_two_rooms_only() -> None:
+    found = [
+        (path, *one) for path in MODULES for one in names(ast.parse(path.read_text())) if re.match("_[^_]", one[0])
+    ]
+    ours = {name for _, name, _, is_defined in found if is_defined} | DOCUMENTED
+    others = {
+        (room_of(name_of(path)), name) for path, name, _, is_defined in found if not is_defined and name not in ours
+    }
+    # What is looked for here is found.
+    assert {("fast", "_mounts"), ("fast", "_network_backend"), ("platform", "_prepare_request")} <= others
+    assert [one for one in others if one[0] not in ("fast", "platform")] == []
+
+
+def test_every_library_that_is_imported_is_a_dependency() -> None:
+    project = tomllib.loads((HOUSE.parent / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    declared = [*project["dependencies"], *extras["postgres"], *extras["redis"]]
+    known = {re.split(r"[\[<>=]", one)[0].replace("-", "_") for one in declared}
+    imported = {module.split(".")[0] for path in MODULES for module, _ in imports(path)}
+    assert {"click", "greenlet", "openai"} <= imported
+    assert imported - known - sys.stdlib_module_names == {"assistream_flask"}
 
 
 WATCH = """
