@@ -40,6 +40,9 @@ class Settings:
     log_seconds: float = _setting(600.0, "a thread's log is kept so long after its last event or viewer", 1)
     slow_seconds: float = _setting(8.0, "a viewer is cut off that takes nothing for so long", 0.1)
     drain_seconds: float = _setting(10.0, "at shutdown, runs under way may finish for so long")
+    fast: str = _setting(
+        "on", "what is there only for speed: `on`, `off`, or what is off, such as `-direct_send,-chunk_reader`"
+    )
     allowed_origins: str = _setting("", "origins besides the page's own that may send commands, space between")
 
     @classmethod

@@ -38,7 +38,15 @@ def examples(count: int) -> int:
 
 # Files of long tests that share nothing. Those of any other are run one after another by one of pytest-xdist's workers,
 # as servers and browsers are started once a file.
-APART = ("test_complaints", "test_crashes", "test_leaks", "test_locked_database", "test_worker_restart", "test_runtime")
+APART = (
+    "test_complaints",
+    "test_crashes",
+    "test_fast",
+    "test_leaks",
+    "test_locked_database",
+    "test_runtime",
+    "test_worker_restart",
+)
 
 
 # Fixtures that start a server in a process of its own. What starts one itself is of the other three kinds.

@@ -27,7 +27,7 @@ _PATIENCE: Final = 0.3
 
 
 class ReadSlot(ReadGate):
-    """Where the reader of a stream waits for its turn. ``left`` is for what is left to it; ``None``: the reading."""
+    """A read gate whose stream has turns. ``left`` is for what a tick leaves to the reader; ``None``: the reading."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class ReadSlot(ReadGate):
         self.left: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def number(self) -> int | None:
-        """Gives the file descriptor of its connection: -1 when that is closed, ``None`` when there is none."""
+        """Give the file descriptor of its connection: -1 when that is closed, ``None`` when there is none."""
         return None if self.socket is None else self.socket.fileno()
 
 
@@ -52,8 +52,8 @@ T = TypeVar("T", bound=SlotHolder)
 
 
 class BatchScheduler(Generic[T]):
-    """Lets each stream have a turn every ``seconds``. While there is something to do, calls ``tick`` every few
-    milliseconds with those that have a turn and something to read: for it to read, and to have each wait :meth:`again`
+    """Gives each stream a turn every ``seconds``. While there is something to do it calls ``tick``, every few
+    milliseconds, with those that have a turn and something to read: for it to read, and to have each wait :meth:`again`
     or go on.
     """
 
@@ -70,7 +70,7 @@ class BatchScheduler(Generic[T]):
         self._closed = False
 
     def wait(self, one: T) -> Any:
-        """Gives what is left to the reader; ``None`` when it is to read for itself."""
+        """Give what is left to the reader, once it is its turn; ``None`` when it is to read for itself."""
         if self._closed or one.seat.number() == -1:
             return None
         self.again(one)
@@ -84,12 +84,12 @@ class BatchScheduler(Generic[T]):
             self._waiting.pop(one, None)
 
     def again(self, one: T) -> None:
-        """Lets it have its next turn; its reader waits. Call it in a tick."""
+        """Give it its next turn; its reader waits. Call it in a tick."""
         one.seat.since = time.monotonic() + self._seconds
         self._waiting[one] = None
 
     def close(self) -> None:
-        """Ticks no more; who waits then reads at once."""
+        """End the ticks; who waits then reads at once."""
         self._closed = True
         self._wanted.set()
 

@@ -13,13 +13,18 @@ import re
 import ssl
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import chain
 from typing import Any, Final, Literal
 
 import httpcore2
 import httpx2
 import openai
 
-from .read_gate import READ_BYTES, ReadGate
+from ..platform import reliances
+from .read_gate import READ_BYTES, ReadGate, through
+from .switches import SWITCHES
+
+NAME: Final = "chunk_reader"
 
 _HEAD_END: Final = re.compile(rb"\n\r?\n")
 _CHUNK: Final = re.compile(rb"([0-9a-fA-F]{1,7})\r\n")
@@ -27,12 +32,17 @@ _CUT: Final = re.compile(rb"[0-9a-fA-F]{1,7}\r?")
 
 
 def lean(client: httpx2.Client) -> httpx2.Client:
-    """Has ``client``, one that has sent nothing yet, read event streams with a fraction of the work; gives it back.
+    """Have ``client``, one that has sent nothing yet, read event streams with a fraction of the work; give it back.
 
     For a client of the app's own: ``OpenAI(http_client=lean(DefaultHttpxClient()))``. Works with httpx2's own
-    transports, those for proxies included; others stay as they are.
+    transports, those for proxies included; others stay as they are, and so do all where ``chunk_reader`` is off.
     """
-    for transport in (client._transport, *client._mounts.values()):
+    if not SWITCHES.is_on(NAME):
+        return client
+    if (lacks := _lacks(client)) is not None:
+        reliances.miss(NAME, lacks, "streams are read as the SDK reads them, slower")
+        return client
+    for transport in _transports(client):
         pool: Any = getattr(transport, "_pool", None)
         backend = getattr(pool, "_network_backend", None)
         # HTTP/2 has no chunks.
@@ -46,14 +56,63 @@ def lean(client: httpx2.Client) -> httpx2.Client:
 
 
 def new_client() -> openai.OpenAI:
-    """Gives the client of who names none: the SDK's settings from the environment, read leanly."""
+    """Make the client of who names none: with the SDK's settings from the environment, and lean."""
     # A server of one's own often wants no key, the SDK insists on one.
     own = os.environ.get("OPENAI_BASE_URL") and not os.environ.get("OPENAI_API_KEY")
     return openai.OpenAI(api_key="none" if own else None, http_client=lean(openai.DefaultHttpxClient()))
 
 
+def missing() -> reliances.Missing | None:
+    """Tell what of httpx2 and httpcore2 is not as :func:`lean` knows it.
+
+    Both take a network backend, or a transport, when they are made. But httpx2 hands none on, and a transport of ours
+    would have to do again what its own does: proxies of the environment, TLS, what its errors mean.
+    """
+    # Without certificates, which take long to load.
+    with httpx2.Client(transport=httpx2.HTTPTransport(verify=False), trust_env=False) as client:
+        return _lacks(client)
+
+
+def _transports(client: httpx2.Client) -> Iterable[object]:
+    return (client._transport, *client._mounts.values())
+
+
+def _lacks(client: httpx2.Client) -> reliances.Missing | None:
+    """Tell which name ``client``, or what it is made of, has no more. Transports of an app's own have none of them."""
+    for name in ("_transport", "_mounts"):
+        if not hasattr(client, name):
+            return reliances.Missing("httpx2", f"Client.{name}")
+    for transport in _transports(client):
+        if not isinstance(transport, httpx2.HTTPTransport):
+            continue
+        if not hasattr(transport, "_pool"):
+            return reliances.Missing("httpx2", "HTTPTransport._pool")
+        for name in ("_network_backend", "_http2"):
+            if not hasattr(transport._pool, name):
+                return reliances.Missing("httpcore2", f"ConnectionPool.{name}")
+    return None
+
+
+def body(response: Any, gate: ReadGate | None) -> Iterable[bytes]:
+    """Give the bytes of the SDK's ``response`` as they come, and ``b""`` before each read where there is a ``gate``.
+
+    Raises what the transport does.
+    """
+    connection = response.extensions.get("network_stream")
+    headers = response.headers
+    if (
+        isinstance(connection, Connection)
+        and headers.get("Transfer-Encoding", "").lower() == "chunked"
+        and "Content-Encoding" not in headers
+        and SWITCHES.is_on(NAME)
+    ):
+        timeout = response.request.extensions.get("timeout", {}).get("read")
+        return chain(connection.chunks(timeout, gate), response.iter_bytes())
+    return map(b"".join, through(response.iter_bytes(), gate))
+
+
 def _whole(data: bytes) -> list[bytes]:
-    """Gives the data of each chunk where ``data`` is nothing but whole ones without CRLF in them, as of nearly every
+    """Give the data of each chunk where ``data`` is nothing but whole ones without CRLF in them, as of nearly every
     read; many at once cost less so."""
     lines = data.split(b"\r\n")
     sizes, found = lines[:-1:2], lines[1::2]
@@ -63,7 +122,7 @@ def _whole(data: bytes) -> list[bytes]:
 
 
 def _split(data: bytes, left: int) -> tuple[list[bytes], bytes, int, Literal["malformed", "h11"] | None]:
-    """Gives the data of chunks, cut ones too; the bytes behind it; and what of a chunk that is cut is still to come.
+    """Give the data of chunks, cut ones too; the bytes behind it; and what of a chunk that is cut is still to come.
 
     ``left`` is that of the read before, the chunk's CRLF included. The last of the four says why reading ends here: a
     chunk is malformed, or what comes next is for h11, such as the last chunk or a head that is not an ordinary one.
@@ -162,9 +221,9 @@ class Connection(httpcore2.NetworkStream):
         return self._inner.get_extra_info(info)
 
     def chunks(self, timeout: float | None, gate: ReadGate | None = None) -> Iterator[bytes]:
-        """Gives the data of ordinary chunks, that of one read together; nothing where the body has been begun.
+        """Give the data of ordinary chunks, that of one read together; nothing where the body has been begun.
 
-        Gives ``b""`` before each read where there is a ``gate``. What follows is for :meth:`read`. Raises what a
+        It gives ``b""`` before each read where there is a ``gate``. What follows is for :meth:`read`. Raises what a
         socket does.
         """
         if not self._at_body:
@@ -197,7 +256,7 @@ class Connection(httpcore2.NetworkStream):
             yield b""
 
     def _reader(self, timeout: float | None, gate: ReadGate | None) -> tuple[Callable[[int], bytes], ReadGate | None]:
-        """Gives what reads the body's bytes, and the gate where it may wait at the socket itself."""
+        """Give what reads the body's bytes, and the gate where it may wait at the socket itself."""
         raw = self.get_extra_info("socket")
         # TLS within a proxy's TLS is decrypted above the socket.
         if not hasattr(raw, "recv") or isinstance(self.get_extra_info("ssl_object"), ssl.SSLObject):

@@ -7,6 +7,8 @@ from typing import Any, Final
 
 from pydantic_core import from_json
 
+from .switches import SWITCHES
+
 _HOLE: Final = re.compile(rb'"delta": ?"(?P<text>[^"\\]*)"|"sequence_number": ?(?P<number>[0-9]+)')
 # LF too, which parts the texts when this is looked for.
 _NO_TEXT: Final = bytes(set(range(0x20)) - {0x0A}) + b'"\\'
@@ -16,6 +18,11 @@ _TRIES: Final = 5
 _KINDS: Final = frozenset(
     f"response.{what}.delta" for what in ("output_text", "refusal", "reasoning_summary_text", "reasoning_text")
 )
+
+
+def for_stream(joined: bool) -> EventTemplate | None:
+    """Give the template of a new stream; ``None`` where its events may not be ``joined``, or templates are off."""
+    return EventTemplate() if joined and SWITCHES.is_on("event_template") else None
 
 
 class EventTemplate:
@@ -39,7 +46,7 @@ class EventTemplate:
         self._number = 0
 
     def learn(self, frame: tuple[bytes, bytes], event: tuple[str, dict[str, Any]]) -> None:
-        """Takes note of the last event: its name and text as they came, and what they say."""
+        """Learn the last event: its name and text as they came, and what they say."""
         (name, text), (kind, data) = frame, event
         number, last = data.get("sequence_number"), self._number
         self._number = number if type(number) is int and 0 <= number < 1 << 53 else 0
@@ -78,7 +85,7 @@ class EventTemplate:
         self._least = sum(map(len, head + tail))
 
     def read(self, data: bytes) -> tuple[str, dict[str, Any]] | None:
-        """Gives one event for all that ``data`` is, with their texts joined and the rest as in the one that was
+        """Give one event for all that ``data`` is, with their texts joined and the rest as in the one that was
         learned; ``None`` where it is anything else than whole events of its kind, numbered one by one."""
         if not self._head:
             return None

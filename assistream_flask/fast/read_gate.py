@@ -9,8 +9,21 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
+from .switches import SWITCHES
+
 READ_BYTES: Final = 65_536
 _TURN_SECONDS: Final = 0.01
+
+
+def in_use(gate: ReadGate | None) -> ReadGate | None:
+    """Give the gate where a stream is to stop at it: nowhere while reading in batches is off, so that nothing asks the
+    batch scheduler for a turn."""
+    return gate if gate is not None and SWITCHES.is_on("batched_reading") else None
+
+
+def through(source: Iterator[Any], gate: ReadGate | None) -> Iterator[list[Any]]:
+    """Give what ``source`` gives in lists, and an empty one before each read where there is a ``gate``."""
+    return gate.through(source) if gate is not None else ([item] for item in source)
 
 
 class TimeSlice:
@@ -20,7 +33,7 @@ class TimeSlice:
         self._since = time.monotonic()
 
     def share(self) -> None:
-        """Lets the others go on, where it was long ago that they could."""
+        """Let the others go on, where it was long ago that they could."""
         if time.monotonic() - self._since > _TURN_SECONDS:
             time.sleep(0)
             self._since = time.monotonic()
@@ -48,11 +61,11 @@ class ReadGate:
 
     @property
     def can_wait(self) -> bool:
-        """Whether there is something that :meth:`read` can read now or later."""
+        """Tell whether there is something that :meth:`read` can read now or later."""
         return self.is_fed or self.socket is not None
 
     def read(self) -> bool:
-        """Reads, for the stream to go on with, what a poll or :meth:`pending` saw; gives ``False`` where that is less
+        """Read, for the stream to go on with, what a poll or :meth:`pending` saw; give ``False`` where that is less
         than TLS can decrypt. Does not wait."""
         if self.socket is None:
             return self.pending()
@@ -77,13 +90,13 @@ class ReadGate:
         return True
 
     def pending(self) -> bool:
-        """Whether there is something to read that a poll of the socket does not see."""
+        """Tell whether there is something to read that a poll of the socket does not see."""
         if self.socket is None:
             return bool(self._fed)
         return isinstance(self.socket, ssl.SSLSocket) and self.socket.pending() > 0
 
     def through(self, source: Iterator[Any]) -> Iterator[list[Any]]:
-        """Gives what ``source`` gives, and an empty list before each read. Raises what ``source`` does."""
+        """Give what ``source`` gives, and an empty list before each read. Raises what ``source`` does."""
         self.source = source
         while True:
             yield []
@@ -108,7 +121,7 @@ class ReadGate:
                 return
 
     def feed(self) -> None:
-        """Reads the source to its end, for the stream. Call it in a thread of its own, after ``is_fed`` is set."""
+        """Read the source to its end, for the stream. Call it in a thread of its own, after ``is_fed`` is set."""
         assert self.source is not None
         turn = TimeSlice()
         try:
@@ -121,7 +134,7 @@ class ReadGate:
             self.stop()
 
     def stop(self, error: Exception | None = None) -> None:
-        """Nobody reads the source any more."""
+        """Tell the stream that nobody reads the source any more, because of ``error`` or at its end."""
         self._give(_End(error))
 
     def _give(self, item: object) -> None:

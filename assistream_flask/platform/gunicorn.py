@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import signal
@@ -35,6 +36,17 @@ def serving() -> bool:
     Gunicorn says so by the worker's attribute ``alive`` alone, for a signal and for ``max_requests`` alike.
     """
     return bool(getattr(_gunicorn(), "alive", True))
+
+
+def worker() -> Any:
+    """Give gunicorn's worker; ``None`` where this is none, or the app handles SIGTERM itself."""
+    found = _gunicorn()
+    return found if hasattr(found, "booted") else None
+
+
+def http_1_response() -> Any:
+    """Give the class that gunicorn's workers answer HTTP/1 requests with, imported when it is needed."""
+    return importlib.import_module("gunicorn.http.wsgi").Response
 
 
 def patched() -> bool:

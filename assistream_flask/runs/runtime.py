@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from ..events import new_id
+from ..fast.install import install
 from ..log.memory import MemoryLog
 from ..log.protocol import Log
 from ..platform import gunicorn
@@ -110,6 +111,7 @@ class Runtime:
 
     def start(self) -> None:
         """Start what keeps the worker's house."""
+        install(self.settings.fast)
         self._restart = gunicorn.kept(WorkerRestart)
         if self._restart is not None:
             has_others = self.log.shared and (gunicorn.setting("workers") or 1) > 1

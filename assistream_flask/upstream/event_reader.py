@@ -6,7 +6,6 @@ import json
 import re
 import socket
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
 from typing import Any, Final
 
 import openai
@@ -14,7 +13,7 @@ from pydantic_core import from_json
 
 from ..errors import RunError
 from ..events import Json
-from ..fast.chunk_reader import Connection
+from ..fast import chunk_reader, event_template, read_gate
 from ..fast.event_template import EventTemplate
 from ..fast.read_gate import ReadGate
 from ..sse import Decoder
@@ -44,15 +43,16 @@ def read(stream: Any, gate: ReadGate | None = None, *, joined: bool = False) -> 
     transport raises.
     """
     response: Any = getattr(stream, "response", None)
+    gate = read_gate.in_use(gate)
     decoder = _Decoder()
-    stencil: EventTemplate | None = None
+    template: EventTemplate | None = None
     if hasattr(response, "iter_bytes") and not response.is_stream_consumed:
         # Typed events cost twenty times what their bytes do, and an unknown one is built as the wrong class.
-        reads, split, parse = _bytes(response, gate), decoder.split, _parsed
-        stencil = EventTemplate() if joined else None
+        reads, split, parse = chunk_reader.body(response, gate), decoder.split, _parsed
+        template = event_template.for_stream(joined)
     else:
-        reads, split, parse = _lists(iter(stream), gate), iter, _from_object  # type: ignore[assignment]
-    yield from _events(reads, split, parse, decoder, stencil)
+        reads, split, parse = read_gate.through(iter(stream), gate), iter, _from_object  # type: ignore[assignment]
+    yield from _events(reads, split, parse, decoder, template)
     if batch := decoder.rest():
         yield batch
 
@@ -62,13 +62,13 @@ def _events(
     split: Callable[[Any], Any],
     parse: Callable[[Any], tuple[str, Json] | list[tuple[str, Json]] | None],
     decoder: _Decoder,
-    stencil: EventTemplate | None,
+    template: EventTemplate | None,
 ) -> Iterator[list[tuple[str, Json]]]:
     for some in reads:
         if not some:
             yield []
             continue
-        if stencil is not None and decoder.between and (known := stencil.read(some)):
+        if template is not None and decoder.between and (known := template.read(some)):
             yield [known]
             continue
         batch: list[tuple[str, Json]] = []
@@ -81,8 +81,8 @@ def _events(
                     batch.append(event)
                 elif event is not None:
                     batch += event
-            if stencil is not None and batch and type(event) is tuple:
-                stencil.learn(items[-1], batch[-1])
+            if template is not None and batch and type(event) is tuple:
+                template.learn(items[-1], batch[-1])
         finally:
             # What came before what can't be read was said.
             if batch:
@@ -133,23 +133,6 @@ def _is_object(text: bytes) -> bool:
     except ValueError:
         return False
     return isinstance(found, dict) or (isinstance(found, list) and bool(found) and isinstance(found[0], dict))
-
-
-def _bytes(response: Any, gate: ReadGate | None) -> Iterable[bytes]:
-    connection = response.extensions.get("network_stream")
-    headers = response.headers
-    if (
-        isinstance(connection, Connection)
-        and headers.get("Transfer-Encoding", "").lower() == "chunked"
-        and "Content-Encoding" not in headers
-    ):
-        timeout = response.request.extensions.get("timeout", {}).get("read")
-        return chain(connection.chunks(timeout, gate), response.iter_bytes())
-    return map(b"".join, _lists(response.iter_bytes(), gate))
-
-
-def _lists(source: Iterator[Any], gate: ReadGate | None) -> Iterator[list[Any]]:
-    return gate.through(source) if gate is not None else ([item] for item in source)
 
 
 def _parsed(frame: tuple[bytes, bytes]) -> tuple[str, Json] | list[tuple[str, Json]] | None:

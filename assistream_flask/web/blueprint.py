@@ -14,6 +14,7 @@ from werkzeug.exceptions import HTTPException, NotFound
 
 from ..errors import ConfigurationError, RequestError
 from ..extension import Adopt, Assistants, Assistream, Client, Registration, current_assistream, register
+from ..fast import switches
 from ..log.protocol import LogUnavailableError
 from ..platform import gunicorn
 from ..settings import Settings
@@ -77,6 +78,7 @@ def _register(setup: BlueprintSetupState, part: Registration) -> None:
     state = register(app, f"{setup.name_prefix}.{setup.name}".lstrip("."), part)
     # What cannot work is told now, not to the first visitor.
     settings = Settings.read(app.config)
+    switches.wanted(settings.fast)
     if settings.database_url:
         database.check(settings.database_url)
     if not settings.redis_url:

@@ -31,8 +31,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from .. import sse
 from ..errors import ConfigurationError, RequestError
+from ..fast import install
 from ..log import redis_requirements
-from ..platform import gunicorn
+from ..platform import gunicorn, reliances
 from ..settings import Settings
 from ..store import tables
 from ..store.leases import SKEW_SECONDS
@@ -61,6 +62,7 @@ _PATCH: Final = (
     "drop gunicorn's --preload, or make `from gevent import monkey; monkey.patch_all()` the first lines of "
     "gunicorn.conf.py"
 )
+_RELEASE: Final = "upgrade assistream-flask, or install an older release of that library"
 _REFUSALS: Final[dict[object, tuple[str, str]]] = {
     "sync_worker": ("the worker class is sync, so one event stream holds up all else", _GEVENT),
     "too_many_workers": (
@@ -174,6 +176,8 @@ def _examine(patient: Callable[[], Patient], url: str | None) -> Iterator[Findin
             "SECRET_KEY is short: who guesses it can take any caller's threads",
             "make one with `python -c 'import secrets; print(secrets.token_hex())'`",
         )
+    if url is None:
+        yield from _fast(app.settings, in_worker=False)
     if app.settings.redis_url:
         yield from _redis(app.settings.redis_url)
     for name, part in app.parts.items():
@@ -238,6 +242,20 @@ def _health(health: Health) -> Iterator[Finding]:
     else:
         fix = "have gevent.get_hub().threadpool, or a job queue, do what computes or waits outside of Python"
         yield Finding("warn", f"{said}, and all its streams with it", fix)
+
+
+def _fast(settings: Settings, *, in_worker: bool) -> Iterator[Finding]:
+    """Tell which of the fast ways are on, and what else does without a name of a library."""
+    states = install.states(settings.fast, in_worker=in_worker)
+    for state in states:
+        if state.is_missing:
+            yield Finding("warn", f"{state.name} is off: {state.why_off}", f"all works, but slower: {_RELEASE}")
+        else:
+            yield Finding("ok", f"{state.name} is " + (f"off: {state.why_off}" if state.why_off else "on"))
+    known = {state.name for state in states}
+    for who, missing in reliances.all_missing().items():
+        if who not in known:
+            yield Finding("warn", f"{who} is off: {missing}", _RELEASE)
 
 
 def _redis(url: str) -> Iterator[Finding]:
@@ -348,6 +366,7 @@ def frames(environ: Mapping[str, Any], host: str, patient: Patient) -> Iterator[
         first = sse.encode("ping", json.dumps({"seconds": 0}))
     else:
         found = [*_worker(environ, patient.patched), *_ends(environ, patient.settings)]
+        found += _fast(patient.settings, in_worker=True)
         found += _health(patient.health) if patient.health else []
         found += [_model_server(name, part) for name, part in patient.parts.items()]
         redis = patient.settings.redis_url

@@ -23,6 +23,7 @@ import openai
 import pytest
 
 from assistream_flask import lean
+from assistream_flask.fast import chunk_reader
 from assistream_flask.fast.read_gate import ReadGate
 from assistream_flask.upstream import errors, event_reader
 
@@ -68,7 +69,7 @@ def fetched(pieces: Sequence[bytes], *, quick: bool) -> Got:
     with client:
         try:
             with client.stream("POST", "http://server/") as response:
-                for data in event_reader._bytes(response, None) if quick else response.iter_bytes():
+                for data in chunk_reader.body(response, None) if quick else response.iter_bytes():
                     assert data
                     body += data
         except (httpx2.TransportError, httpcore2.ProtocolError, httpcore2.NetworkError) as caught:
