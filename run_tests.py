@@ -3,6 +3,7 @@
     python3 run_tests.py            all but --lowest
     python3 run_tests.py -k cancel  lint, types, site, and the tests that pytest's -k selects
     python3 run_tests.py --quick    lint, types, and the unit and contract tests that need no server
+    python3 run_tests.py --plain    what reads and sends streams, with all off that is there only for speed
     python3 run_tests.py --lowest   the unit and contract tests, on the lowest versions that pyproject.toml allows
 
     WRITE_STATIC=1 python3 run_tests.py -k helper  writes anew what is made from assistream.js, beside it
@@ -33,6 +34,12 @@ PACKAGES = ["typescript@7.0.2", "esbuild@0.28.2", "react@19", "react-dom@19", "v
 # What the unit and contract tests need of the extra "test"; the rest of it looks at the code, or at pages.
 TESTING = ("pytest", "pytest-xdist", "hypothesis")
 UNIT_AND_CONTRACT = ("tests/unit", "tests/contract")
+# What reads, tells and sends an answer: all that a fast way is on the way of. It is tried once more without them.
+PLAIN = {
+    "tests/unit": "background failing_servers relay runner snapshots wire",
+    "tests/contract": "background_server cases dialects log upstream",
+    "tests/live": "dropped_streams live straight",
+}
 # Of the tests that try things at random, a tenth of what the whole suite tries.
 FEW_TRIALS = {"ASSISTREAM_TRIALS": "8"}
 
@@ -91,6 +98,13 @@ def test_lowest(*arguments: str) -> None:
     test(python_of(LOWEST), "--numprocesses=4", "-m", "not slow", *UNIT_AND_CONTRACT, *arguments)
 
 
+def test_plain(*arguments: str) -> None:
+    """Run the tests of what a fast way is on the way of, with all of these off; not those that try one itself."""
+    files = [f"{folder}/test_{name}.py" for folder, names in PLAIN.items() for name in names.split()]
+    os.environ.update(FEW_TRIALS, ASSISTREAM_FAST="off")
+    test(python_of(VENV), "--numprocesses=4", "-m", "not fast", *files, *arguments)
+
+
 def install_programs() -> None:
     """Installs the servers and browsers that are tested with, where this can be done here."""
     found = {
@@ -122,6 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--quick", action="store_true", help="only what needs no server")
+    which.add_argument("--plain", action="store_true", help="only what streams, without what is there for speed")
     which.add_argument("--lowest", action="store_true", help="only on the lowest versions")
     options, selection = parser.parse_known_args()
     # The tests start some two hundred processes, which would each compile the package anew.
@@ -131,6 +146,10 @@ def main() -> None:
         test_lowest(*selection)
         return
     install(VENV, ["-e", ".[test,docs]"], again=not options.quick)
+    if options.plain:
+        install_programs()
+        test_plain(*selection)
+        return
     if not options.quick:
         install_packages()
         install_programs()
@@ -145,6 +164,9 @@ def main() -> None:
     site = ROOT / "build" / "docs"
     run(python_of(VENV), "-m", "sphinx", "-E", "-W", "--keep-going", "-q", "-b", "html", ROOT / "docs", site)
     test(python_of(VENV), "--numprocesses=4", *selection)
+    # A selection may be of none of these, which pytest takes for a failure.
+    if not selection:
+        test_plain()
 
 
 if __name__ == "__main__":

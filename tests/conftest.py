@@ -36,13 +36,14 @@ def examples(count: int) -> int:
     return max(1, count * int(os.environ.get("ASSISTREAM_TRIALS", "80")) // 80)
 
 
-# Files of long tests that share nothing. Those of any other are run one after another by one of pytest-xdist's workers,
-# as servers and browsers are started once a file.
+# Files of long tests that share nothing, or a server that is soon started. Those of any other are run one after another
+# by one of pytest-xdist's workers, as servers and browsers are started once a file.
 APART = (
     "test_complaints",
     "test_crashes",
     "test_fast",
     "test_leaks",
+    "test_live",
     "test_locked_database",
     "test_runtime",
     "test_worker_restart",

@@ -152,6 +152,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 only_gevent = pytest.mark.parametrize("served", ["gevent"], indirect=True)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
 def test_what_is_sent_straight_is_framed_and_counted_as_gunicorn_does(
     served: Gunicorn, version: str, request: pytest.FixtureRequest
@@ -163,6 +164,7 @@ def test_what_is_sent_straight_is_framed_and_counted_as_gunicorn_does(
     assert (straight(served) > before) == (request.node.callspec.params["served"] == "gevent")
 
 
+@pytest.mark.fast
 @only_gevent
 def test_a_viewer_whose_buffers_are_full_gets_the_rest_of_what_was_sent_in_part(served: Gunicorn) -> None:
     before = taken(served)
@@ -192,6 +194,7 @@ def test_an_app_that_puts_a_body_of_its_own_around_a_stream_sees_all_of_it(serve
     assert straight(served) == before
 
 
+@pytest.mark.fast
 def test_a_stream_that_is_cut_off_in_the_midst_of_a_chunk_ends_it_first(tmp_path: Path) -> None:
     app = APP.replace("    taken[found.name] += 1\n", "    taken[found.name] += 1\n    stop_after(found)\n")
     app = app.replace(

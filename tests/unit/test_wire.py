@@ -1007,6 +1007,7 @@ def reads(choose: random.Random, frames: Sequence[bytes]) -> list[bytes]:
     return found
 
 
+@pytest.mark.fast
 @pytest.mark.slow
 def test_texts_that_are_joined_are_those_of_the_events(served: Served) -> None:
     events = lists = 0
