@@ -22,8 +22,8 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Dialog, Page, Route, sync_playwright
 
 from tests.conftest import wait_until
-from tests.deploy.test_doctor import BUFFERS, behind_nginx
 from tests.gunicorn_server import APP, ROOT, Gunicorn, answered, running
+from tests.programs import BUFFERS, behind_nginx, free_port
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 ARGUMENTS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-sync"
@@ -546,9 +546,7 @@ def test_a_session_that_ended_is_told_and_the_page_goes_on_after_signing_in_agai
 @contextlib.contextmanager
 def started(tmp_path: Path, app: str) -> Iterator[str]:
     """An app of this repository as its users start it, in a folder of its own; gives its URL."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     for name in ("example_app", "wsgi.py", "gunicorn.conf.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     # A copy: its database is in it.
@@ -1079,13 +1077,6 @@ def commands(page: str) -> list[str]:
     """All commands of a page, in order."""
     blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
     return [line for block in blocks for line in block.splitlines()]
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
 
 
 def test_the_tutorial_leads_to_an_app_with_two_assistants_and_one_that_fails(

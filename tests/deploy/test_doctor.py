@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -31,6 +28,7 @@ from assistream_flask.web import doctor
 from tests.conftest import KEY, MakeApp, wait_until
 from tests.gunicorn_server import Gunicorn
 from tests.postgres_server import PostgresServer
+from tests.programs import BUFFERS, HOST, behind_nginx, free_port
 from tests.redis_server import RedisServer
 
 APP = """
@@ -72,8 +70,6 @@ server = make_server("127.0.0.1", 0, app, processes=2)
 part.rename(sys.argv[1])
 server.serve_forever()
 """
-HOST = "proxy_set_header Host $http_host;"
-BUFFERS = f"{HOST} proxy_ignore_headers X-Accel-Buffering;"
 GZIP = f"{HOST} gzip on; gzip_types text/event-stream;"
 
 
@@ -135,46 +131,6 @@ class Deployment(Gunicorn):
 def good(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     with OfflineServer() as server, Deployment(tmp_path_factory.mktemp("good"), server.base_url) as gunicorn:
         yield gunicorn
-
-
-@contextmanager
-def behind_nginx(folder: Path, app: str, location: str, both: str = "") -> Iterator[str]:
-    """Gives the URL of an nginx before ``app``, which may be ``http://both``, with the directives ``location``."""
-    nginx = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
-    if nginx is None:
-        assert not os.environ.get("CI"), "CI must have nginx"
-        pytest.skip("nginx is not installed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    paths = " ".join(f"{kind}_temp_path {folder / kind};" for kind in kinds)
-    (folder / "nginx.conf").write_text(
-        f"""
-        daemon off; master_process off; pid {folder}/nginx.pid; error_log stderr;
-        events {{}}
-        http {{
-            access_log off; {paths} {f"upstream both {{ {both} }}" if both else ""}
-            server {{ listen 127.0.0.1:{port}; location / {{ proxy_pass {app}; {location} }} }}
-        }}
-        """
-    )
-    with (folder / "nginx.log").open("w+") as log:
-        process = subprocess.Popen([nginx, "-p", folder, "-c", folder / "nginx.conf"], stdout=log, stderr=log)
-        try:
-            end = time.monotonic() + 20
-            while True:
-                try:
-                    socket.create_connection(("127.0.0.1", port), 1).close()
-                    break
-                except OSError:
-                    assert process.poll() is None, (folder / "nginx.log").read_text()
-                    assert time.monotonic() < end
-                    time.sleep(0.05)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.terminate()
-            process.wait(20)
 
 
 def failures(output: str) -> list[str]:
@@ -370,9 +326,7 @@ def test_another_database_or_another_url_than_the_servers_is_found(good: Deploym
 
 def closed(scheme: str) -> str:
     """Gives a URL with a password where nothing listens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"{scheme}://:pa55@127.0.0.1:{free.getsockname()[1]}"
+    return f"{scheme}://:pa55@127.0.0.1:{free_port()}"
 
 
 class _Part:
