@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import runpy
 import subprocess
 import sys
 import threading
@@ -13,6 +15,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Self
+from unittest import mock
 
 import click
 import openai
@@ -115,8 +118,20 @@ class Deployment(Gunicorn):
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def doctor(self, url: str | None, **env: str) -> tuple[int, str]:
-        """Gives the exit status and the output of the command."""
+    def doctor(self, url: str) -> tuple[int, str]:
+        """Gives the exit status and the output of the command, run in this process: to start one takes longer."""
+        with mock.patch.dict(os.environ, self.env):
+            app: Flask = runpy.run_path(str(self._shell / "live_app.py"))["app"]
+            result = app.test_cli_runner().invoke(args=["assistream", "doctor", "--url", url])
+            # It is closed with its process, else.
+            app.extensions["assistream"].parts["assistream"].client().close()
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
+        assert result.stderr == ""
+        assert KEY not in result.stdout
+        return result.exit_code, result.stdout
+
+    def shell(self, url: str | None, **env: str) -> tuple[int, str]:
+        """Gives the same of the command that an operator gives a shell."""
         command = [sys.executable, "-m", "flask", "--app", "live_app", "assistream", "doctor"]
         command += ["--url", url] if url is not None else []
         done = subprocess.run(
@@ -143,7 +158,7 @@ def failures(output: str) -> list[str]:
 
 def test_a_good_deployment_has_nothing_to_mend(good: Deployment, tmp_path: Path) -> None:
     with behind_nginx(tmp_path, good.url, HOST) as url:
-        status, output = good.doctor(f"{url}/assistream")
+        status, output = good.shell(f"{url}/assistream")
     lines = output.splitlines()
     assert (status, [line for line in lines if not line.startswith("ok ")]) == (0, [])
     for said in (
@@ -185,7 +200,7 @@ def test_two_workers_with_redis_between_them_are_good(good: Deployment, own_redi
 
 
 def test_without_a_url_it_says_that_the_worker_was_not_looked_at(good: Deployment) -> None:
-    status, output = good.doctor(None)
+    status, output = good.shell(None)
     assert (status, failures(output)) == (0, [])
     assert "warn workers and proxy were not looked at\n     fix: give the public address with --url" in output
 
@@ -286,7 +301,7 @@ def test_several_processes_without_redis_are_found(good: Deployment, tmp_path: P
 
 def test_a_wrong_key_is_found_here_and_in_the_worker(tmp_path: Path) -> None:
     with locked() as model_url, Deployment(tmp_path, model_url) as gunicorn:
-        status, output = gunicorn.doctor(f"{gunicorn.url}/assistream")
+        status, output = gunicorn.shell(f"{gunicorn.url}/assistream")
     refused = "model server of 'assistream' at 127.0.0.1 refuses the key (401)"
     assert (status, failures(output)) == (1, [refused, f"in the worker: {refused}"])
     assert "fix: set OPENAI_API_KEY" in output

@@ -150,7 +150,7 @@ def streams_at_once(url: str) -> None:
 def test_our_caddyfile_streams_at_once_and_the_doctor_finds_nothing(good: Deployment, tmp_path: Path) -> None:
     with behind_our_caddyfile(tmp_path, good.url.removeprefix("http://")) as url:
         streams_at_once(url)
-        status, output = good.doctor(f"{url}/assistream", SSL_CERT_FILE=str(CERTIFICATE))
+        status, output = good.shell(f"{url}/assistream", SSL_CERT_FILE=str(CERTIFICATE))
     assert (status, failures(output)) == (0, [])
     assert "warn" not in output
 
@@ -337,7 +337,7 @@ def test_a_proxy_that_holds_back_some_is_found(
     good: Deployment, ready: Callable[[list[bytes], int], int], said: str
 ) -> None:
     with behind_relay(good.url, ready) as url:
-        status, output = good.doctor(f"{url}/assistream")
+        status, output = good.shell(f"{url}/assistream")
     # Its Host is its own, as the browsers'.
     assert (status, failures(output)) == (1, [said])
     for name in ("nginx: `proxy_buffering off;`", "Caddy: no `buffer_resp", "lighttpd: `server.str", "others: no resp"):
@@ -346,4 +346,4 @@ def test_a_proxy_that_holds_back_some_is_found(
 
 def test_a_proxy_that_passes_all_on_is_good(good: Deployment) -> None:
     with behind_relay(good.url, lambda pieces, _: len(pieces)) as url:
-        assert good.doctor(f"{url}/assistream")[0] == 0
+        assert good.shell(f"{url}/assistream")[0] == 0
