@@ -1,6 +1,6 @@
 """Installs what the tests need, and runs them: lint, types, the docs' site, then pytest.
 
-    python3 run_tests.py            all but --lowest
+    python3 run_tests.py            all, and --quick's tests once more on the lowest versions
     python3 run_tests.py -k cancel  lint, types, site, and the tests that pytest's -k selects
     python3 run_tests.py --quick    lint, types, and the unit and contract tests that need no server
     python3 run_tests.py --lowest   the unit and contract tests, on the lowest versions that pyproject.toml allows
@@ -30,8 +30,9 @@ VENV, LOWEST = ROOT / ".venv", ROOT / ".venv-lowest"
 # TypeScript checks the helper and esbuild minifies it, in versions that write the same files again; the others run the
 # docs' two snippets with it.
 PACKAGES = ["typescript@7.0.2", "esbuild@0.28.2", "react@19", "react-dom@19", "vue@3.5"]
-# What the unit and contract tests need of the extra "test"; the rest of it looks at the code, or at pages.
-TESTING = ("pytest", "pytest-xdist", "hypothesis")
+# What the unit and contract tests need of the extras "test" and "docs"; the rest looks at the code, or at pages.
+TESTING = ("pytest", "pytest-xdist", "hypothesis", "pyyaml")
+NO_SERVER = "not server and not slow"
 UNIT_AND_CONTRACT = ("tests/unit", "tests/contract")
 # Of the tests that try things at random, a tenth of what the whole suite tries.
 FEW_TRIALS = {"ASSISTREAM_TRIALS": "8"}
@@ -70,7 +71,7 @@ def lowest() -> Iterator[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     ours = [*project["dependencies"], *extras["example"], *extras["postgres"], *extras["redis"]]
-    for requirement in [*ours, *extras["test"]]:
+    for requirement in [*ours, *extras["docs"], *extras["test"]]:
         found = re.fullmatch(r"([\w.-]+)(\[\w+\])?>=([\d.]+)(,<[\d.]+)?", requirement)
         if found and (requirement in ours or found[1] in TESTING):
             yield f"{found[1]}{found[2] or ''}=={found[3]}"
@@ -84,7 +85,7 @@ def test(python: Path, *arguments: str | Path) -> None:
 
 
 def test_lowest(*arguments: str) -> None:
-    """Runs the unit and contract tests on the lowest versions."""
+    """Runs the unit and contract tests on the lowest versions; of several ``-m`` the last one counts."""
     install(LOWEST, [*lowest()], again=False)
     # The package is not installed there.
     os.environ.update(FEW_TRIALS, PYTHONPATH=str(ROOT))
@@ -139,12 +140,15 @@ def main() -> None:
     run(python_of(VENV), "-m", "mypy")
     if options.quick:
         os.environ.update(FEW_TRIALS)
-        test(python_of(VENV), "--numprocesses=4", "-m", "not server and not slow", *UNIT_AND_CONTRACT, *selection)
+        test(python_of(VENV), "--numprocesses=4", "-m", NO_SERVER, *UNIT_AND_CONTRACT, *selection)
         return
     # Anew, and any warning is an error: a link that leads nowhere, a docstring that cannot be read.
     site = ROOT / "build" / "docs"
     run(python_of(VENV), "-m", "sphinx", "-E", "-W", "--keep-going", "-q", "-b", "html", ROOT / "docs", site)
-    test(python_of(VENV), "--numprocesses=4", *selection)
+    # They wait a third of their time: more processes than cores.
+    test(python_of(VENV), "--numprocesses=6", *selection)
+    if not selection:
+        test_lowest("-m", NO_SERVER)
 
 
 if __name__ == "__main__":
