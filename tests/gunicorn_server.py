@@ -8,7 +8,6 @@ import io
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,8 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from tests.programs import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -93,9 +94,7 @@ class Gunicorn:
         **settings: Any,
     ) -> None:
         self._options = ["-k", worker_class, "-w", str(workers), *(options or ())]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port: int = free.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._folder = folder
         (folder / "live_app.py").write_text(app)

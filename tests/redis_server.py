@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -16,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import redis
+
+from tests.programs import free_port, program
 
 
 def _documented() -> str:
@@ -35,9 +34,7 @@ class RedisServer:
     """One server that keeps nothing, until :meth:`stop`; ``more`` are options of its command."""
 
     def __init__(self, folder: Path, *more: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port: int = free.getsockname()[1]
+        self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self._empty = iter(range(1, 16_000))
         self._folder, self._more = folder, more
@@ -47,13 +44,11 @@ class RedisServer:
         """Starts it, where it does not run, and waits until it answers. Fails, and never skips, when ``CI`` is set."""
         if self._process is not None and self._process.poll() is None:
             return
-        if shutil.which("redis-server") is None:
-            assert not os.environ.get("CI"), "CI must have redis-server"
-            pytest.skip("redis-server is not installed")
+        redis_server = program("redis-server")
         options = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
         options += ["--databases", "16000", *self._more]
         self._process = subprocess.Popen(
-            ["redis-server", *options, "--dir", str(self._folder)], stdout=subprocess.DEVNULL
+            [redis_server, *options, "--dir", str(self._folder)], stdout=subprocess.DEVNULL
         )
         end = time.monotonic() + 20
         while True:

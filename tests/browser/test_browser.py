@@ -16,14 +16,14 @@ import time
 import urllib.error
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Dialog, Page, Route, sync_playwright
 
 from tests.conftest import wait_until
-from tests.deploy.test_doctor import BUFFERS, behind_nginx
 from tests.gunicorn_server import APP, ROOT, Gunicorn, answered, running
+from tests.programs import BUFFERS, behind_nginx, free_port
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 ARGUMENTS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-sync"
@@ -544,43 +544,45 @@ def test_a_session_that_ended_is_told_and_the_page_goes_on_after_signing_in_agai
 
 
 @contextlib.contextmanager
-def started(tmp_path: Path, app: str) -> Iterator[str]:
+def started(folder: Path, app: str) -> Iterator[str]:
     """An app of this repository as its users start it, in a folder of its own; gives its URL."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     for name in ("example_app", "wsgi.py", "gunicorn.conf.py"):
-        (tmp_path / name).symlink_to(ROOT / name)
+        (folder / name).symlink_to(ROOT / name)
     # A copy: its database is in it.
-    shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("instance", "__pycache__"))
+    shutil.copytree(ROOT / "examples", folder / "examples", ignore=shutil.ignore_patterns("instance", "__pycache__"))
     url = f"http://127.0.0.1:{port}"
     env = {key: value for key, value in os.environ.items() if not key.startswith("OPENAI_")}
-    env |= {"BIND": f"127.0.0.1:{port}", "ASSISTREAM_DATABASE_URL": f"sqlite:///{tmp_path / 'page.sqlite3'}"}
-    with open(tmp_path / "log", "wb") as log:
+    env |= {"BIND": f"127.0.0.1:{port}", "ASSISTREAM_DATABASE_URL": f"sqlite:///{folder / 'page.sqlite3'}"}
+    with open(folder / "log", "wb") as log:
         command = [sys.executable, "-m", "gunicorn", "--no-control-socket", app]
-        process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=log, stderr=log)
+        process = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log)
     end = time.monotonic() + 20
     while True:
         with contextlib.suppress(OSError):
             socket.create_connection(("127.0.0.1", port), 1).close()
             break
-        assert time.monotonic() < end, (tmp_path / "log").read_text()
+        assert time.monotonic() < end, (folder / "log").read_text()
         time.sleep(0.05)
     yield url
     process.terminate()
     process.wait(40)
 
 
-@pytest.fixture
-def example(tmp_path: Path) -> Iterator[str]:
-    with started(tmp_path, "wsgi:app") as url:
+# Each context of the browser is another user of these.
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("example")
+    with started(folder, "wsgi:app") as url:
         yield url
-    assert (tmp_path / "log").read_text().count("No OPENAI_API_KEY") == 1
+    assert (folder / "log").read_text().count("No OPENAI_API_KEY") == 1
 
 
-@pytest.fixture
-def minimal(tmp_path: Path) -> Iterator[str]:
-    with started(tmp_path, "examples.minimal.app:app") as url:
+@pytest.fixture(scope="module")
+def minimal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with started(tmp_path_factory.mktemp("minimal"), "examples.minimal.app:app") as url:
         yield url
 
 
@@ -948,22 +950,37 @@ def page():
 """
 
 
+class Shown(NamedTuple):
+    """An app that shows ``page.html`` in ``folder``."""
+
+    folder: Path
+    live: Gunicorn
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shown]:
+    folder = tmp_path_factory.mktemp("shown")
+    (folder / "node_modules").symlink_to(ROOT / "node_modules")
+    (folder / "page.html").write_text("<!doctype html>")
+    with running(folder, app=EXAMPLE_APP) as live:
+        yield Shown(folder, live)
+
+
 def example_code(language: str, page: str = "README.md", number: int = 0) -> str:
     found = re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
     return str(found[number])
 
 
-def test_the_page_of_the_readme_shows_a_question_and_its_answer(context: BrowserContext, tmp_path: Path) -> None:
-    (tmp_path / "page.html").write_text("<!doctype html><link rel=icon href=data:,>" + example_code("html"))
-    with running(tmp_path, app=EXAMPLE_APP) as live:
-        page, errors = watched(context)
-        page.goto(f"{live.url}/page")
-        page.locator("input").fill("Why?")
-        page.wait_for_function("!!location.hash")
-        page.keyboard.press("Enter")
-        page.get_by_text("You: Why?").wait_for()
-        page.get_by_text("I am the offline assistant").wait_for()
-        assert errors == []
+def test_the_page_of_the_readme_shows_a_question_and_its_answer(context: BrowserContext, shown: Shown) -> None:
+    (shown.folder / "page.html").write_text("<!doctype html><link rel=icon href=data:,>" + example_code("html"))
+    page, errors = watched(context)
+    page.goto(f"{shown.live.url}/page")
+    page.locator("input").fill("Why?")
+    page.wait_for_function("!!location.hash")
+    page.keyboard.press("Enter")
+    page.get_by_text("You: Why?").wait_for()
+    page.get_by_text("I am the offline assistant").wait_for()
+    assert errors == []
 
 
 def test_the_page_of_the_readme_works_under_the_policy_that_it_names(context: BrowserContext, tmp_path: Path) -> None:
@@ -995,7 +1012,6 @@ def bundle(folder: Path, name: str, language: str) -> None:
     (folder / "page.html").write_text(
         '<!doctype html><link rel=icon href=data:,><script type="module" src="/static/bundle.js"></script>'
     )
-    (folder / "node_modules").symlink_to(ROOT / "node_modules")
     options = ["--bundle", "--format=esm", "--jsx=automatic", "--external:/assistream/*", "--outfile=bundle.js"]
     options += ["--alias:vue=vue/dist/vue.esm-bundler.js", '--define:process.env.NODE_ENV="production"']
     subprocess.run([esbuild, "entry.js", *options], cwd=folder, check=True, capture_output=True)
@@ -1006,53 +1022,52 @@ SNIPPETS = pytest.mark.parametrize(("name", "language"), [("React", "jsx"), ("Vu
 
 @SNIPPETS
 def test_the_snippet_of_the_docs_runs_and_leaves_alone_what_is_typed_during_the_answer(
-    context: BrowserContext, tmp_path: Path, name: str, language: str
+    context: BrowserContext, shown: Shown, name: str, language: str
 ) -> None:
-    bundle(tmp_path, name, language)
-    with running(tmp_path, app=EXAMPLE_APP) as live:
-        page, errors = watched(context)
-        thread = live.thread().rpartition("/")[2]
-        page.goto(f"{live.url}/page#{thread}")
-        page.locator("input").fill("Why?")
-        page.keyboard.press("Enter")
-        page.get_by_text("You: Why?").wait_for()
-        assert page.locator("input").input_value() == ""
-        page.keyboard.type("And how?")
-        for number in (0, 1):
-            page.get_by_text("I am the offline assistant").nth(number).wait_for()
-        entries = live.settled(f"/assistream/threads/{thread}")
-        pause(page, 0.5)
-        assert page.locator("input").input_value() == "And how?"
-        assert [entry["assistant_id"] for entry in entries] == [None, "tutor", "critic"]
-        assert errors == []
+    bundle(shown.folder, name, language)
+    live = shown.live
+    page, errors = watched(context)
+    thread = live.thread().rpartition("/")[2]
+    page.goto(f"{live.url}/page#{thread}")
+    page.locator("input").fill("Why?")
+    page.keyboard.press("Enter")
+    page.get_by_text("You: Why?").wait_for()
+    assert page.locator("input").input_value() == ""
+    page.keyboard.type("And how?")
+    for number in (0, 1):
+        page.get_by_text("I am the offline assistant").nth(number).wait_for()
+    entries = live.settled(f"/assistream/threads/{thread}")
+    pause(page, 0.5)
+    assert page.locator("input").input_value() == "And how?"
+    assert [entry["assistant_id"] for entry in entries] == [None, "tutor", "critic"]
+    assert errors == []
 
 
 @SNIPPETS
 def test_the_snippet_of_the_docs_gives_back_what_was_not_sent(
-    context: BrowserContext, tmp_path: Path, name: str, language: str
+    context: BrowserContext, shown: Shown, name: str, language: str
 ) -> None:
-    bundle(tmp_path, name, language)
+    bundle(shown.folder, name, language)
     refused = json.dumps({"error": {"type": "t", "code": "invalid_value", "message": "No."}})
-    with running(tmp_path, app=EXAMPLE_APP) as live:
-        page = context.new_page()
-        told: list[str] = []
+    page = context.new_page()
+    told: list[str] = []
 
-        def close(dialog: Dialog) -> None:
-            told.append(dialog.message)
-            dialog.accept()
+    def close(dialog: Dialog) -> None:
+        told.append(dialog.message)
+        dialog.accept()
 
-        page.on("dialog", close)
-        page.route("**/runs", lambda route: route.fulfill(status=400, content_type="application/json", body=refused))
-        page.goto(f"{live.url}/page#{live.thread().rpartition('/')[2]}")
-        page.locator("input").fill("Why?")
-        page.keyboard.press("Enter")
-        wait(page, lambda: told)
-        wait(page, lambda: page.locator("input").input_value() == "Why?")
+    page.on("dialog", close)
+    page.route("**/runs", lambda route: route.fulfill(status=400, content_type="application/json", body=refused))
+    page.goto(f"{shown.live.url}/page#{shown.live.thread().rpartition('/')[2]}")
+    page.locator("input").fill("Why?")
+    page.keyboard.press("Enter")
+    wait(page, lambda: told)
+    wait(page, lambda: page.locator("input").input_value() == "Why?")
 
 
-def test_the_stop_button_of_the_docs_cancels_the_answer(context: BrowserContext, tmp_path: Path) -> None:
+def test_the_stop_button_of_the_docs_cancels_the_answer(context: BrowserContext, shown: Shown) -> None:
     stop = example_code("js", "docs/guides/page.md")
-    (tmp_path / "page.html").write_text(
+    (shown.folder / "page.html").write_text(
         f"""<!doctype html><link rel=icon href=data:,><script type="module">
         import {{ addMessageAndRuns, createThread }} from "/assistream/assistream.js";
         {stop}
@@ -1062,14 +1077,13 @@ def test_the_stop_button_of_the_docs_cancels_the_answer(context: BrowserContext,
         }}).then(() => true);
         </script>"""
     )
-    with running(tmp_path, app=EXAMPLE_APP) as live:
-        page, errors = watched(context)
-        page.goto(f"{live.url}/page")
-        page.wait_for_function("window.done")
-        assert page.evaluate("window.done")
-        _, entry = live.settled(f"/assistream/threads/{page.evaluate('window.thread')}")
-        assert entry["run"]["status"] == "cancelled"
-        assert errors == []
+    page, errors = watched(context)
+    page.goto(f"{shown.live.url}/page")
+    page.wait_for_function("window.done")
+    assert page.evaluate("window.done")
+    _, entry = shown.live.settled(f"/assistream/threads/{page.evaluate('window.thread')}")
+    assert entry["run"]["status"] == "cancelled"
+    assert errors == []
 
 
 TUTORIAL = "docs/tutorial/first-app.md"
@@ -1079,13 +1093,6 @@ def commands(page: str) -> list[str]:
     """All commands of a page, in order."""
     blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
     return [line for block in blocks for line in block.splitlines()]
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
 
 
 def test_the_tutorial_leads_to_an_app_with_two_assistants_and_one_that_fails(

@@ -24,9 +24,14 @@ JSON_TYPE = "application/json"
 NO_THREAD = "thread_" + "0" * 32
 
 
-@pytest.fixture
-def app(make_app: MakeApp) -> Flask:
-    return make_app(max_message_chars=LIMIT, max_assistants=3)
+@pytest.fixture(scope="module")
+def app(make_shared_app: MakeApp) -> Flask:
+    return make_shared_app(max_message_chars=LIMIT, max_assistants=3)
+
+
+@pytest.fixture(scope="module")
+def app_with_allowed_origins(make_shared_app: MakeApp) -> Flask:
+    return make_shared_app(allowed_origins="https://allowed.example  http://also.example:81")
 
 
 def rows(app: Flask) -> dict[str, int]:
@@ -321,8 +326,8 @@ def test_an_idempotency_key_of_right_form_passes(caller: Caller, key: str) -> No
         ("http://also.example:81", "example.org"),
     ],
 )
-def test_a_command_of_the_apps_own_page_passes(make_app: MakeApp, origin: str | None, host: str) -> None:
-    app = make_app(allowed_origins="https://allowed.example  http://also.example:81")
+def test_a_command_of_the_apps_own_page_passes(app_with_allowed_origins: Flask, origin: str | None, host: str) -> None:
+    app = app_with_allowed_origins
     headers = {"Host": host} if origin is None else {"Host": host, "Origin": origin}
     assert app.test_client().post(f"{P}/threads", headers=headers).status_code == 201
 
@@ -361,8 +366,8 @@ def test_a_command_of_the_apps_own_page_passes(make_app: MakeApp, origin: str | 
         "https://allowed.example.evil.example",
     ],
 )
-def test_a_command_of_a_foreign_page_is_403_whatever_its_route(make_app: MakeApp, origin: str) -> None:
-    app = make_app(allowed_origins="https://allowed.example")
+def test_a_command_of_a_foreign_page_is_403_whatever_its_route(app_with_allowed_origins: Flask, origin: str) -> None:
+    app = app_with_allowed_origins
     caller = Caller(app)
     before = rows(app)
     head = {"HTTP_ORIGIN": origin, "HTTP_HOST": "example.org"}
@@ -463,7 +468,9 @@ def test_several_processes_are_refused_and_the_operator_is_told(app: Flask, call
         assert "run one worker" in refused(answer, 500, "too_many_workers")
 
 
-def test_while_the_server_stops_streams_are_503_with_retry_after(app: Flask, caller: Caller) -> None:
+def test_while_the_server_stops_streams_are_503_with_retry_after(make_app: MakeApp) -> None:
+    app = make_app()
+    caller = Caller(app)
     before = rows(app)
     app.extensions["assistream"].runtime().stopping.set()
     body = {"assistant_ids": ["tutor"], "content": "Hi"}

@@ -12,12 +12,14 @@ import json
 import logging
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import openai
 import pytest
+from flask import Flask
 
 from assistream_flask import Assistant
 from assistream_flask.errors import RUN_ERRORS
@@ -82,11 +84,34 @@ class CaseServer:
             peer.sendall(b"0\r\n\r\n")
 
 
+def is_loading(case: dict[str, Any]) -> bool:
+    return bool(case["expect"].get("code") == "model_loading")
+
+
+def assistant_of(number: int) -> Assistant:
+    """Its id and its model are the case's number."""
+    name, case = str(number), CASES[number]
+    if case["dialect"] == "assistants":
+        return Assistant(name, upstream=case["dialect"], assistant_id=name)
+    return Assistant(name, model=name, upstream=case["dialect"], **case.get("arguments", {}))
+
+
 @pytest.fixture(scope="module")
-def case_server() -> Iterator[CaseServer]:
-    server = CaseServer()
-    yield server
-    server.close()
+def app_for(make_shared_app: MakeApp) -> Iterator[Callable[[int], Flask]]:
+    """Gives the app that has an assistant for this case: one for all, and one that waits for no model that loads."""
+    case_server = CaseServer()
+    # A connection a case: what one case does to its own is no matter of the next.
+    http_client = openai.DefaultHttpxClient(verify=False, limits=httpx2.Limits(max_keepalive_connections=0))
+    with openai.OpenAI(api_key=KEY, base_url=case_server.url, http_client=http_client) as client:
+        assistants: dict[bool, list[Assistant]] = {True: [], False: []}
+        for number, case in enumerate(CASES):
+            assistants[is_loading(case)].append(assistant_of(number))
+        apps = {
+            loading: make_shared_app(these, client=client, stall_seconds=20, run_seconds=2 if loading else 60)
+            for loading, these in assistants.items()
+        }
+        yield lambda number: apps[is_loading(CASES[number])]
+        case_server.close()
 
 
 def test_a_case_says_what_must_become_of_it_once() -> None:
@@ -98,22 +123,13 @@ def test_a_case_says_what_must_become_of_it_once() -> None:
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=[case["name"] for case in CASES])
 def test_what_a_real_server_sent_becomes_the_right_run(
-    case_server: CaseServer, make_app: MakeApp, number: int, caplog: pytest.LogCaptureFixture
+    app_for: Callable[[int], Flask], number: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    case, want = CASES[number], CASES[number]["expect"]
+    want = CASES[number]["expect"]
     caplog.set_level(logging.INFO, "assistream_flask")
-    dialect = case["dialect"]
-    assistant = (
-        Assistant("a", upstream=dialect, assistant_id=str(number))
-        if dialect == "assistants"
-        else Assistant("a", model=str(number), upstream=dialect, **case.get("arguments", {}))
-    )
-    with openai.OpenAI(api_key=KEY, base_url=case_server.url) as client:
-        loading = want.get("code") == "model_loading"
-        app = make_app([assistant], client=client, stall_seconds=20, run_seconds=2 if loading else 60)
-        caller = Caller(app)
-        (run_id,) = caller.run("a")
-        wait_until(lambda: caller.entry(run_id)["run"]["status"] in OVER, 20)
+    caller = Caller(app_for(number))
+    (run_id,) = caller.run(str(number))
+    wait_until(lambda: caller.entry(run_id)["run"]["status"] in OVER, 20)
     entry = caller.entry(run_id)
     run, parts = entry["run"], entry["message"]["content"]
     assert (run["status"], run["last_error"] and run["last_error"]["code"]) == (

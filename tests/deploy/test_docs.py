@@ -8,7 +8,6 @@ import re
 import runpy
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import tomllib
@@ -25,6 +24,7 @@ import assistream_flask
 from assistream_flask.errors import RUN_ERRORS
 from assistream_flask.settings import Settings
 from assistream_flask.testing import FAULTS, OfflineServer
+from tests.programs import free_port, program
 
 ROOT = Path(__file__).resolve().parents[2]
 HOUSE = ROOT / "assistream_flask"
@@ -267,18 +267,14 @@ def test_all_servers_are_started_by_the_same_command() -> None:
 
 
 def test_nginx_takes_its_file(tmp_path: Path) -> None:
-    nginx = shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/sbin:/usr/local/bin")
-    if nginx is None:
-        pytest.skip("nginx is not installed")
+    nginx = program("nginx")
     certificate = ["-keyout", str(tmp_path / "example.org.key"), "-out", str(tmp_path / "example.org.pem")]
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=example.org", *certificate]
     subprocess.run(command, check=True, capture_output=True)
     text = (ROOT / "deploy/nginx.conf").read_text().replace("/etc/nginx/example.org", f"{tmp_path}/example.org")
     # It binds them even to test.
     for port in ("80", "443"):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            text = text.replace(f"listen {port}", f"listen 127.0.0.1:{free.getsockname()[1]}")
+        text = text.replace(f"listen {port}", f"listen 127.0.0.1:{free_port()}")
     (tmp_path / "nginx.conf").write_text(text)
     command = [nginx, "-t", "-c", str(tmp_path / "nginx.conf"), "-g", f"pid {tmp_path}/pid;"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import socket
+import runpy
 import subprocess
 import sys
 import threading
@@ -16,6 +15,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Self
+from unittest import mock
 
 import click
 import openai
@@ -31,6 +31,7 @@ from assistream_flask.web import doctor
 from tests.conftest import KEY, MakeApp, wait_until
 from tests.gunicorn_server import Gunicorn
 from tests.postgres_server import PostgresServer
+from tests.programs import BUFFERS, HOST, behind_nginx, free_port
 from tests.redis_server import RedisServer
 
 APP = """
@@ -72,8 +73,6 @@ server = make_server("127.0.0.1", 0, app, processes=2)
 part.rename(sys.argv[1])
 server.serve_forever()
 """
-HOST = "proxy_set_header Host $http_host;"
-BUFFERS = f"{HOST} proxy_ignore_headers X-Accel-Buffering;"
 GZIP = f"{HOST} gzip on; gzip_types text/event-stream;"
 
 
@@ -119,8 +118,20 @@ class Deployment(Gunicorn):
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def doctor(self, url: str | None, **env: str) -> tuple[int, str]:
-        """Gives the exit status and the output of the command."""
+    def doctor(self, url: str) -> tuple[int, str]:
+        """Gives the exit status and the output of the command, run in this process: to start one takes longer."""
+        with mock.patch.dict(os.environ, self.env):
+            app: Flask = runpy.run_path(str(self._shell / "live_app.py"))["app"]
+            result = app.test_cli_runner().invoke(args=["assistream", "doctor", "--url", url])
+            # It is closed with its process, else.
+            app.extensions["assistream"].parts["assistream"].client().close()
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
+        assert result.stderr == ""
+        assert KEY not in result.stdout
+        return result.exit_code, result.stdout
+
+    def shell(self, url: str | None, **env: str) -> tuple[int, str]:
+        """Gives the same of the command that an operator gives a shell."""
         command = [sys.executable, "-m", "flask", "--app", "live_app", "assistream", "doctor"]
         command += ["--url", url] if url is not None else []
         done = subprocess.run(
@@ -137,46 +148,6 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
         yield gunicorn
 
 
-@contextmanager
-def behind_nginx(folder: Path, app: str, location: str, both: str = "") -> Iterator[str]:
-    """Gives the URL of an nginx before ``app``, which may be ``http://both``, with the directives ``location``."""
-    nginx = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
-    if nginx is None:
-        assert not os.environ.get("CI"), "CI must have nginx"
-        pytest.skip("nginx is not installed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    paths = " ".join(f"{kind}_temp_path {folder / kind};" for kind in kinds)
-    (folder / "nginx.conf").write_text(
-        f"""
-        daemon off; master_process off; pid {folder}/nginx.pid; error_log stderr;
-        events {{}}
-        http {{
-            access_log off; {paths} {f"upstream both {{ {both} }}" if both else ""}
-            server {{ listen 127.0.0.1:{port}; location / {{ proxy_pass {app}; {location} }} }}
-        }}
-        """
-    )
-    with (folder / "nginx.log").open("w+") as log:
-        process = subprocess.Popen([nginx, "-p", folder, "-c", folder / "nginx.conf"], stdout=log, stderr=log)
-        try:
-            end = time.monotonic() + 20
-            while True:
-                try:
-                    socket.create_connection(("127.0.0.1", port), 1).close()
-                    break
-                except OSError:
-                    assert process.poll() is None, (folder / "nginx.log").read_text()
-                    assert time.monotonic() < end
-                    time.sleep(0.05)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.terminate()
-            process.wait(20)
-
-
 def failures(output: str) -> list[str]:
     """Gives what failed; each has its fix below it."""
     lines = output.splitlines()
@@ -187,7 +158,7 @@ def failures(output: str) -> list[str]:
 
 def test_a_good_deployment_has_nothing_to_mend(good: Deployment, tmp_path: Path) -> None:
     with behind_nginx(tmp_path, good.url, HOST) as url:
-        status, output = good.doctor(f"{url}/assistream")
+        status, output = good.shell(f"{url}/assistream")
     lines = output.splitlines()
     assert (status, [line for line in lines if not line.startswith("ok ")]) == (0, [])
     for said in (
@@ -229,7 +200,7 @@ def test_two_workers_with_redis_between_them_are_good(good: Deployment, own_redi
 
 
 def test_without_a_url_it_says_that_the_worker_was_not_looked_at(good: Deployment) -> None:
-    status, output = good.doctor(None)
+    status, output = good.shell(None)
     assert (status, failures(output)) == (0, [])
     assert "warn workers and proxy were not looked at\n     fix: give the public address with --url" in output
 
@@ -330,7 +301,7 @@ def test_several_processes_without_redis_are_found(good: Deployment, tmp_path: P
 
 def test_a_wrong_key_is_found_here_and_in_the_worker(tmp_path: Path) -> None:
     with locked() as model_url, Deployment(tmp_path, model_url) as gunicorn:
-        status, output = gunicorn.doctor(f"{gunicorn.url}/assistream")
+        status, output = gunicorn.shell(f"{gunicorn.url}/assistream")
     refused = "model server of 'assistream' at 127.0.0.1 refuses the key (401)"
     assert (status, failures(output)) == (1, [refused, f"in the worker: {refused}"])
     assert "fix: set OPENAI_API_KEY" in output
@@ -370,9 +341,7 @@ def test_another_database_or_another_url_than_the_servers_is_found(good: Deploym
 
 def closed(scheme: str) -> str:
     """Gives a URL with a password where nothing listens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"{scheme}://:pa55@127.0.0.1:{free.getsockname()[1]}"
+    return f"{scheme}://:pa55@127.0.0.1:{free_port()}"
 
 
 class _Part:

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import re
-import shutil
 import socket
 import socketserver
 import ssl
-import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -22,6 +18,7 @@ import pytest
 
 from assistream_flask.testing import OfflineServer
 from tests.deploy.test_doctor import Deployment, failures
+from tests.programs import free_port, listening, program
 
 ROOT = Path(__file__).resolve().parents[2]
 CERTIFICATE = ROOT / "tests/localhost.pem"
@@ -36,45 +33,6 @@ GZIPPED = "the proxy, or the app, compresses event streams (gzip)"
 def good(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     with OfflineServer() as server, Deployment(tmp_path_factory.mktemp("good"), server.base_url) as gunicorn:
         yield gunicorn
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
-
-
-def program(name: str) -> str:
-    """Gives its path, or skips the test where it is not installed."""
-    path = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin")
-    if path is None:
-        assert not os.environ.get("CI"), f"CI must have {name}"
-        pytest.skip(f"{name} is not installed")
-    return path
-
-
-@contextmanager
-def listening(folder: Path, port: int, *command: str | Path) -> Iterator[None]:
-    """Runs a proxy, once it listens."""
-    # Caddy keeps its state there.
-    env = {**os.environ, "HOME": str(folder), "XDG_DATA_HOME": str(folder), "XDG_CONFIG_HOME": str(folder)}
-    with (folder / "proxy.log").open("w") as log:
-        process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
-        try:
-            end = time.monotonic() + 20
-            while True:
-                try:
-                    socket.create_connection(("127.0.0.1", port), 1).close()
-                    break
-                except OSError:
-                    assert process.poll() is None, (folder / "proxy.log").read_text()
-                    assert time.monotonic() < end
-                    time.sleep(0.05)
-            yield
-        finally:
-            process.terminate()
-            process.wait(20)
 
 
 @contextmanager
@@ -192,7 +150,7 @@ def streams_at_once(url: str) -> None:
 def test_our_caddyfile_streams_at_once_and_the_doctor_finds_nothing(good: Deployment, tmp_path: Path) -> None:
     with behind_our_caddyfile(tmp_path, good.url.removeprefix("http://")) as url:
         streams_at_once(url)
-        status, output = good.doctor(f"{url}/assistream", SSL_CERT_FILE=str(CERTIFICATE))
+        status, output = good.shell(f"{url}/assistream", SSL_CERT_FILE=str(CERTIFICATE))
     assert (status, failures(output)) == (0, [])
     assert "warn" not in output
 
@@ -379,7 +337,7 @@ def test_a_proxy_that_holds_back_some_is_found(
     good: Deployment, ready: Callable[[list[bytes], int], int], said: str
 ) -> None:
     with behind_relay(good.url, ready) as url:
-        status, output = good.doctor(f"{url}/assistream")
+        status, output = good.shell(f"{url}/assistream")
     # Its Host is its own, as the browsers'.
     assert (status, failures(output)) == (1, [said])
     for name in ("nginx: `proxy_buffering off;`", "Caddy: no `buffer_resp", "lighttpd: `server.str", "others: no resp"):
@@ -388,4 +346,4 @@ def test_a_proxy_that_holds_back_some_is_found(
 
 def test_a_proxy_that_passes_all_on_is_good(good: Deployment) -> None:
     with behind_relay(good.url, lambda pieces, _: len(pieces)) as url:
-        assert good.doctor(f"{url}/assistream")[0] == 0
+        assert good.shell(f"{url}/assistream")[0] == 0

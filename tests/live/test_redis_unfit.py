@@ -23,6 +23,7 @@ from assistream_flask.log.protocol import LogUnavailableError
 from assistream_flask.log.redis import RedisLog
 from tests.conftest import Caller, MakeApp, wait_until
 from tests.deploy.test_doctor import examine, failures
+from tests.programs import free_port
 from tests.redis_server import DOCUMENTED, RedisServer, running_redis
 
 THREAD = "thread_" + "a" * 32
@@ -129,10 +130,7 @@ def test_a_right_that_is_taken_away_later_is_told_too(
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[RedisServer]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        bus = free.getsockname()[1]
-    with running_redis(tmp_path, "--cluster-enabled", "yes", "--cluster-port", str(bus)) as server:
+    with running_redis(tmp_path, "--cluster-enabled", "yes", "--cluster-port", str(free_port())) as server:
         yield server
 
 

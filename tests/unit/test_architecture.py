@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import importlib
 import os
@@ -50,11 +51,16 @@ def room_of(name: str) -> str:
 NAMES = {name_of(path): path for path in MODULES}
 
 
+@functools.cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def imports(path: Path) -> Iterator[tuple[str, int]]:
     """Gives full names of imported modules, ours as ``assistream_flask...``, wherever in the file: within functions and
     for types only too."""
     package = ["assistream_flask", *path.relative_to(HOUSE).parts[:-1]]
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield alias.name, node.lineno
@@ -75,7 +81,7 @@ def ours(path: Path) -> Iterator[tuple[str, int]]:
 
 def for_types(path: Path) -> set[int]:
     """The lines of imports that are for types only."""
-    blocks = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.If)]
+    blocks = [node for node in tree(path).body if isinstance(node, ast.If)]
     return {inner.lineno for node in blocks if ast.unparse(node.test) == "TYPE_CHECKING" for inner in node.body}
 
 
@@ -83,7 +89,7 @@ GRAPH = {name: sorted({other for other, _ in ours(path)}) for name, path in NAME
 
 
 def docstring(name: str) -> str:
-    return ast.get_docstring(ast.parse(NAMES[name].read_text())) or ""
+    return ast.get_docstring(tree(NAMES[name])) or ""
 
 
 def sentences(text: str) -> list[str]:
@@ -121,13 +127,13 @@ def test_every_folder_says_in_two_sentences_what_is_in_it() -> None:
     rooms = {room for room in ROOMS if room not in (WORDS, APP, FACE)}
     assert {name: len(sentences(docstring(name))) for name in rooms} == dict.fromkeys(rooms, 2)
     # A room has nothing else there: to import a module of it is to import no other.
-    assert [name for name in rooms if len(ast.parse(NAMES[name].read_text()).body) != 1] == []
+    assert [name for name in rooms if len(tree(NAMES[name]).body) != 1] == []
     assert [name for name in folders - rooms if len(sentences(docstring(name))) < 2] == []
 
 
 def test_imports_among_ourselves_stand_at_the_top_where_they_cannot_hide_a_circle() -> None:
     for path in MODULES:
-        top = {node.lineno for node in ast.parse(path.read_text()).body} | for_types(path)
+        top = {node.lineno for node in tree(path).body} | for_types(path)
         # What needs an extra is imported when it is asked for.
         hidden = [other for other, line in ours(path) if line not in top]
         assert set(hidden) <= {"log.redis"}, path
@@ -236,7 +242,7 @@ def test_neither_sse_nor_events_nor_errors_knows_openai() -> None:
 def test_the_top_of_a_module_only_imports_and_defines(path: Path) -> None:
     if path.name in ("__main__.py", "env.py"):
         return
-    for node in ast.parse(path.read_text()).body:
+    for node in tree(path).body:
         docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         typing = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
         kinds = ast.Import | ast.ImportFrom | ast.Assign | ast.AnnAssign | ast.FunctionDef | ast.ClassDef
@@ -313,7 +319,7 @@ def test_importing_starts_no_thread_and_opens_no_socket_or_file() -> None:
 
 
 def test_every_public_name_is_imported_when_it_is_asked_for_and_type_checkers_see_the_same() -> None:
-    (typed,) = (node for node in ast.parse((HOUSE / "__init__.py").read_text()).body if isinstance(node, ast.If))
+    (typed,) = (node for node in tree(HOUSE / "__init__.py").body if isinstance(node, ast.If))
     homes = {
         alias.name: f"assistream_flask.{node.module}"
         for node in typed.body

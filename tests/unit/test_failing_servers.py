@@ -178,7 +178,11 @@ def test_a_client_that_prepares_its_requests_still_does(serve: Serve) -> None:
 
 @pytest.mark.parametrize("behind", [b": heartbeat\n\n", b'event: ping\ndata: {"type": "ping"}\n\n', b""])
 @pytest.mark.parametrize("body", [CHAT, CHAT.removesuffix(b"data: [DONE]\n\n"), RESPONSE])
-def test_a_connection_that_stays_open_behind_the_last_word_is_left(serve: Serve, body: bytes, behind: bytes) -> None:
+def test_a_connection_that_stays_open_behind_the_last_word_is_left(
+    serve: Serve, body: bytes, behind: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # All words come in one piece, so that a short wait for more of them loses none.
+    monkeypatch.setattr(answer_stream, "LATE_SECONDS", 0.2)
     left = threading.Event()
 
     def what(peer: socket.socket, number: int) -> None:

@@ -511,6 +511,7 @@ def test_whatever_happens_every_viewer_ends_with_the_whole(store: ThreadStore, s
     assert did >= 10 * TRIALS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_events", [200, 10_000])
 def test_a_page_read_while_tokens_stream_freely_is_exact_as_of_its_place(house: House, max_events: int) -> None:
     house.log._max_events = max_events
