@@ -158,8 +158,7 @@ def main() -> None:
     run(python_of(VENV), "-m", "ruff", "format", "--check", ".")
     run(python_of(VENV), "-m", "mypy")
     if options.quick:
-        os.environ.update(FEW_TRIALS)
-        test(python_of(VENV), "--numprocesses=4", "-m", NO_SERVER, *UNIT_AND_CONTRACT, *selection)
+        test(python_of(VENV), "--numprocesses=4", "-m", NO_SERVER, *UNIT_AND_CONTRACT, *selection, **FEW_TRIALS)
         return
     # Anew, and any warning is an error: a link that leads nowhere, a docstring that cannot be read.
     site = ROOT / "build" / "docs"
