@@ -22,7 +22,7 @@ keepalive = 5
 
 
 def on_starting(server: Any) -> None:
-    """Refuses what would break in silence: a stream and a POST that meet different logs."""
+    """Refuse what would break in silence: a stream and a POST that meet different logs."""
     if server.cfg.workers > 1 and not env.get("ASSISTREAM_REDIS_URL"):
         raise SystemExit(
             f"assistream's event log is in memory, so it needs one worker, not {server.cfg.workers}: "
@@ -31,7 +31,7 @@ def on_starting(server: Any) -> None:
 
 
 def post_worker_init(worker: Any) -> None:
-    """Has assistream begin with the worker, with --preload too, and the garbage collector look at what is new only,
+    """Have assistream begin with the worker, with --preload too, and the garbage collector look at what is new only,
     and seldom: it took a tenth of a busy worker's time."""
     ours = getattr(worker.wsgi, "extensions", {}).get("assistream")
     if ours is not None:

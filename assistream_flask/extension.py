@@ -63,8 +63,8 @@ run_ended: NamedSignal = _SIGNALS.signal(
 class _Signals:
     """Sends an app's signals, one receiver after another: what one raises is logged, and the next has its turn."""
 
-    def __init__(self, app: Flask, complaints: LogThrottle) -> None:
-        self._app, self._complaints = app, complaints
+    def __init__(self, app: Flask, throttle: LogThrottle) -> None:
+        self._app, self._throttle = app, throttle
         self._signals: dict[Kind, NamedSignal] = {
             "message_created": message_created,
             "run_started": run_started,
@@ -84,7 +84,7 @@ class _Signals:
                 try:
                     receiver(self._app, **values_of)
                 except Exception as error:
-                    self._complaints.error(_log, error, "a receiver of the signal %s failed", notice.kind)
+                    self._throttle.error(_log, error, "a receiver of the signal %s failed", notice.kind)
 
 
 class Registration:
@@ -341,7 +341,7 @@ class Assistream(Commands):
         self.parts: dict[str, Registration] = {}
         super().__init__(self.runtime, self.parts)
         # Here and not in the runtime, which may be what cannot be made.
-        self.complaints = LogThrottle()
+        self.throttle = LogThrottle()
         self._runtimes = PerProcess(self._make)
         self.patched = gunicorn.patched()
         self._begun = 0
@@ -366,7 +366,7 @@ class Assistream(Commands):
         return self._runtimes.get()
 
     def _make(self) -> Runtime:
-        runtime = Runtime(self.settings(), self._adopt, self.complaints, _Signals(self._app, self.complaints))
+        runtime = Runtime(self.settings(), self._adopt, self.throttle, _Signals(self._app, self.throttle))
         runtime.start()
         return runtime
 

@@ -68,7 +68,7 @@ class Chaos:
         self._held: list[Conversation] = []
 
     async def run(self) -> None:
-        """All of it, to the end."""
+        """Give all of it, to the end."""
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(64))
         looks = [
             asyncio.create_task(job())
@@ -110,14 +110,14 @@ class Chaos:
             await asyncio.sleep(0.5)
 
     async def _look_who_serves(self) -> None:
-        """The names of the workers."""
+        """Give the names of the workers."""
         while True:
             for state in await self._states():
                 self._ledger.pids[state["worker"]] = state["pid"]
             await asyncio.sleep(1)
 
     async def _look_at_connections(self) -> None:
-        """How many they have to the database."""
+        """Give how many they have to the database."""
         many = 0
         while True:
             await asyncio.sleep(1)
@@ -160,7 +160,7 @@ class Chaos:
             await asyncio.sleep(0.5)
 
     async def _check_thread(self, conversation: Conversation, end: float) -> None:
-        """What was settled is still so, for every worker and in the database."""
+        """Give what was settled is still so, for every worker and in the database."""
         assert conversation.entries is not None
         thread = conversation.talk.id
         for port in self._site.ports:
@@ -173,7 +173,7 @@ class Chaos:
             self._ledger.violate("the database has something else", thread, "", f"{rows}, not {mine}")
 
     async def _read(self, port: int, path: str, end: float) -> Answer | None:
-        """Gives the answer, ``None`` where there is none until ``end``."""
+        """Give the answer, ``None`` where there is none until ``end``."""
         while time.time() < end:
             with contextlib.suppress(*BROKEN):
                 found = await ask(port, "GET", path)
@@ -193,7 +193,7 @@ class Chaos:
 
 
 def table(ledger: Ledger, minutes: float, errors: dict[str, int]) -> str:
-    """Gives the figures."""
+    """Give the figures."""
     kinds: dict[str, int] = {}
     for one in ledger.violations:
         kinds[one.kind] = kinds.get(one.kind, 0) + 1
@@ -208,7 +208,7 @@ def table(ledger: Ledger, minutes: float, errors: dict[str, int]) -> str:
 
 
 def _listen(ledger: Ledger, lines: Iterable[str]) -> None:
-    """Takes note of each time that the model server is asked."""
+    """Take note of each time that the model server is asked."""
     for line in lines:
         at, token, assistant = line.split()
         ledger.asks.setdefault((token, assistant), []).append(float(at))
@@ -270,7 +270,7 @@ async def _main(options: argparse.Namespace, folder: Path, ledger: Ledger) -> No
 
 
 def main() -> None:
-    """Does what the command line asks for."""
+    """Do what the command line asks for."""
     options = _options()
     if options.plan:
         for one in plan(options.seed, options.minutes * 60, [k for k in FAULTS if k in options.kinds], options.every):

@@ -31,18 +31,18 @@ _WORD: Final = re.compile(r"([a-z]+\d+)\.(\w+)\.(\d+)\.(\d+)")
 
 @lru_cache(maxsize=1024)
 def answer(token: str, assistant: str, ask: int, words: int) -> str:
-    """Gives what the model server says the ``ask``-th time that ``assistant`` is asked with the message ``token``."""
+    """Give what the model server says the ``ask``-th time that ``assistant`` is asked with the message ``token``."""
     return " ".join(f"{token}.{assistant}.{ask}.{n}" for n in range(words))
 
 
 def says(entry: Json) -> str:
-    """All that an entry says."""
+    """Give all that an entry says."""
     content: Sequence[Json] = entry["message"]["content"]
     return "".join(part["text"]["value"] for part in content)
 
 
 def misfit(text: str, words: Callable[[str], int | None]) -> str | None:
-    """Gives how ``text`` is no beginning of an answer, ``None`` where it is one. ``words`` gives how many there are in
+    """Give how ``text`` is no beginning of an answer, ``None`` where it is one. ``words`` gives how many there are in
     the answers to a token."""
     if not text:
         return None
@@ -65,12 +65,12 @@ def misfit(text: str, words: Callable[[str], int | None]) -> str | None:
 
 
 def count(text: str) -> int:
-    """How many words there are."""
+    """Give how many words there are."""
     return len(text.split())
 
 
 def oddity(text: str) -> str:
-    """Gives the words where they do not count up."""
+    """Give the words where they do not count up."""
     words = text.split(" ")
     at = next((at for at, word in enumerate(words) if not word.endswith(f".{at}")), len(words))
     return f"…{' '.join(words[max(0, at - 2) : at + 2])}…, {at} of {len(words)} words"
@@ -117,7 +117,7 @@ class View:
         self._told: set[tuple[str, str]] = set()
 
     def see(self, name: str, id: str | None, data: Json) -> None:
-        """Takes one event."""
+        """Take one event."""
         self.seen += 1
         if self.gone:
             self._tell("after thread.deleted", "", name)
@@ -272,7 +272,7 @@ class View:
             self._tell("completed, and not whole", run, f"…{text[-40:]!r}")
 
     def is_whole(self, text: str) -> bool:
-        """Whether it is all of an answer."""
+        """Tell whether it is all of an answer."""
         first = _WORD.match(text)
         return first is not None and count(text) == self._words(first[1])
 
@@ -342,11 +342,11 @@ class Ledger:
         """Of workers, by their names."""
 
     def log(self, line: str) -> None:
-        """Tells what happens, with its time."""
+        """Tell what happens, with its time."""
         self._say(f"{time.time() - self.began:8.1f} s  {line}")
 
     def begin(self, kind: str, pids: Iterable[int] = (), what: str = "", *, lasts: bool = False) -> Fault:
-        """Notes that something is done now; what ``lasts`` is to be ended."""
+        """Note that something is done now; what ``lasts`` is to be ended."""
         now = time.time()
         fault = Fault(kind, now, tuple(pids), float("inf") if lasts else now, what)
         self.faults.append(fault)
@@ -355,12 +355,12 @@ class Ledger:
         return fault
 
     def end(self, fault: Fault) -> None:
-        """Notes that it is over."""
+        """Note that it is over."""
         fault.end = time.time()
         self.log(f"{fault.kind} {fault.what} over after {fault.end - fault.begin:.1f} s")
 
     def violate(self, kind: str, thread: str, run: str, detail: str, viewer: str = "", at: float | None = None) -> None:
-        """Notes what may not be."""
+        """Note what may not be."""
         found = Violation(time.time() if at is None else at, kind, thread, run, detail, viewer)
         self.violations.append(found)
         held = self.runs.get(run)
@@ -368,7 +368,7 @@ class Ledger:
         self.log(f"VIOLATION {kind}: {thread} {run}{who} {viewer} {found.at - self.began:.1f} s: {detail}")
 
     def holders(self, held: Held) -> list[int]:
-        """The pids of those who had the run."""
+        """Give the pids of those who had the run."""
         named = [self.pids[worker] for worker in held.workers if worker in self.pids]
         return list(dict.fromkeys([*held.pids, *named]))
 
@@ -385,11 +385,11 @@ class Ledger:
         ]
 
     def lately(self, kinds: Sequence[str], seconds: float) -> bool:
-        """Whether one of these was done in the last so many seconds."""
+        """Tell whether one of these was done in the last so many seconds."""
         return bool(self._done(kinds, time.time() - seconds, time.time()))
 
     def lost(self, held: Held, at: float) -> str | None:
-        """Why a worker of the run may have been taken for lost before ``at``."""
+        """Give why a worker of the run may have been taken for lost before ``at``."""
         pids = self.holders(held)
         if self._done(["kill"], held.begun - 1, at, pids):
             return "killed"
@@ -400,11 +400,11 @@ class Ledger:
         return None
 
     def left(self, held: Held, at: float) -> bool:
-        """Whether a worker of the run was told to end before ``at``."""
+        """Tell whether a worker of the run was told to end before ``at``."""
         return bool(self._done(["deploy", "restart"], held.begun - 60, at, self.holders(held)))
 
     def shrunk(self, held: Held, lost: Shrunk) -> str | None:
-        """Why a viewer may have lost words of the run: its worker was lost, and at that time the log."""
+        """Give why a viewer may have lost words of the run: its worker was lost, and at that time the log."""
         for fault in self._done(["kill", "stop", "deploy", "restart"], held.begun - 60, lost.at, self.holders(held)):
             if fault.kind == "stop" and not _outlasts_lease(fault, lost.at):
                 continue
@@ -418,7 +418,7 @@ class Ledger:
         return None
 
     def told(self, kind: str, run: str) -> str | None:
-        """Why a viewer may have been told what a snapshot mends: an entry that came late, as Redis or the database was
+        """Say why a snapshot may mend what a viewer was told: an entry that came late, as Redis or the database was
         away when it was stored; a word of a worker that stood still, as Redis forgot meanwhile who has its run."""
         now = time.time()
         if kind == BETWEEN and self.lately([*REDIS, *DATABASE], 10):
@@ -433,7 +433,7 @@ class Ledger:
     # Judgements
 
     def judge_end(self, run: Json, at: float) -> None:
-        """Counts how a run ended, and looks for the cause of an end that is not ``completed``."""
+        """Count how a run ended, and looks for the cause of an end that is not ``completed``."""
         status, held = run["status"], self.runs[run["id"]]
         code = (run["last_error"] or {}).get("code") or (run["incomplete_details"] or {}).get("reason") or ""
         self.ends[f"{status} {code}".strip()] += 1
@@ -450,7 +450,7 @@ class Ledger:
             self.excused[f"{status} {code}: {why}"] += 1
 
     def judge_asks(self, run_id: str, began: bool) -> None:
-        """Looks how often a model server was asked for a run; ``began``: there is text of it."""
+        """Look how often a model server was asked for a run; ``began``: there is text of it."""
         held = self.runs[run_id]
         asks = self.asks.get((held.token, held.assistant), [])
         if not asks and began:

@@ -76,7 +76,7 @@ HABITS: Final = ("cut", "slow", "crossing", "repeat", "cancel", "delete", "backg
 
 
 def plan(seed: str, seconds: float, kinds: Sequence[str], every: float) -> list[Planned]:
-    """Gives what to do in so many seconds: the same for the same arguments, one thing each ``every`` or so, and never
+    """Give what to do in so many seconds: the same for the same arguments, one thing each ``every`` or so, and never
     two at once with what they take hold of."""
     choose, found, free = random.Random(seed), list[Planned](), dict[str, float]()
     at = choose.expovariate(1 / every)
@@ -132,16 +132,16 @@ class Site:
 
     @property
     def ports(self) -> list[int]:
-        """The gunicorns' ports."""
+        """Give the gunicorns' ports."""
         return [gunicorn.port for gunicorn in self.gunicorns]
 
     async def start(self) -> None:
-        """Starts all gunicorns, one after the other: on a busy machine each takes its time."""
+        """Start all gunicorns, one after the other: on a busy machine each takes its time."""
         for gunicorn in self.gunicorns:
             await asyncio.to_thread(gunicorn.start)
 
     def stop(self) -> None:
-        """Ends them."""
+        """End them."""
         begun = [gunicorn for gunicorn in self.gunicorns if gunicorn.is_running]
         for gunicorn in begun:
             gunicorn.process.terminate()
@@ -152,12 +152,12 @@ class Site:
                 gunicorn.stop(signal.SIGKILL)
 
     def logs(self) -> Iterator[str]:
-        """The lines that the gunicorns have logged."""
+        """Give the lines that the gunicorns have logged."""
         for gunicorn in self.gunicorns:
             yield from gunicorn.log().splitlines()
 
     async def do(self, planned: Planned) -> None:
-        """Does one thing."""
+        """Do one thing."""
         fault: Callable[[Planned], Coroutine[Any, Any, None]] = getattr(self, f"_do_{planned.kind}")
         try:
             await fault(planned)
@@ -181,13 +181,13 @@ class Site:
     # Workers
 
     async def _do_kill(self, planned: Planned) -> None:
-        """A worker of the gunicorn dies."""
+        """Have a worker of the gunicorn die."""
         for pid in self._pids(planned.target)[:1]:
             self._ledger.begin("kill", [pid], f"g{planned.target}")
             _signal(pid, signal.SIGKILL)
 
     async def _do_stop(self, planned: Planned) -> None:
-        """A worker stands still for a while."""
+        """Have a worker stand still for a while."""
         pids = self._pids(planned.target)[:1]
         try:
             async with self._during(planned, pids, f"g{planned.target} for {planned.seconds:.1f} s"):
@@ -198,14 +198,14 @@ class Site:
                 _signal(pid, signal.SIGCONT)
 
     async def _do_deploy(self, planned: Planned) -> None:
-        """New code: the arbiter begins a new worker and ends the old one."""
+        """Deploy new code: the arbiter begins a new worker and ends the old one."""
         gunicorn = self.gunicorns[planned.target]
         if gunicorn.is_running:
             self._ledger.begin("deploy", self._pids(planned.target), f"g{planned.target}")
             gunicorn.process.send_signal(signal.SIGHUP)
 
     async def _do_restart(self, planned: Planned) -> None:
-        """The machine's gunicorn ends, and a new one comes on its port."""
+        """Have the machine's gunicorn end, and a new one come on its port."""
         async with self._restarting[planned.target]:
             gunicorn, pids = self.gunicorns[planned.target], self._pids(planned.target)
             fault = self._ledger.begin("restart", pids, f"g{planned.target}", lasts=True)
@@ -220,7 +220,7 @@ class Site:
                 self._ledger.end(fault)
 
     async def _do_clock(self, planned: Planned) -> None:
-        """The machine's clock is wrong for a while."""
+        """Have the machine's clock be wrong for a while."""
         try:
             async with self._during(planned, self._pids(planned.target), f"g{planned.target} by {planned.more} s"):
                 self._set_clock(planned.target, float(planned.more))
@@ -228,7 +228,7 @@ class Site:
             self._set_clock(planned.target, 0)
 
     async def _do_compute(self, planned: Planned) -> None:
-        """The app computes in one request, and lets nothing else go on."""
+        """Have the app compute in one request, and let nothing else go on."""
         port = self.gunicorns[planned.target].port
         async with self._during(planned, self._pids(planned.target)[:1], f"g{planned.target} {planned.seconds:.1f} s"):
             _, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -238,7 +238,7 @@ class Site:
     # The database
 
     def admin(self) -> psycopg.Connection[Any]:
-        """A connection that no fault befalls, but the database's end."""
+        """Give a connection that no fault befalls, but the database's end."""
         return psycopg.connect(self._conninfo, autocommit=True, options="-c default_transaction_read_only=off")
 
     def _execute(self, *statements: str) -> list[Any]:
@@ -248,18 +248,18 @@ class Site:
             return cursor.fetchall() if cursor.description else []
 
     def workers(self) -> int:
-        """How many workers there are, with those that leave."""
+        """Give how many workers there are, with those that leave."""
         return sum(len(self._pids(at)) for at in range(GUNICORNS))
 
     def backends(self) -> list[int]:
-        """The pids of the workers' connections."""
+        """Give the pids of the workers' connections."""
         rows = self._execute(
             "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND application_name <> 'chaos'"
         )
         return [pid for (pid,) in rows]
 
     def holders(self) -> list[tuple[str, str, str | None]]:
-        """The runs that are not over, and the workers that have them, with the names that these gave themselves."""
+        """Give runs that are not over, and the workers that have them, with the names that these gave themselves."""
         query = (
             "SELECT r.id, r.worker, w.name FROM assistream_runs r LEFT JOIN assistream_workers w ON w.id = r.worker"
             " WHERE r.status IN ('queued', 'in_progress')"
@@ -267,13 +267,13 @@ class Site:
         return self._execute(query)
 
     def stored(self, thread_id: str) -> list[tuple[str, Any]]:
-        """The thread's messages as they are in the database."""
+        """Give the thread's messages as they are in the database."""
         with self.admin() as connection:
             query = "SELECT id, content FROM assistream_messages WHERE thread_id = %s ORDER BY position"
             return connection.execute(query, [thread_id]).fetchall()
 
     async def _do_terminate(self, planned: Planned) -> None:
-        """All connections end."""
+        """End all connections."""
         self._ledger.begin("terminate")
         await asyncio.to_thread(
             self._execute,
@@ -293,7 +293,7 @@ class Site:
             time.sleep(seconds)
 
     async def _do_readonly(self, planned: Planned) -> None:
-        """It can be read, and not written, as a standby."""
+        """Have it be read, and not written, as a standby."""
         change = "ALTER SYSTEM SET default_transaction_read_only = {}"
         try:
             async with self._during(planned, what=f"for {planned.seconds:.1f} s"):
@@ -302,7 +302,7 @@ class Site:
             await asyncio.to_thread(self._execute, change.format("off"), "SELECT pg_reload_conf()")
 
     async def _do_crash(self, planned: Planned) -> None:
-        """It is gone for a while, as after a crash."""
+        """Have it be gone for a while, as after a crash."""
         try:
             async with self._during(planned, what=f"for {planned.seconds:.1f} s"):
                 await asyncio.to_thread(self.postgres.stop)
@@ -310,7 +310,7 @@ class Site:
             await asyncio.to_thread(self.postgres.start)
 
     async def _do_freeze(self, planned: Planned) -> None:
-        """All connections stand still for a while."""
+        """Have all connections stand still for a while."""
         pids = await asyncio.to_thread(self.backends)
         try:
             async with self._during(planned, what=f"{len(pids)} backends for {planned.seconds:.1f} s"):
@@ -323,7 +323,7 @@ class Site:
     # Redis
 
     async def _do_redis(self, planned: Planned) -> None:
-        """It is gone for a while, and comes back empty."""
+        """Have it be gone for a while, and come back empty."""
         try:
             async with self._during(planned, what=f"for {planned.seconds:.1f} s"):
                 await asyncio.to_thread(self.redis.stop)
@@ -331,17 +331,17 @@ class Site:
             await asyncio.to_thread(self.redis.start)
 
     async def _do_pause(self, planned: Planned) -> None:
-        """It answers nobody for a while."""
+        """Have it answer nobody for a while."""
         async with self._during(planned, what=f"for {planned.seconds:.1f} s"):
             await asyncio.to_thread(self.redis.ask, "CLIENT", "PAUSE", str(int(planned.seconds * 1000)), "ALL")
 
     async def _do_flush(self, planned: Planned) -> None:
-        """It loses all it has."""
+        """Have it lose all it has."""
         self._ledger.begin("flush")
         await asyncio.to_thread(self.redis.ask, "FLUSHALL")
 
     async def _do_full(self, planned: Planned) -> None:
-        """It takes nothing more for a while."""
+        """Have it take nothing more for a while."""
         try:
             async with self._during(planned, what=f"for {planned.seconds:.1f} s"):
                 await asyncio.to_thread(self.redis.ask, "CONFIG", "SET", "maxmemory", "1")
@@ -349,7 +349,7 @@ class Site:
             await asyncio.to_thread(self.redis.ask, "CONFIG", "SET", "maxmemory", "0")
 
     async def _do_clients(self, planned: Planned) -> None:
-        """Connections to it end."""
+        """End the connections to it."""
         self._ledger.begin("clients", what=planned.more)
         await asyncio.to_thread(self.redis.ask, "CLIENT", "KILL", "TYPE", planned.more)
 
@@ -361,7 +361,7 @@ def _signal(pid: int, how: signal.Signals) -> None:
 
 @contextmanager
 def model_server() -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """Runs the model server; gives its URL, and the process whose output tells each time that it is asked."""
+    """Run the model server; give its URL, and the process whose output tells each time that it is asked."""
     command = [sys.executable, "-m", "benchmarks.chaos_servers"]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -373,7 +373,7 @@ def model_server() -> Iterator[tuple[str, subprocess.Popen[str]]]:
 
 
 def tracebacks(lines: Iterator[str]) -> Counter[str]:
-    """Gives how often each error was logged with its traceback; of one that came of another, the last."""
+    """Give how often each error was logged with its traceback; of one that came of another, the last."""
     found: Counter[str] = Counter()
     inside, last = False, ""
     for line in lines:

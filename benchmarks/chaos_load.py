@@ -84,7 +84,7 @@ class Caller:
         self._world, self._choose = world, choose
 
     async def command(self, method: str, path: str, body: object = None, key: str = "") -> Answer | None:
-        """Gives the answer, ``None`` after minutes without one."""
+        """Give the answer, ``None`` after minutes without one."""
         began = time.time()
         while time.time() < max(began + 240, self._world.until + PATIENCE_SECONDS):
             found = await self.once(method, path, body, key)
@@ -121,7 +121,7 @@ class Viewer:
         self._task = asyncio.create_task(self._follow())
 
     async def stop(self) -> None:
-        """Leaves."""
+        """Leave."""
         self._stopped = True
         self._task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -217,7 +217,7 @@ async def _opened(port: int, is_slow: bool) -> tuple[asyncio.StreamReader, async
 
 
 async def _chunks(reader: asyncio.StreamReader, silence: float) -> AsyncIterator[bytes]:
-    """Gives what a chunked body brings; raises ``TimeoutError`` when nothing comes for so many seconds."""
+    """Give what a chunked body brings; raises ``TimeoutError`` when nothing comes for so many seconds."""
     while True:
         async with asyncio.timeout(silence):
             size = int(await reader.readuntil(b"\r\n"), 16)
@@ -347,7 +347,7 @@ class Conversation:
             self._world.ledger.violate(f"a deletion was answered {answer.status}", self.talk.id, "", f"{answer.data}")
 
     async def _see_it_gone(self) -> None:
-        """All viewers hear of it."""
+        """Wait until all viewers hear of it."""
         end = self._late()
         while not all(viewer.view.gone for viewer in self._viewers):
             if time.time() > end:
@@ -365,7 +365,7 @@ class Conversation:
         self._world.ledger.violate(kind, self.talk.id, run, detail, at=at)
 
     async def read(self) -> list[Json] | None:
-        """Gives the entries as one of the workers tells them."""
+        """Give the entries as one of the workers tells them."""
         found = await self._caller.once("GET", f"/threads/{self.talk.id}/messages?limit=200")
         if found is not None and found.status == 404:
             self._violate("a thread is gone")
@@ -406,7 +406,7 @@ class Conversation:
                 await asyncio.sleep(0.2)
 
     def _differences(self, viewer: Viewer, entries: list[Json]) -> str:
-        """What the viewer has, and what is stored, with the time of its end where there is one."""
+        """Give what the viewer has, and what is stored, with the time of its end where there is one."""
         mine = {entry["message"]["id"]: entry for entry in viewer.view.entries}
         found = []
         for entry in entries:

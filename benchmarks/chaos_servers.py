@@ -28,12 +28,12 @@ LASTING: Final = ("c", "d")
 
 
 def question(token: str, words: int, pace: float) -> str:
-    """Gives the message that is answered with so many words."""
+    """Give the message that is answered with so many words."""
     return f"#{token} {words} words, one each {pace} s"
 
 
 def set_clock(path: Path) -> None:
-    """Has ``time.time`` be wrong by as many seconds as the file says, as of its last change."""
+    """Have ``time.time`` be wrong by as many seconds as the file says, as of its last change."""
     # libfaketime (0.9.10) refuses every time.sleep of Python 3.11 as soon as the monotonic clock is to stay as it is.
     right, known = time.time, [float("-inf"), 0.0]
 
@@ -46,7 +46,7 @@ def set_clock(path: Path) -> None:
 
 
 def make_app() -> Any:
-    """Gives the app, for gunicorn: settings come in APP_CONFIG, the file with the clock's error in CLOCK."""
+    """Give the app, for gunicorn: settings come in APP_CONFIG, the file with the clock's error in CLOCK."""
     set_clock(Path(os.environ["CLOCK"]))
     from flask import Flask, Response, jsonify, request
 
@@ -101,7 +101,7 @@ class Model:
 
 
 def main() -> None:
-    """Serves until stdin ends."""
+    """Serve until stdin ends."""
     with OfflineServer(Model(), keep=20_000) as server:
         print(server.base_url, flush=True)
         sys.stdin.read()

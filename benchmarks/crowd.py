@@ -43,7 +43,7 @@ HERE = Path(__file__).resolve()
 
 
 def make_app() -> Any:
-    """Gives the app, for gunicorn: settings come in APP_CONFIG."""
+    """Give the app, for gunicorn: settings come in APP_CONFIG."""
     from flask import Flask, jsonify, request
 
     from assistream_flask import Assistant, create_blueprint
@@ -101,7 +101,7 @@ class _Crowd:
         self._last, self._cut = 0.0, 0
 
     def open(self, at_once: int) -> None:
-        """Opens streams until so many are silent."""
+        """Open streams until so many are silent."""
         while self.due and len(self.silent) < at_once:
             viewer = socket.create_connection(self._address)
             viewer.sendall(f"GET {self.due[-1]} HTTP/1.1\r\nHost: crowd\r\nX-Caller: me\r\n\r\n".encode())
@@ -110,7 +110,7 @@ class _Crowd:
             self.silent.add(viewer)
 
     def attend(self) -> None:
-        """Waits for what comes, and takes it; ends the process where stdin ended."""
+        """Wait for what comes, and take it; end the process where stdin ended."""
         for key, _ in self._waiting.select():
             if key.fd == 0:
                 self._answer()
@@ -140,7 +140,7 @@ class _Crowd:
             self._last = time.time()
 
     def _leave(self, viewer: socket.socket) -> str:
-        """Closes the viewer's stream; gives its path."""
+        """Close the viewer's stream; give its path."""
         self._waiting.unregister(viewer)
         viewer.close()
         self.silent.discard(viewer)
@@ -148,7 +148,7 @@ class _Crowd:
 
 
 def view(host: str, port: int, paths: list[str], streams: int, at_once: int) -> None:
-    """Opens so many streams, at most so many ``at_once``, and reads them until stdin ends; a line tells that all are
+    """Open so many streams, at most so many ``at_once``, and read them until stdin ends; a line tells that all are
     open, and one answers each that is asked."""
     _files()
     crowd, opening = _Crowd(host, port, [paths[at % len(paths)] for at in range(streams)]), True
@@ -170,7 +170,7 @@ class Line:
         self._line = http.client.HTTPConnection(host, port, timeout=60)
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
-        """Gives the JSON answer."""
+        """Give the JSON answer."""
         head = {"Content-Type": "application/json", "X-Caller": "me"}
         self._line.request(method, path, None if body is None else json.dumps(body), head)
         answer = self._line.getresponse()
@@ -205,12 +205,12 @@ class Server:
         self.ask = Line(host, self.port).ask
 
     def worker(self) -> int:
-        """The worker's process id."""
+        """Give the worker's process id."""
         pid = self._process.pid
         return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
 
     def kib(self) -> int:
-        """The worker's resident memory."""
+        """Give the worker's resident memory."""
         lines = Path(f"/proc/{self.worker()}/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
 
@@ -220,7 +220,7 @@ class Server:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def stop(self) -> None:
-        """Ends it."""
+        """End it."""
         self._process.terminate()
         self._process.wait(60)
 
@@ -237,7 +237,7 @@ class Crowd:
         print(self._process.stdout.readline().decode().strip())
 
     def ask(self) -> tuple[int, float, int]:
-        """Gives how many have nothing yet of what was sent since the last call, but heartbeats; when the last one
+        """Give how many have nothing yet of what was sent since the last call, but heartbeats; when the last one
         got it, and how many were cut."""
         assert self._process.stdin
         assert self._process.stdout
@@ -247,7 +247,7 @@ class Crowd:
         return missing, last, cut
 
     def end(self) -> None:
-        """All leave at once. Idempotent."""
+        """Have all leave at once. Idempotent."""
         assert self._process.stdin
         self._process.stdin.close()
         self._process.wait()
@@ -255,7 +255,7 @@ class Crowd:
 
 @contextlib.contextmanager
 def redis_server(folder: str) -> Iterator[str]:
-    """Gives the URL of a redis-server."""
+    """Give the URL of a redis-server."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -278,7 +278,7 @@ class Network(NamedTuple):
 
 @contextlib.contextmanager
 def network_of_its_own() -> Iterator[Network]:
-    """Gives a network namespace. Raises ``OSError`` or ``CalledProcessError`` without the command ip, or its rights."""
+    """Give a network namespace. Raises ``OSError`` or ``CalledProcessError`` without the command ip, or its rights."""
     name, net = f"crowd{secrets.token_hex(3)}", f"198.18.{secrets.randbelow(256)}"
 
     def ip(command: str) -> None:
@@ -299,14 +299,14 @@ def network_of_its_own() -> Iterator[Network]:
 
 
 def quantiles(times: list[float]) -> str:
-    """Gives the middle, the 99th in a hundred and the longest, in milliseconds."""
+    """Give the middle, the 99th in a hundred and the longest, in milliseconds."""
     times = sorted(times)
     found = [times[len(times) // 2], times[int(len(times) * 0.99)], times[-1]]
     return "p50 {:.1f}, p99 {:.1f}, max {:.1f} ms".format(*(1000 * one for one in found))
 
 
 def commands(server: Server, path: str, seconds: float) -> None:
-    """Sends commands for a while, one after the other; prints how long they took."""
+    """Send commands for a while, one after the other; print how long they took."""
     posts, gets, start, cpu = list[float](), list[float](), time.monotonic(), server.cpu()
     while time.monotonic() < start + seconds:
         for times, method, body in ((posts, "POST", {"content": "Hello"}), (gets, "GET", None)):
@@ -321,7 +321,7 @@ def commands(server: Server, path: str, seconds: float) -> None:
 
 
 def herd(options: argparse.Namespace, server: Server, other: str, threads: list[str]) -> None:
-    """All come at once; prints how long commands take until all have their thread."""
+    """Have all come at once; print how long commands take until all have their thread."""
     for path in [other, *threads]:
         for number in range(20):
             server.ask("POST", f"{path}/messages", {"content": f"{number} " + "Hello all. " * 50})
@@ -355,7 +355,7 @@ def herd(options: argparse.Namespace, server: Server, other: str, threads: list[
 
 
 def leave(server: Server, streams: int, gone: Callable[[], None]) -> None:
-    """Has the crowd leave; prints how long it takes the worker to notice."""
+    """Have the crowd leave; print how long it takes the worker to notice."""
     start, left, slowest, marks = time.monotonic(), streams, 0.0, [0.5, 0.1]
     gone()
     while left and time.monotonic() < start + 120:
@@ -370,7 +370,7 @@ def leave(server: Server, streams: int, gone: Callable[[], None]) -> None:
 
 
 def measure(options: argparse.Namespace, server: Server, network: Network | None) -> None:
-    """Does one round and prints it."""
+    """Do one round and prints it."""
     ids = [server.ask("POST", "/assistream/threads", {})["id"] for _ in range(options.threads + 1)]
     other, *threads = (f"/assistream/threads/{id}" for id in ids)
     server.ask("GET", "/open")
@@ -415,7 +415,7 @@ def _files() -> None:
 
 
 def main() -> None:
-    """Does what the command line says."""
+    """Do what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=5000)
     parser.add_argument("--threads", type=int, default=500, help="conversations that the streams are spread over")

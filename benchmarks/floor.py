@@ -17,7 +17,7 @@ _REQUESTS = 200
 
 
 def main() -> None:
-    """Prints CPU of this process."""
+    """Print CPU of this process."""
     monkey.patch_all()
     import openai
 

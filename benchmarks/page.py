@@ -112,12 +112,12 @@ class Thread:
         return events.entry(message, run)
 
     def page(self, limit: int, before: str | None) -> tuple[list[Entry], bool]:
-        """Gives the entries, and whether there are older ones."""
+        """Give the entries, and whether there are older ones."""
         end = self.at[before] if before else len(self.entries)
         return self.entries[max(0, end - limit) : end], end > limit
 
     def stream(self, rate: float) -> Iterator[bytes]:
-        """Gives a snapshot, the tokens as they come due until ``stop``, and nothing more until ``close``."""
+        """Give a snapshot, the tokens as they come due until ``stop``, and nothing more until ``close``."""
         self.opened += 1
         yield sse.RETRY + self._frame(events.snapshot("t", *self.page(50, None)))
         start, sent = time.monotonic(), 0
@@ -139,7 +139,7 @@ class Thread:
 
 
 def handler(thread: Thread, helper: Path, rate: float) -> type[BaseHTTPRequestHandler]:
-    """Gives what serves the page, the helper and the thread."""
+    """Give what serves the page, the helper and the thread."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -183,7 +183,7 @@ def handler(thread: Thread, helper: Path, rate: float) -> type[BaseHTTPRequestHa
 
 
 def own(profile: Any) -> float:
-    """Gives the part of the main thread's work, 0 to 1, with the helper on the stack or in the garbage collector."""
+    """Give the part of the main thread's work, 0 to 1, with the helper on the stack or in the garbage collector."""
     nodes, took = {node["id"]: node for node in profile["nodes"]}, dict[int, int]()
     for id, micros in zip(profile["samples"], profile["timeDeltas"][1:], strict=False):
         took[id] = took.get(id, 0) + micros
@@ -217,14 +217,14 @@ class Trace:
         ]
 
     def between(self, start: str, end: str) -> tuple[float, float, float, float]:
-        """Gives how long it was, the CPU of all tasks, and the longest by CPU and by the clock; in microseconds."""
+        """Give how long it was, the CPU of all tasks, and the longest by CPU and by the clock; in microseconds."""
         first, last = self._marks[start], self._marks[end]
         tasks = [(took, cpu) for at, took, cpu in self._tasks if at + took > first and at < last]
         return last - first, sum(cpu for _, cpu in tasks), max(cpu for _, cpu in tasks), max(took for took, _ in tasks)
 
 
 def difference(page: Page, entries: list[Entry]) -> str:
-    """Says where the page's thread is another than ``entries``: nowhere, if all is well."""
+    """Say where the page's thread is another than ``entries``: nowhere, if all is well."""
     shown = json.loads(page.evaluate("JSON.stringify(state.entries)"))
     if len(shown) != len(entries):
         return f"the page has {len(shown)} of {len(entries)} entries"
@@ -232,7 +232,7 @@ def difference(page: Page, entries: list[Entry]) -> str:
 
 
 def measure(browser: Browser, options: argparse.Namespace, messages: int) -> None:
-    """Does one round and prints it. Raises ``SystemExit`` when the page has not what was sent."""
+    """Do one round and prints it. Raises ``SystemExit`` when the page has not what was sent."""
     thread = Thread(messages, options.streams)
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler(thread, options.helper, options.rate))
     server.daemon_threads = True
@@ -285,7 +285,7 @@ def measure(browser: Browser, options: argparse.Namespace, messages: int) -> Non
 
 
 def main() -> None:
-    """Does what the command line says."""
+    """Do what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--messages", type=int, nargs="+", default=[100, 10_000])
     parser.add_argument("--streams", type=int, default=20)

@@ -91,7 +91,7 @@ class Load:
         self._count = 0
 
     def open(self, path: str, body: bytes | None) -> None:
-        """Sends a request; ``body`` makes it a POST."""
+        """Send a request; ``body`` makes it a POST."""
         peer = socket.create_connection(("127.0.0.1", self._port))
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         head = f"{'GET' if body is None else 'POST'} {path} HTTP/1.1\r\nHost: 127.0.0.1:{self._port}\r\n"
@@ -104,7 +104,7 @@ class Load:
         self._selector.register(peer, selectors.EVENT_READ, self._count)
 
     def read(self, seconds: float, until: Callable[[], bool] | None = None) -> None:
-        """Reads until all have ended, or for so long; what takes longer is an error where no ``until`` says enough."""
+        """Read until all have ended, or for so long; what takes longer is an error where no ``until`` says enough."""
         end = time.monotonic() + seconds
         while self._selector.get_map() and not (until and until()):
             if time.monotonic() > end:
@@ -126,15 +126,15 @@ class Load:
                     cast(socket.socket, key.fileobj).close()
 
     def late(self) -> list[tuple[int, float]]:
-        """Gives when each delta was read, in ns, and how long that was after it was written, in ms."""
+        """Give when each delta was read, in ns, and how long that was after it was written, in ms."""
         return [delta for reads in self._read.values() for delta in _late(reads)]
 
     def reads(self) -> list[list[tuple[int, bytes]]]:
-        """Gives what each stream read, and when, in ns."""
+        """Give what each stream read, and when, in ns."""
         return list(self._read.values())
 
     def first(self) -> list[float]:
-        """Gives how long after its request each stream had its first delta, in ms."""
+        """Give how long after its request each stream had its first delta, in ms."""
         found = []
         for reads in self._read.values():
             seen = next(at for at, data in reads if _DELTA.search(data))
@@ -142,7 +142,7 @@ class Load:
         return found
 
     def close(self) -> None:
-        """Leaves all streams."""
+        """Leave all streams."""
         for key in list(self._selector.get_map().values()):
             cast(socket.socket, key.fileobj).close()
         self._selector.close()
@@ -172,7 +172,7 @@ def _unchunked(frame: bytes) -> bytes:
 
 
 def cpu_of(pids: Sequence[int]) -> float:
-    """Gives the CPU seconds that processes, all their threads, took so far."""
+    """Give the CPU seconds that processes, all their threads, took so far."""
     total = 0
     for pid in pids:
         for task in Path(f"/proc/{pid}/task").iterdir():
@@ -181,12 +181,12 @@ def cpu_of(pids: Sequence[int]) -> float:
 
 
 def rss_of(pids: Sequence[int]) -> int:
-    """Gives the memory of processes in bytes."""
+    """Give the memory of processes in bytes."""
     return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096 for pid in pids)
 
 
 def free_port() -> int:
-    """Gives a port on which nobody listens."""
+    """Give a port on which nobody listens."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]
@@ -194,7 +194,7 @@ def free_port() -> int:
 
 
 def wait_for(port: int) -> None:
-    """Returns when somebody listens."""
+    """Return when somebody listens."""
     for _ in range(400):
         with contextlib.suppress(OSError):
             socket.create_connection(("127.0.0.1", port)).close()
@@ -274,7 +274,7 @@ class Relay:
         return json.loads(data)
 
     def requests(self, count: int, messages: int = 0) -> list[tuple[str, bytes]]:
-        """Gives the requests that begin so many streams; our threads, with so many ``messages``, are made now."""
+        """Give the requests that begin so many streams; our threads, with so many ``messages``, are made now."""
         if self.name in ("direct", "raw", "nginx"):
             return [("/v1/responses", json.dumps({"model": self.model}).encode())] * count
         if self.name == "naive":
@@ -287,7 +287,7 @@ class Relay:
         return [(f"/assistream/threads/{thread}/runs", body) for thread in threads]
 
     def thread(self) -> str:
-        """Gives the id of a new thread."""
+        """Give the id of a new thread."""
         found: str = self.ask("POST", "/assistream/threads", {})["id"]
         return found
 
@@ -305,7 +305,7 @@ class Relay:
 
 @contextlib.contextmanager
 def upstream() -> Iterator[int]:
-    """Runs the model server; gives its port."""
+    """Run the model server; give its port."""
     port = free_port()
     command = [sys.executable, "-m", "benchmarks.stream_servers", "upstream", str(port)]
     server = subprocess.Popen(["taskset", "-c", "1", *command], cwd=ROOT)
@@ -345,7 +345,7 @@ def _percentiles(values: Sequence[float]) -> tuple[float, float]:
 
 
 def compare(scenario: str, relays: Sequence[str], rounds: int, model_server: int) -> None:
-    """Prints what a delta costs in each relay."""
+    """Print what a delta costs in each relay."""
     found: dict[str, list[Result]] = {relay: [] for relay in relays}
     for _ in range(rounds):
         for relay in relays:
@@ -367,7 +367,7 @@ def compare(scenario: str, relays: Sequence[str], rounds: int, model_server: int
 
 
 def most(relays: Sequence[str], rounds: int, model_server: int) -> None:
-    """Prints how many streams at 50 deltas a second each relay holds."""
+    """Print how many streams at 50 deltas a second each relay holds."""
     found: dict[str, list[int]] = {relay: [] for relay in relays}
     for _ in range(rounds):
         for relay in relays:
@@ -381,7 +381,7 @@ def most(relays: Sequence[str], rounds: int, model_server: int) -> None:
 
 
 def _most(relay: str, model_server: int) -> int:
-    """Doubles until it is too many, and halves the rest up to a tenth."""
+    """Double until it is too many, and halves the rest up to a tenth."""
     low, high = 0, 0
     while not high or high - low > low / 10:
         tried = (low + high) // 2 if high else low * 2 or 40
@@ -398,7 +398,7 @@ def _most(relay: str, model_server: int) -> int:
 
 
 def first(relays: Sequence[str], rounds: int, model_server: int) -> None:
-    """Prints how long after its request a stream has its first delta, beside 100 others on average."""
+    """Print how long after its request a stream has its first delta, beside 100 others on average."""
     print(f"\n{'first':11} {'p50 ms':>8} {'p99 ms':>8} {'p50 more than direct':>22} {'p99 more':>9}")
     base: list[float] = []
     for relay in ("direct", *(relay for relay in relays if relay != "direct")):
@@ -426,7 +426,7 @@ def _first(relay: str, model_server: int) -> list[float]:
 
 
 def viewers(relays: Sequence[str], rounds: int, model_server: int) -> None:
-    """Prints what more viewers of one thread cost."""
+    """Print what more viewers of one thread cost."""
     print(f"\n{'viewers':11} {'viewers':>8} {'CPU µs a delta and viewer':>26} {'events':>8} {'p99 ms':>8}")
     for relay in relays:
         for count in (1, 100):
@@ -461,7 +461,7 @@ def _viewed(relay: str, model_server: int, count: int) -> tuple[float, float, fl
 
 
 def grows(what: str, relays: Sequence[str], rounds: int, model_server: int) -> None:
-    """Prints what a delta costs while one thing grows."""
+    """Print what a delta costs while one thing grows."""
     cases: dict[str, list[tuple[int, int, int, int]]] = {
         # How many, then streams, deltas a second, deltas each.
         "threads": [(n, n, 25, 200) for n in (10, 50, 100, 400)],
@@ -483,7 +483,7 @@ def grows(what: str, relays: Sequence[str], rounds: int, model_server: int) -> N
 
 
 def memory(relays: Sequence[str], rounds: int, model_server: int) -> None:
-    """Prints what a stream that waits for its next delta takes."""
+    """Print what a stream that waits for its next delta takes."""
     print(f"\n{'memory':11} {'KiB a stream':>13}")
     for relay in relays:
         found = []
@@ -503,7 +503,7 @@ def memory(relays: Sequence[str], rounds: int, model_server: int) -> None:
 
 
 def main() -> None:
-    """Measures what the command line asks for."""
+    """Measure what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     more = ("max", "first", "viewers", "threads", "messages", "length", "memory")
     parser.add_argument("scenarios", nargs="*", metavar="scenario", help="by default all")

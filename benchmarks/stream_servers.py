@@ -54,7 +54,7 @@ class _Peer:
         self.due = 0.0
 
     def asks(self) -> bool:
-        """Takes what there is to read; whether that completes a request."""
+        """Take what there is to read; whether that completes a request."""
         data = self.socket.recv(262_144)
         if not data:
             raise ConnectionError
@@ -102,7 +102,7 @@ class _Upstream:
         self._fast: dict[int, _Peer] = {}
 
     def turn(self) -> None:
-        """Waits until there is something to do, and does it."""
+        """Wait until there is something to do, and do it."""
         for fd, event in self._poll.poll(self._wait()):
             if fd == self._server.fileno():
                 self._accept()
@@ -125,7 +125,7 @@ class _Upstream:
         self._poll.register(connection, select.EPOLLIN | select.EPOLLOUT | select.EPOLLET)
 
     def _attend(self, fd: int, event: int) -> None:
-        """Sends what was held up, and takes a request."""
+        """Send what was held up, and takes a request."""
         peer = self._peers[fd]
         try:
             if event & select.EPOLLOUT and peer.rest:
@@ -175,14 +175,14 @@ class _Upstream:
 
 
 def serve_upstream(port: int) -> None:
-    """Serves until it is killed."""
+    """Serve until it is killed."""
     upstream = _Upstream(port)
     while True:
         upstream.turn()
 
 
 def serve_raw(port: int, upstream: int, model: str) -> None:
-    """Sends each request on and each answer back, unread: what gevent itself costs."""
+    """Send each request on and each answer back, unread: what gevent itself costs."""
     from gevent.server import StreamServer
     from gevent.socket import create_connection
 
@@ -202,7 +202,7 @@ def serve_raw(port: int, upstream: int, model: str) -> None:
 
 
 def make_app() -> Any:
-    """Gives the app that gunicorn serves: ours below /assistream, and /naive as people write it."""
+    """Give the app that gunicorn serves: ours below /assistream, and /naive as people write it."""
     import openai
     from flask import Flask, Response, request
 
@@ -231,7 +231,7 @@ def _client() -> Any:
 
 
 def main() -> None:
-    """Serves what the command line names."""
+    """Serve what the command line names."""
     if sys.argv[1] == "upstream":
         serve_upstream(int(sys.argv[2]))
     else:

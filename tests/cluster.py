@@ -84,7 +84,7 @@ class Cluster:
         return folder
 
     def start(self) -> None:
-        """Starts the model server, then the gunicorns."""
+        """Start the model server, then the gunicorns."""
         model_url = self._model_url or self._start_model()
         for gunicorn in self.gunicorns:
             gunicorn.env["MODEL_URL"] = model_url
@@ -106,7 +106,7 @@ class Cluster:
         raise AssertionError("the model server does not start")
 
     def workers(self) -> list[int]:
-        """The pids of all workers."""
+        """Give the pids of all workers."""
         return [pid for gunicorn in self.gunicorns for pid in gunicorn.workers()]
 
     def stop(self) -> None:
@@ -118,13 +118,13 @@ class Cluster:
         self._ends.close()
 
     def log(self) -> str:
-        """All that they have logged."""
+        """Give all that they have logged."""
         return "\n".join(gunicorn.log() for gunicorn in self.gunicorns)
 
 
 @contextlib.contextmanager
 def clustered(folder: Path, redis: RedisServer, database_url: str, **options: Any) -> Iterator[Cluster]:
-    """A started cluster, ended whatever happens."""
+    """Give a started cluster, ended whatever happens."""
     cluster = Cluster(folder, redis, database_url, **options)
     try:
         cluster.start()

@@ -36,7 +36,7 @@ OVER = ("completed", "incomplete", "failed", "cancelled")
 
 
 def examples(count: int) -> int:
-    """Gives how many examples Hypothesis is to try: ``count``, in the ratio of ``ASSISTREAM_TRIALS`` to its 80."""
+    """Give how many examples Hypothesis is to try: ``count``, in the ratio of ``ASSISTREAM_TRIALS`` to its 80."""
     return max(1, count * int(os.environ.get("ASSISTREAM_TRIALS", "80")) // 80)
 
 
@@ -84,7 +84,7 @@ def _no_watcher_outlives_its_test() -> Iterator[None]:
 
 
 def quick_client(server: OfflineServer, **options: Any) -> openai.OpenAI:
-    """The SDK's ordinary client, without the certificates that take longer to load than most tests run."""
+    """Give the SDK's ordinary client, without the certificates that take longer to load than most tests run."""
     http_client = openai.DefaultHttpxClient(verify=False)
     return server.client(**{"api_key": KEY, "http_client": http_client, **options})
 
@@ -111,7 +111,7 @@ class MakeApp(Protocol):
 
 @functools.cache
 def new_database() -> bytes:
-    """What is in a SQLite database that an app has just made: to make it takes longer than to copy it."""
+    """Give what is in a SQLite database that an app has just made: to make it takes longer than to copy it."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "new.sqlite3"
         ThreadStore(f"sqlite:///{file}").close()
@@ -120,7 +120,7 @@ def new_database() -> bytes:
 
 @contextlib.contextmanager
 def apps_of(server: OfflineServer, folder: Path) -> Iterator[MakeApp]:
-    """Gives a maker of apps that share the database in ``folder``, and closes all of them at the end."""
+    """Give a maker of apps that share the database in ``folder``, and close all of them at the end."""
     database = folder / "test.sqlite3"
     with contextlib.ExitStack() as stack:
         ours = stack.enter_context(quick_client(server))
@@ -168,7 +168,7 @@ def make_shared_app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakeAp
 
 
 def wait_until(true: Callable[[], object], seconds: float = 10) -> None:
-    """Waits for a condition; generous, since a busy machine is no failure."""
+    """Wait for a condition; generous, since a busy machine is no failure."""
     end, pause = time.monotonic() + seconds, 0.01
     while not true():
         assert time.monotonic() < end, "it did not come to pass"
@@ -190,7 +190,7 @@ class Caller:
         self.url = f"/assistream/threads/{self.thread_id}"
 
     def run(self, *assistant_ids: str, content: str | None = "Hi", mode: str = "parallel") -> list[str]:
-        """Starts runs; gives their ids."""
+        """Start runs; give their ids."""
         body = {"assistant_ids": assistant_ids, "content": content, "mode": mode}
         answer = self.client.post(f"{self.url}/runs", json=body)
         assert answer.status_code == 202, answer.text
@@ -212,7 +212,7 @@ class Caller:
         return next(entry for entry in self.entries() if entry["run"] and entry["run"]["id"] == run_id)
 
     def wait(self, seconds: float = 10) -> list[dict[str, Any]]:
-        """Waits for all runs to be over; gives the entries."""
+        """Wait for all runs to be over; give the entries."""
         wait_until(lambda: all(one["run"]["status"] in OVER for one in self.entries() if one["run"]), seconds)
         return self.entries()
 
@@ -228,5 +228,5 @@ def caller(app: Flask) -> Caller:
 
 
 def text(entry: Mapping[str, Any]) -> str:
-    """All that an entry says."""
+    """Give all that an entry says."""
     return "".join(part.get("refusal") or part["text"]["value"] for part in entry["message"]["content"])

@@ -68,7 +68,7 @@ def pid():
 
 
 def answered(request: urllib.request.Request | str) -> bytes:
-    """Gives the body of the answer. What it raises for a status of 400 or above holds its body, and no socket: one that
+    """Give the body of the answer. What it raises for a status of 400 or above holds its body, and no socket: one that
     is left to the garbage collector fails whatever test is the next."""
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
@@ -104,7 +104,7 @@ class Gunicorn:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Starts it and waits until it answers."""
+        """Start it and waits until it answers."""
         # Its script, not -m: what it starts itself anew (SIGUSR2) would look for modules in its own folder.
         script = str(Path(sys.executable).with_name("gunicorn"))
         command = [script, *self._options, "-b", f"127.0.0.1:{self.port}"]
@@ -132,7 +132,7 @@ class Gunicorn:
         return self._process is not None and self._process.poll() is None
 
     def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
-        """Ends it: with SIGKILL the worker too, as a crash would."""
+        """End it: with SIGKILL the worker too, as a crash would."""
         if how == signal.SIGKILL:
             for pid in self.workers():
                 os.kill(pid, how)
@@ -140,16 +140,16 @@ class Gunicorn:
         self.process.wait(40)
 
     def workers(self) -> list[int]:
-        """The pids of its workers."""
+        """Give the pids of its workers."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
         return [int(pid) for pid in children.split()]
 
     def log(self) -> str:
-        """All that it has logged."""
+        """Give all that it has logged."""
         return (self._folder / "gunicorn.log").read_text()
 
     def request(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Any:
-        """Gives the JSON answer. Raises ``urllib.error.HTTPError`` for a status of 400 or above."""
+        """Give the JSON answer. Raises ``urllib.error.HTTPError`` for a status of 400 or above."""
         data = None if body is None else json.dumps(body).encode()
         head = {"Content-Type": "application/json", **(headers or {})}
         text = answered(urllib.request.Request(self.url + path, data=data, method=method, headers=head))
@@ -160,11 +160,11 @@ class Gunicorn:
         return json.loads(text) if parse else text
 
     def thread(self) -> str:
-        """Creates a thread, gives its path."""
+        """Create a thread, gives its path."""
         return "/assistream/threads/" + str(self.request("POST", "/assistream/threads", {})["id"])
 
     def run(self, thread: str, *assistant_ids: str, content: str = "Hello there") -> list[str]:
-        """Starts runs, gives their ids."""
+        """Start runs, gives their ids."""
         body = {"assistant_ids": assistant_ids, "content": content}
         return [run["id"] for run in self.request("POST", f"{thread}/runs", body)["runs"]]
 
@@ -173,7 +173,7 @@ class Gunicorn:
         return found
 
     def settled(self, thread: str, seconds: float = 40) -> list[Any]:
-        """Waits until all runs of the thread are over, through restarts; gives its entries."""
+        """Wait until all runs of the thread are over, through restarts; give its entries."""
         start = time.monotonic()
         while True:
             with contextlib.suppress(OSError, http.client.HTTPException):
@@ -194,7 +194,7 @@ class Event:
 
 
 def stream(gunicorn: Gunicorn, path: str, *, last: str | None = None, by: str = "header") -> Iterator[Event]:
-    """Reads an event stream, until its clean end; raises ``OSError`` or ``HTTPException`` for a broken one."""
+    """Read an event stream, until its clean end; raises ``OSError`` or ``HTTPException`` for a broken one."""
     headers = {}
     if last is not None and by == "header":
         headers["Last-Event-ID"] = last
@@ -230,7 +230,7 @@ def stream(gunicorn: Gunicorn, path: str, *, last: str | None = None, by: str = 
 
 @contextlib.contextmanager
 def running(folder: Path, **settings: Any) -> Iterator[Gunicorn]:
-    """A started gunicorn, ended whatever happens."""
+    """Give a started gunicorn, ended whatever happens."""
     gunicorn = Gunicorn(folder, **settings)
     try:
         gunicorn.start()

@@ -25,7 +25,7 @@ def parse(block: str) -> Frame:
 
 
 def blocks(chunks: Iterable[bytes]) -> Iterator[str]:
-    """Gives each frame's text as it arrives."""
+    """Give each frame's text as it arrives."""
     rest = b""
     for chunk in chunks:
         rest += chunk
@@ -36,7 +36,7 @@ def blocks(chunks: Iterable[bytes]) -> Iterator[str]:
 
 
 def read(answer: TestResponse, until: Callable[[Frame], object] = lambda frame: False) -> list[Frame]:
-    """Reads a stream to the frame that ``until`` is true of, or to its end, and leaves it."""
+    """Read a stream to the frame that ``until`` is true of, or to its end, and leave it."""
     assert answer.status_code == 200, answer.text
     found = []
     try:
@@ -54,7 +54,7 @@ def named(event: str) -> Callable[[Frame], bool]:
 
 
 def refused(answer: TestResponse, status: int, code: str) -> str:
-    """Checks one of our errors; gives its message."""
+    """Check one of our errors; give its message."""
     assert answer.status_code == status, (answer.status_code, answer.text[:300])
     return error_of(answer.mimetype, answer.data, code)
 
@@ -72,7 +72,7 @@ def error_of(mimetype: str | None, body: bytes, code: str | None = None) -> str:
 
 
 def request_of(peer: socket.socket) -> bytes:
-    """Reads one request with its body; gives what came where the client left before."""
+    """Read one request with its body; give what came where the client left before."""
     data = b""
     while b"\r\n\r\n" not in data:
         if not (more := peer.recv(65_536)):

@@ -15,7 +15,7 @@ SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_d
 
 @contextmanager
 def locked_out(url: str, how: str) -> Iterator[None]:
-    """Has nobody write meanwhile, while all can read: the runs are ``locked``, or the database is ``read-only``."""
+    """Have nobody write meanwhile, while all can read: the runs are ``locked``, or the database is ``read-only``."""
     engine = sa.create_engine(url, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
     with engine.connect() as admin:
         if how == "locked" and engine.dialect.name == "sqlite":

@@ -54,7 +54,7 @@ class PostgresServer:
         self.start()
 
     def start(self) -> None:
-        """Starts it and waits until it answers."""
+        """Start it and waits until it answers."""
         self._process = subprocess.Popen(
             self._command, user=self._user, cwd=self._folder, stdout=self._log, stderr=subprocess.STDOUT
         )
@@ -80,25 +80,25 @@ class PostgresServer:
         return f"postgresql+psycopg://postgres@/{database}?host={self._folder}"
 
     def new_database(self) -> str:
-        """Gives the URL of a database that is empty."""
+        """Give the URL of a database that is empty."""
         self._count += 1
         with self._admin.connect() as connection:
             connection.exec_driver_sql(f"CREATE DATABASE test{self._count} TEMPLATE template0")
         return self.url(f"test{self._count}")
 
     def stop(self) -> None:
-        """Ends it at once, as a crash would."""
+        """End it at once, as a crash would."""
         self._process.send_signal(signal.SIGQUIT)
         self._process.wait(30)
 
     def close(self) -> None:
-        """Ends it for good; what is in it goes with the folder."""
+        """End it for good; what is in it goes with the folder."""
         self.stop()
         self._log.close()
 
 
 def postgres_binaries() -> Path | None:
-    """Gives the folder of initdb and postgres, where they are installed."""
+    """Give the folder of initdb and postgres, where they are installed."""
     found = shutil.which("initdb")
     # Debian has them beside the PATH.
     debian = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3]))
@@ -123,7 +123,7 @@ def postgres() -> Iterator[PostgresServer]:
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.server)])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty database of each kind."""
+    """Give an empty database of each kind."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'a.sqlite3'}"
     server: PostgresServer = request.getfixturevalue("postgres")

@@ -26,7 +26,7 @@ def free_port() -> int:
 
 
 def program(name: str) -> str:
-    """Gives its path, or skips the test where it is not installed."""
+    """Give its path, or skips the test where it is not installed."""
     path = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin")
     if path is None:
         assert not os.environ.get("CI"), f"CI must have {name}"
@@ -36,7 +36,7 @@ def program(name: str) -> str:
 
 @contextmanager
 def listening(folder: Path, port: int, *command: str | Path) -> Iterator[None]:
-    """Runs a program until it is left, from when it listens on ``port``."""
+    """Run a program until it is left, from when it listens on ``port``."""
     # Caddy keeps its state there.
     env = {**os.environ, "HOME": str(folder), "XDG_DATA_HOME": str(folder), "XDG_CONFIG_HOME": str(folder)}
     with (folder / "program.log").open("w") as log:
@@ -59,7 +59,7 @@ def listening(folder: Path, port: int, *command: str | Path) -> Iterator[None]:
 
 @contextmanager
 def behind_nginx(folder: Path, app: str, location: str, both: str = "") -> Iterator[str]:
-    """Gives the URL of an nginx before ``app``, which may be ``http://both``, with the directives ``location``."""
+    """Give the URL of an nginx before ``app``, which may be ``http://both``, with the directives ``location``."""
     nginx, port = program("nginx"), free_port()
     kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     paths = " ".join(f"{kind}_temp_path {folder / kind};" for kind in kinds)

@@ -41,7 +41,7 @@ class RedisServer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Starts it, where it does not run, and waits until it answers. Fails, and never skips, when ``CI`` is set."""
+        """Start it, where it does not run, and wait until it answers. Fails, and never skips, when ``CI`` is set."""
         if self._process is not None and self._process.poll() is None:
             return
         redis_server = program("redis-server")
@@ -60,21 +60,21 @@ class RedisServer:
                 time.sleep(0.02)
 
     def empty_url(self) -> str:
-        """Gives the URL of a database of its own."""
+        """Give the URL of a database of its own."""
         return self.url.removesuffix("0") + str(next(self._empty))
 
     def url_of(self, rule: str, database: int = 0) -> str:
-        """Gives the URL of a user of its own, with the rights in ``rule``, as ACL SETUSER takes them."""
+        """Give the URL of a user of its own, with the rights in ``rule``, as ACL SETUSER takes them."""
         self.ask("ACL", "SETUSER", f"user{database}", "reset", "on", ">pa55", *rule.split())
         return f"redis://user{database}:pa55@127.0.0.1:{self.port}/{database}"
 
     def ask(self, *command: str) -> object:
-        """Gives Redis's answer to a command."""
+        """Give Redis's answer to a command."""
         with redis.Redis.from_url(self.url) as client:
             return client.execute_command(*command)
 
     def stop(self) -> None:
-        """Ends it, and what it held is gone."""
+        """End it, and what it held is gone."""
         self.signal(signal.SIGKILL)
         if self._process is not None:
             self._process.wait(20)
@@ -87,7 +87,7 @@ class RedisServer:
 
 @contextmanager
 def running_redis(folder: Path, *more: str) -> Iterator[RedisServer]:
-    """A started server, ended whatever happens."""
+    """Give a started server, ended whatever happens."""
     server = RedisServer(folder, *more)
     try:
         server.start()
@@ -99,13 +99,13 @@ def running_redis(folder: Path, *more: str) -> Iterator[RedisServer]:
 
 @pytest.fixture
 def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
-    """A server that the test may do anything to."""
+    """Give a server that the test may do anything to."""
     with running_redis(tmp_path) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """A server for all tests of a file."""
+    """Give a server for all tests of a file."""
     with running_redis(tmp_path_factory.mktemp("redis")) as server:
         yield server

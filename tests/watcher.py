@@ -39,7 +39,7 @@ class Watcher:
         made.append(self)
 
     def stop(self) -> None:
-        """Leaves at the next event or break."""
+        """Leave at the next event or break."""
         self._stopped.set()
 
     def _follow(self) -> None:
@@ -91,7 +91,7 @@ class Watcher:
 
 
 def settle(gunicorn: Gunicorn, watchers: Mapping[str, Sequence[Watcher]], seconds: float = 60) -> dict[str, list[Any]]:
-    """Waits until all runs of the threads are over; gives each thread's entries.
+    """Wait until all runs of the threads are over; give each thread's entries.
 
     Then every viewer must come to see just those.
     """
@@ -107,5 +107,5 @@ def settle(gunicorn: Gunicorn, watchers: Mapping[str, Sequence[Watcher]], second
 
 
 def says(entry: dict[str, Any]) -> str:
-    """All that an entry says."""
+    """Give all that an entry says."""
     return "".join(part["text"]["value"] for part in entry["message"]["content"])

@@ -39,16 +39,16 @@ class ReadSlot(ReadGate):
         return None if self.socket is None else self.socket.fileno()
 
 
-class SlotHolder(Protocol):
+class SlotOwner(Protocol):
     """Who has a seat."""
 
     @property
-    def seat(self) -> ReadSlot:
+    def slot(self) -> ReadSlot:
         """Where its reader waits."""
         ...
 
 
-T = TypeVar("T", bound=SlotHolder)
+T = TypeVar("T", bound=SlotOwner)
 
 
 class BatchScheduler(Generic[T]):
@@ -58,10 +58,10 @@ class BatchScheduler(Generic[T]):
     """
 
     def __init__(
-        self, seconds: float, tick: Callable[[Sequence[T]], None], complaints: LogThrottle | None = None
+        self, seconds: float, tick: Callable[[Sequence[T]], None], throttle: LogThrottle | None = None
     ) -> None:
         self._seconds, self._call = seconds, tick
-        self._complaints = complaints or LogThrottle()
+        self._throttle = throttle or LogThrottle()
         # In the order of their turns.
         self._waiting: dict[T, None] = {}
         self._wanted = threading.Event()
@@ -71,7 +71,7 @@ class BatchScheduler(Generic[T]):
 
     def wait(self, one: T) -> Any:
         """Give what is left to the reader, once it is its turn; ``None`` when it is to read for itself."""
-        if self._closed or one.seat.number() == -1:
+        if self._closed or one.slot.number() == -1:
             return None
         self.again(one)
         if not self._wanted.is_set():
@@ -79,13 +79,13 @@ class BatchScheduler(Generic[T]):
             if self._thread is None:
                 self._start()
         try:
-            return one.seat.left.get()
+            return one.slot.left.get()
         finally:
             self._waiting.pop(one, None)
 
     def again(self, one: T) -> None:
         """Give it its next turn; its reader waits. Call it in a tick."""
-        one.seat.since = time.monotonic() + self._seconds
+        one.slot.since = time.monotonic() + self._seconds
         self._waiting[one] = None
 
     def close(self) -> None:
@@ -96,7 +96,7 @@ class BatchScheduler(Generic[T]):
     def _start(self) -> None:
         with self._guard:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, daemon=True, name="assistream-pacer")
+                self._thread = threading.Thread(target=self._run, daemon=True, name="assistream-scheduler")
                 self._thread.start()
 
     def _run(self) -> None:
@@ -111,33 +111,33 @@ class BatchScheduler(Generic[T]):
             try:
                 self._tick()
             except Exception as error:
-                self._complaints.error(_log, error, "a tick failed")
+                self._throttle.error(_log, error, "a tick failed")
             if self._waiting:
                 self._wanted.set()
         for one in list(self._waiting):
-            one.seat.left.put(None)
+            one.slot.left.put(None)
 
     def _tick(self) -> None:
         now = time.monotonic()
         ready: list[T] = []
         turn: list[tuple[int | None, T]] = []
         for one in list(self._waiting):
-            if one.seat.since > now:
+            if one.slot.since > now:
                 break
-            turn.append((one.seat.number(), one))
+            turn.append((one.slot.number(), one))
         readable = _readable([number for number, _ in turn if number is not None and number >= 0])
         for number, one in turn:
-            if number in readable or (number != -1 and one.seat.pending()):
+            if number in readable or (number != -1 and one.slot.pending()):
                 self._waiting.pop(one, None)
                 ready.append(one)
-            elif number == -1 or one.seat.since + _PATIENCE <= now:
+            elif number == -1 or one.slot.since + _PATIENCE <= now:
                 self._waiting.pop(one, None)
-                one.seat.left.put(None)
+                one.slot.left.put(None)
         try:
             self._call(ready)
         except BaseException:
             for one in ready:
-                one.seat.left.put(None)
+                one.slot.left.put(None)
             raise
 
 

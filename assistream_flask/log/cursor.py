@@ -58,7 +58,7 @@ class Cursor:
             if self._taken():
                 return
         except Exception as error:
-            self._registry.complaints.error(_log, error, "records could not be taken")
+            self._registry.throttle.error(_log, error, "records could not be taken")
         self._bell.put(True)
 
     def _taken(self) -> bool:

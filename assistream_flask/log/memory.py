@@ -30,10 +30,10 @@ class MemoryLog:
         max_bytes: int = 8 << 20,
         max_age: float = 600,
         clock: Callable[[], float] = time.monotonic,
-        complaints: LogThrottle | None = None,
+        throttle: LogThrottle | None = None,
     ) -> None:
         self._max_events, self._max_bytes, self._max_age = max_events, max_bytes, max_age
-        self._threads = ThreadBuffers(lambda: ThreadBuffer(_epoch()), clock, complaints)
+        self._threads = ThreadBuffers(lambda: ThreadBuffer(_epoch()), clock, throttle)
 
     def append(self, thread_id: str, events: Sequence[Event], claim: Claim | None = None) -> EventId:
         return self._append(thread_id, events, claim) or self.end(thread_id)

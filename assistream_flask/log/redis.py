@@ -124,9 +124,9 @@ class RedisLog:
         max_bytes: int = 8 << 20,
         max_age: float = 600,
         connections: int = 16,
-        complaints: LogThrottle | None = None,
+        throttle: LogThrottle | None = None,
     ) -> None:
-        self._complaints = complaints or LogThrottle()
+        self._throttle = throttle or LogThrottle()
         self._max_events, self._max_bytes, self._ttl = max_events, max_bytes, int(max_age * 1000)
         # The library's own defaults would try for a minute, in silence.
         options: dict[str, Any] = {"socket_connect_timeout": SECONDS, "retry": Retry(NoBackoff(), 0), "protocol": 2}
@@ -148,7 +148,7 @@ class RedisLog:
             for name in ("append", "fence", "ends", "restart", "lock", "quiet", "unlock", "restart_expired")
         )
         self._forget = self._redis.register_script(common + lua("forget"))
-        self._threads = ThreadBuffers(lambda: _ViewedBuffer(min(_KEEP, max_events)), time.monotonic, self._complaints)
+        self._threads = ThreadBuffers(lambda: _ViewedBuffer(min(_KEEP, max_events)), time.monotonic, self._throttle)
         self._locks = ThreadBuffers(lambda: ThreadBuffer("0"), time.monotonic)
         self._attend: Callable[[str], None] = lambda thread_id: None
         self._line: Any = None
@@ -413,7 +413,7 @@ class RedisLog:
             except LogUnavailableError:
                 pass
             except Exception as error:
-                self._complaints.error(_log, error, "looking after the log failed; it is tried again")
+                self._throttle.error(_log, error, "looking after the log failed; it is tried again")
 
     def _check(self, viewed: Sequence[tuple[str, _ViewedBuffer]], *, patient: bool = True) -> None:
         """Compare with the streams. What a ``patient`` one finds missing may be on its way until the next time."""
@@ -490,10 +490,10 @@ class RedisLog:
             pass
         elif fix:
             # Each is a kind of its own, whoever finds it.
-            self._complaints.warn(_log, f"Redis cannot be used: {fix}".replace("%", "%%"), level=logging.ERROR)
+            self._throttle.warn(_log, f"Redis cannot be used: {fix}".replace("%", "%%"), level=logging.ERROR)
         else:
             # The client's errors do not show in their repr() what they say.
-            self._complaints.warn(_log, "Redis cannot be %s: %s: %s", how, type(error).__name__, error)
+            self._throttle.warn(_log, "Redis cannot be %s: %s: %s", how, type(error).__name__, error)
         return fix
 
     def _hang_up(self) -> None:

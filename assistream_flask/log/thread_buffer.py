@@ -126,11 +126,9 @@ T = TypeVar("T", bound=ThreadBuffer)
 class ThreadBuffers(Generic[T]):
     """The thread buffers of a process. A thread that is in use is never dropped."""
 
-    def __init__(
-        self, make: Callable[[], T], clock: Callable[[], float], complaints: LogThrottle | None = None
-    ) -> None:
+    def __init__(self, make: Callable[[], T], clock: Callable[[], float], throttle: LogThrottle | None = None) -> None:
         self._make, self.clock = make, clock
-        self.complaints = complaints or LogThrottle()
+        self.throttle = throttle or LogThrottle()
         self._buffers: dict[str, T] = {}
         self._guard = plain_lock()
         self._sleepers: dict[Bell, float] = {}

@@ -286,9 +286,9 @@ class ActiveRun:
         return self._reader
 
     @property
-    def seat(self) -> ReadSlot:
+    def slot(self) -> ReadSlot:
         """Give where its thread waits for what is read in a tick."""
-        return self.reader.seat
+        return self.reader.slot
 
     def read(self, stream: AnswerStream) -> None:
         """Have what arrives come from there."""

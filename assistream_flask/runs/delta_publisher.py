@@ -59,9 +59,9 @@ class DeltaPublisher:
             if parts is None or parts:
                 return parts
             if active.pacing.has_begun and self._scheduler is not None and (self._has_many() or self._floods(active)):
-                if reader.seat.source is not None and not reader.seat.is_fed:
+                if reader.slot.source is not None and not reader.slot.is_fed:
                     reader.feed()
-                if reader.seat.can_wait:
+                if reader.slot.can_wait:
                     left = self._scheduler.wait(active)
                     if isinstance(left, Exception):
                         raise left
@@ -72,7 +72,7 @@ class DeltaPublisher:
         return len(self._speaking) > _FEW or self._viewers() > _FEW
 
     def _floods(self, active: ActiveRun) -> bool:
-        is_flood = active.pacing.in_a_row >= _FLOOD_PIECES and active.seat.source is not None
+        is_flood = active.pacing.in_a_row >= _FLOOD_PIECES and active.slot.source is not None
         return is_flood and len(self._speaking) > _FLOODED
 
     def add(self, active: ActiveRun, parts: Sequence[Part]) -> None:
@@ -98,7 +98,7 @@ class DeltaPublisher:
             for active in ready:
                 # A tick holds many of these: it waits for none, so that no two can wait for each other.
                 if not active.lock.acquire(blocking=False):
-                    active.seat.left.put(None)
+                    active.slot.left.put(None)
                     continue
                 locked.append(active)
                 if self._read(active, many):
@@ -119,13 +119,13 @@ class DeltaPublisher:
         """Take what the stream has; give ``False`` where its own thread is to go on. The run's lock is held."""
         left: object = None
         reader = active.reader
-        seat = reader.seat
+        slot = reader.slot
         try:
-            if not seat.read():
+            if not slot.read():
                 return True
             while (parts := next(reader.batches)) and self._only_grows(active, parts):
                 active.take(parts)
-            if not parts and seat.can_wait and (many or seat.taken >= _FLOOD_LASTS):
+            if not parts and slot.can_wait and (many or slot.taken >= _FLOOD_LASTS):
                 return True
             left = parts or None
         except (OSError, StopIteration):
@@ -133,7 +133,7 @@ class DeltaPublisher:
             pass
         except Exception as error:
             left = error
-        seat.left.put(left)
+        slot.left.put(left)
         return False
 
     def _tell(self, grown: Sequence[tuple[ActiveRun, list[Event]]]) -> None:

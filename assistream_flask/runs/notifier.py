@@ -45,8 +45,8 @@ class Notifier:
     the app does with it.
     """
 
-    def __init__(self, listener: Listener | None, complaints: LogThrottle) -> None:
-        self._listener, self._complaints = listener, complaints
+    def __init__(self, listener: Listener | None, throttle: LogThrottle) -> None:
+        self._listener, self._throttle = listener, throttle
         # Under it no other lock is taken.
         self._guard = threading.Lock()
         self._waiting: deque[Notice] = deque()
@@ -77,7 +77,7 @@ class Notifier:
                 listener.hear(notice)
             except BaseException as error:
                 # Or the app's SystemExit, or gevent's Timeout, would keep all that comes after from being told.
-                self._complaints.error(_log, error, "a notice of %s could not be given", notice.kind)
+                self._throttle.error(_log, error, "a notice of %s could not be given", notice.kind)
 
     def drain(self, seconds: float) -> None:
         """Wait until all was told, at most so long. Called when nothing happens any more."""

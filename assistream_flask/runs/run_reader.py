@@ -18,8 +18,8 @@ class RunReader:
 
     def __init__(self, stream: AnswerStream) -> None:
         self._stream = stream
-        self.seat = ReadSlot()
-        stream.gate = self.seat
+        self.slot = ReadSlot()
+        stream.gate = self.slot
         self.batches: Iterator[list[Part]] = iter(stream)
         self.turn = TimeSlice()
         self._feeding: Interruptible | None = None
@@ -30,8 +30,8 @@ class RunReader:
 
     def feed(self) -> None:
         """Have the stream read ahead by a thread of its own, where it cannot be read in a tick."""
-        self.seat.is_fed, self._feeding = True, Interruptible(self._stream.close)
-        spawn("assistream-feed", _feed, self._feeding, self.seat)
+        self.slot.is_fed, self._feeding = True, Interruptible(self._stream.close)
+        spawn("assistream-feed", _feed, self._feeding, self.slot)
 
     def close(self) -> None:
         """Close the connection to the model server. Idempotent, from any thread."""
@@ -40,9 +40,9 @@ class RunReader:
             self._feeding.interrupt()
 
 
-def _feed(waits: Interruptible, seat: ReadSlot) -> None:
+def _feed(waits: Interruptible, slot: ReadSlot) -> None:
     try:
-        waits.wait(seat.feed)
+        waits.wait(slot.feed)
     except Interrupted:
         # Its reader may be a thread that waits for it.
-        seat.stop()
+        slot.stop()

@@ -46,18 +46,18 @@ class Runtime:
         self,
         settings: Settings,
         adopt: Callable[[Owner, str], RunRequest | None],
-        complaints: LogThrottle | None = None,
+        throttle: LogThrottle | None = None,
         listener: Listener | None = None,
     ) -> None:
         self.settings = settings
-        self._complaints = complaints or LogThrottle()
-        self._notifier = Notifier(listener, self._complaints)
+        self._throttle = throttle or LogThrottle()
+        self._notifier = Notifier(listener, self._throttle)
         self.pid = os.getpid()
         # One connection is for the leases.
         self.store = ThreadStore(settings.database_url, max(1, settings.database_pool - 1))
         self.worker = new_id("worker")
         try:
-            self.log = _log_of(settings, self._complaints)
+            self.log = _log_of(settings, self._throttle)
         except BaseException:
             self.store.close()
             raise
@@ -69,7 +69,7 @@ class Runtime:
             adopt,
             lambda: self.open_streams,
             lambda: self.leases.is_steady(),
-            self._complaints,
+            self._throttle,
             self._notifier,
         )
         self.leases = Leases(
@@ -77,7 +77,7 @@ class Runtime:
             self.worker,
             self.runner.held,
             is_shared=self.log.shared,
-            complaints=self._complaints,
+            throttle=self._throttle,
         )
         self.snapshots = SharedSnapshots(
             lambda thread_id, limit, read_limit: self.runner.page(thread_id, limit, read_limit=read_limit)
@@ -182,13 +182,13 @@ class Runtime:
             try:
                 job()
             except Exception as error:
-                self._complaints.error(_log, error, "housekeeping failed; it is tried again")
+                self._throttle.error(_log, error, "housekeeping failed; it is tried again")
             if end.wait(seconds):
                 return
 
     def _tend(self) -> None:
         self.log.tend()
-        self._complaints.tend()
+        self._throttle.tend()
 
     def _forget(self) -> None:
         self.store.forget_answers(int(time.time()) - ANSWER_SECONDS)
@@ -228,13 +228,13 @@ class Runtime:
                 self._guard.release()
 
 
-def _log_of(settings: Settings, complaints: LogThrottle) -> Log:
+def _log_of(settings: Settings, throttle: LogThrottle) -> Log:
     if not settings.redis_url:
         return MemoryLog(
             max_events=settings.log_events,
             max_bytes=settings.log_bytes,
             max_age=settings.log_seconds,
-            complaints=complaints,
+            throttle=throttle,
         )
     # Redis's client is an extra.
     from ..log.redis import RedisLog
@@ -244,7 +244,7 @@ def _log_of(settings: Settings, complaints: LogThrottle) -> Log:
         max_events=settings.log_events,
         max_bytes=settings.log_bytes,
         max_age=settings.log_seconds,
-        complaints=complaints,
+        throttle=throttle,
     )
 
 

@@ -42,7 +42,7 @@ class Leases:
         held: Callable[[], Collection[str]],
         *,
         is_shared: bool,
-        complaints: LogThrottle | None = None,
+        throttle: LogThrottle | None = None,
     ) -> None:
         self._url, self._worker, self._held, self._is_shared = url, worker, held, is_shared
         # Nobody else can come for what is in this process's memory.
@@ -52,7 +52,7 @@ class Leases:
         self._stop.acquire()
         self._is_running, self._is_clean = False, True
         self._kept = self._since = self._seen = float("-inf")
-        self._complaints = complaints or LogThrottle()
+        self._throttle = throttle or LogThrottle()
         self.skew: float | None = None
         """By how many seconds this machine's clock is ahead of the database's, as far as that can be known."""
 
@@ -115,7 +115,7 @@ class Leases:
         """Say where the clocks differ, which is by something between the two."""
         self.skew = 0.0 if least <= 0 <= most else min(least, most, key=abs)
         if abs(self.skew) > SKEW_SECONDS:
-            self._complaints.warn(
+            self._throttle.warn(
                 _log,
                 "this machine's clock is %.1f s %s the database's: set both by NTP",
                 abs(self.skew),
@@ -124,9 +124,7 @@ class Leases:
 
     def _fail(self, error: Exception) -> None:
         self._kept = float("-inf")
-        self._complaints.warn(
-            _log, "the leases of this worker's runs cannot be renewed: %s", error, level=logging.ERROR
-        )
+        self._throttle.warn(_log, "the leases of this worker's runs cannot be renewed: %s", error, level=logging.ERROR)
 
     def _retire(self, store: ThreadStore) -> None:
         try:

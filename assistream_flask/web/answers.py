@@ -67,9 +67,9 @@ def page() -> tuple[int, str | None]:
 # Errors
 
 
-def complaints() -> LogThrottle:
+def throttle() -> LogThrottle:
     """Give the app's own throttle for what fails over and over."""
-    return current_assistream.complaints
+    return current_assistream.throttle
 
 
 def request_error(error: RequestError) -> Response:
@@ -97,7 +97,7 @@ def http_error(error: HTTPException) -> Response:
 
 def store_error(error: SQLAlchemyError) -> Response:
     """Answer 503: the database is away."""
-    complaints().error(_log, error, "the store failed")
+    throttle().error(_log, error, "the store failed")
     return _away("store_unavailable", "The database")
 
 
@@ -114,9 +114,9 @@ def _away(code: str, what: str, why: str = "") -> Response:
 def unexpected(error: Exception) -> Response:
     """Answer 500 and tell nothing of what happened, which is for the server's log."""
     if isinstance(error, AssistreamError):
-        complaints().warn(_log, "assistream cannot work as it is configured: %s", error, level=logging.ERROR)
+        throttle().warn(_log, "assistream cannot work as it is configured: %s", error, level=logging.ERROR)
     else:
-        complaints().error(_log, error, "a request failed")
+        throttle().error(_log, error, "a request failed")
     return json_answer(RequestError(500, "server_error", "Something failed on the server. Try again.").body(), 500)
 
 

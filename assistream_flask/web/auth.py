@@ -18,7 +18,7 @@ from ..runs.runtime import Runtime
 from ..runs.service import Service
 from ..store.sql import Owner
 from . import validation
-from .answers import complaints
+from .answers import throttle
 
 _log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def check_server() -> None:
     """Refuse what would fail in silence, and say so in the log too."""
     fix = gunicorn.unfit(request.environ, bool(current_app.config.get("ASSISTREAM_REDIS_URL")))
     if fix is not None:
-        complaints().warn(_log, "assistream cannot serve as the server runs: %s", fix[1], level=logging.ERROR)
+        throttle().warn(_log, "assistream cannot serve as the server runs: %s", fix[1], level=logging.ERROR)
         # Not 503: trying again does not help.
         raise RequestError(500, fix[0], f"This server is not set up for event streams. {fix[1]}")
 

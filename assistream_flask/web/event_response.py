@@ -79,7 +79,7 @@ class relay:
         yield sse.RETRY + _frames(
             [events.run_created(run.copy()), *reply.begin(), events.message_created(message.copy())]
         )
-        threading.Thread(target=self._read, daemon=True, name="assistream-relay").start()
+        threading.Thread(target=self._read, daemon=True, name="assistream-response").start()
         sent = time.monotonic()
         while not reply.is_over:
             try:

@@ -80,13 +80,13 @@ def open_page(context: BrowserContext, url: str) -> Page:
 
 
 def last(page: Page) -> list[Any]:
-    """What `set` got last."""
+    """Give what `set` got last."""
     found: list[Any] = page.evaluate("seen.at(-1) ?? []")
     return found
 
 
 def pause(page: Page, seconds: float) -> None:
-    """Waits while the page's events go on; time.sleep would hold them up."""
+    """Wait while the page's events go on; time.sleep would hold them up."""
     page.wait_for_timeout(seconds * 1000)
 
 
@@ -117,7 +117,7 @@ def over(entries: list[Any], count: int) -> bool:
 
 
 def agree(page: Page, live: Gunicorn, thread: str, count: int, seconds: float = 30) -> list[Any]:
-    """The page comes to the state that the store has, and stays there."""
+    """Check that the page comes to the state that the store has, and stays there."""
     wait(page, lambda: over(last(page), count), seconds)
     pause(page, 0.3)
     entries = live.entries(f"/assistream/threads/{thread}")
@@ -347,7 +347,7 @@ class Cable:
                 end.shutdown(socket.SHUT_RDWR)
 
     def cut(self) -> None:
-        """Breaks all connections, at whatever byte they are."""
+        """Break all connections, at whatever byte they are."""
         ends, self._ends = self._ends, []
         for end in ends:
             with contextlib.suppress(OSError):
@@ -545,7 +545,7 @@ def test_a_session_that_ended_is_told_and_the_page_goes_on_after_signing_in_agai
 
 @contextlib.contextmanager
 def started(folder: Path, app: str) -> Iterator[str]:
-    """An app of this repository as its users start it, in a folder of its own; gives its URL."""
+    """Give an app of this repository as its users start it, in a folder of its own, and its URL."""
     port = free_port()
     for name in ("example_app", "wsgi.py", "gunicorn.conf.py"):
         (folder / name).symlink_to(ROOT / name)
@@ -587,7 +587,7 @@ def minimal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def watched(context: BrowserContext) -> tuple[Page, list[str]]:
-    """A page, and the errors that its console gets."""
+    """Give a page, and the errors that its console gets."""
     page, errors = context.new_page(), list[str]()
 
     def note(message: ConsoleMessage) -> None:
@@ -684,7 +684,7 @@ def test_a_conversation_is_listed_and_deleted(context: BrowserContext, example: 
 
 
 def compose(page: Page, text: str) -> None:
-    """Types as with an input method: the text is underlined, and not there for good yet."""
+    """Type as with an input method: the text is underlined, and not there for good yet."""
     session = page.context.new_cdp_session(page)
     session.send("Input.imeSetComposition", {"text": text, "selectionStart": len(text), "selectionEnd": len(text)})
 
@@ -742,7 +742,7 @@ def test_a_title_ends_where_a_character_does_and_what_cannot_be_stored_is_not_se
 
 
 def reply(text: str, **run: Any) -> dict[str, Any]:
-    """An entry of the tutor's, whose run is as ``run`` says."""
+    """Give an entry of the tutor's, whose run is as ``run`` says."""
     run = {"id": "run_1", "status": "completed", "last_error": None, "created_at": 1, "assistant_id": "tutor", **run}
     done = run["status"] not in ("queued", "in_progress")
     message = {
@@ -758,7 +758,7 @@ def reply(text: str, **run: Any) -> dict[str, Any]:
 
 
 def show(page: Page, example: str, entry: dict[str, Any]) -> None:
-    """Opens the example page with a thread of a question and ``entry``."""
+    """Open the example page with a thread of a question and ``entry``."""
     asked = [{"type": "text", "text": {"value": "Why?", "annotations": []}}]
     message = {"id": "msg_1", "role": "user", "status": "completed", "content": asked, "run_id": None}
     data = {"data": [{"assistant_id": None, "message": message, "run": None, "steps": []}, entry], "has_more": False}
@@ -1002,7 +1002,7 @@ def test_the_page_of_the_readme_works_under_the_policy_that_it_names(context: Br
 
 
 def bundle(folder: Path, name: str, language: str) -> None:
-    """Makes a page of a snippet of the guide to pages."""
+    """Make a page of a snippet of the guide to pages."""
     esbuild = ROOT / "node_modules" / ".bin" / "esbuild"
     if not esbuild.exists() and not os.environ.get("CI"):
         pytest.skip("no esbuild: python3 run_tests.py installs it")
@@ -1090,7 +1090,7 @@ TUTORIAL = "docs/tutorial/first-app.md"
 
 
 def commands(page: str) -> list[str]:
-    """All commands of a page, in order."""
+    """Give all commands of a page, in order."""
     blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
     return [line for block in blocks for line in block.splitlines()]
 

@@ -32,7 +32,7 @@ OPTIONS = [
 
 
 def missing(what: str) -> str:
-    """Skips the test, but never in CI: there it would hide that nothing was checked."""
+    """Skip the test, but never in CI: there it would hide that nothing was checked."""
     if os.environ.get("CI"):
         pytest.fail(what)
     pytest.skip(what)
@@ -75,7 +75,7 @@ def run(*command: str, **env: str) -> str:
 
 
 def check_made(path: Path, made: str) -> None:
-    """The committed file is what is made from the helper now; where it is asked for, writes it first."""
+    """Check that the committed file is what is made from the helper now; write it first where it is asked for."""
     if os.environ.get("WRITE_STATIC"):
         path.write_text(made, encoding="utf-8")
     assert path.read_text(encoding="utf-8") == made, "write it anew: WRITE_STATIC=1 pytest tests/browser/test_helper.py"

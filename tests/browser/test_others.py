@@ -39,7 +39,7 @@ class Pair:
         wait_until(lambda: all(viewer.snapshots for viewer in self.viewers), SOON)
 
     def settle(self, count: int) -> list[Any]:
-        """Waits until both viewers have so many entries, all runs over, just as they are stored; gives those."""
+        """Wait until both viewers have so many entries, all runs over, just as they are stored; give those."""
         # Before anybody reads the thread: that has a worker look at it.
         wait_until(lambda: all(self._has(viewer, count) for viewer in self.viewers), SOON)
         return settle(self.one, {self.thread: self.viewers})[self.thread]

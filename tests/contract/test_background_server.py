@@ -28,7 +28,7 @@ def client(server: OfflineServer) -> Iterator[openai.OpenAI]:
 
 
 def events(stream: Any) -> list[Any]:
-    """The events as they were sent, as far as they came."""
+    """Give the events as they were sent, as far as they came."""
     found = []
     buffer = b""
     for chunk in stream.response.iter_bytes():
@@ -51,7 +51,7 @@ def retrieve(client: openai.OpenAI, id: str, **more: Any) -> list[Any]:
 
 
 def begin(client: openai.OpenAI) -> str:
-    """Starts a response, reads its id, and leaves."""
+    """Start a response, reads its id, and leave."""
     with client.responses.create(**ASK) as stream:
         first = next(stream)
         assert first.type == "response.created"

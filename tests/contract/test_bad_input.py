@@ -35,7 +35,7 @@ def app_with_allowed_origins(make_shared_app: MakeApp) -> Flask:
 
 
 def rows(app: Flask) -> dict[str, int]:
-    """How much is stored. A worker says by itself that it lives."""
+    """Give how much is stored. A worker says by itself that it lives."""
     path = app.config["ASSISTREAM_DATABASE_URL"].removeprefix("sqlite:///")
     with contextlib.closing(sqlite3.connect(path)) as database:
         names = [name for (name,) in database.execute("select name from sqlite_master where name like 'assistream_%'")]

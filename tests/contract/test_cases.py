@@ -98,7 +98,7 @@ def assistant_of(number: int) -> Assistant:
 
 @pytest.fixture(scope="module")
 def app_for(make_shared_app: MakeApp) -> Iterator[Callable[[int], Flask]]:
-    """Gives the app that has an assistant for this case: one for all, and one that waits for no model that loads."""
+    """Give the app that has an assistant for this case: one for all, and one that waits for no model that loads."""
     case_server = CaseServer()
     # A connection a case: what one case does to its own is no matter of the next.
     http_client = openai.DefaultHttpxClient(verify=False, limits=httpx2.Limits(max_keepalive_connections=0))

@@ -24,7 +24,7 @@ def post(caller: Caller, url: str, body: Any, key: str = "key", **headers: str) 
 
 
 def commands(caller: Caller) -> list[tuple[str, Any, Any]]:
-    """Gives (URL, body, another body) of every POST."""
+    """Give (URL, body, another body) of every POST."""
     [run_id] = caller.run("tutor", content="First")
     caller.wait()
     return [
@@ -87,7 +87,7 @@ def test_a_refused_request_does_not_use_its_key_up(caller: Caller) -> None:
 
 
 def at_once(count: int, work: Any) -> list[Any]:
-    """Calls ``work(n)`` in ``count`` threads that begin together; gives what they gave."""
+    """Call ``work(n)`` in ``count`` threads that begin together; give what they gave."""
     gate, found = threading.Barrier(count), [None] * count
 
     def one(n: int) -> None:

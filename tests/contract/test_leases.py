@@ -63,7 +63,7 @@ class Kept:
         return -held.overdue
 
     def known(self) -> list[tuple[str, str, bool]]:
-        """The workers that are known."""
+        """Give the workers that are known."""
         with self.store._read() as connection:
             return [(row.id, row.name, row.is_shared) for row in connection.execute(sa.select(workers))]
 
@@ -85,7 +85,7 @@ def steady(kept: Kept) -> None:
 
 
 def shaken(kept: Kept, since: float) -> None:
-    """Waits until it is steady again after something that happened after ``since``: not before a lease is over."""
+    """Wait until it is steady again after something that happened after ``since``: not before a lease is over."""
     wait_until(lambda: kept.leases._since >= since and kept.leases.is_steady(), 30)
     assert time.monotonic() - since >= LEASE
 
@@ -273,7 +273,7 @@ PATCHED = """
 
 
 def patched(url: str, work: str, seconds: float = 40) -> str:
-    """Runs it in a process of its own, which gevent has patched; gives what that printed."""
+    """Run it in a process of its own, which gevent has patched; give what that printed."""
     code = textwrap.dedent(PATCHED) + textwrap.dedent(work)
     root = str(Path(__file__).parents[2])
     done = subprocess.run(

@@ -281,7 +281,7 @@ def test_since_gives_all_records_after_a_place_and_none_at_the_end(make: MakeLog
 
 
 def lost(log: Log, event_id: EventId) -> bool:
-    """Whether the place is lost, which both ways to read must agree on."""
+    """Tell whether the place is lost, which both ways to read must agree on."""
     ways: list[Callable[[], object]] = [
         lambda: log.since("t", event_id),
         lambda: log.subscribe("t", event_id).close(),
@@ -458,7 +458,7 @@ def test_a_reader_that_fell_behind_the_trimming_is_told_so(make: MakeLog) -> Non
 
 
 def woken(readers: list[Subscription], act: Callable[[], object]) -> list[list[Record]]:
-    """Lets all readers wait, acts, gives what each got; all must be back well before their timeout."""
+    """Let all readers wait, acts, gives what each got; all must be back well before their timeout."""
     found: list[list[Record]] = [[] for _ in readers]
 
     def wait(at: int) -> None:
@@ -779,7 +779,7 @@ def test_appending_and_reading_need_no_lock(make: MakeLog) -> None:
 
 
 def _attach(log: Log, name: str, choose: random.Random, stop: int) -> tuple[EventId, list[int]]:
-    """Reads from the log's end as it is now up to the offset ``stop``, with cuts; gives that end and what came."""
+    """Read from the log's end as it is now up to the offset ``stop``, with cuts; give that end and what came."""
     event_id, got = log.end(name), list[int]()
     reader = log.subscribe(name, event_id)
     while event_id.offset + len(got) < stop:
@@ -885,7 +885,7 @@ def test_writers_at_once_leave_no_hole_and_each_batch_whole(make: MakeLog) -> No
 
 
 def _read_on(log: Log, event_id: EventId, is_whole: Callable[[EventId], bool], wrong: list[str]) -> None:
-    """Reads on from a place until all is read; ``wrong`` gets each record that is not the next.
+    """Read on from a place until all is read; ``wrong`` gets each record that is not the next.
 
     An epoch may end only while nobody reads, so a hole shows as an offset that is not the next.
     """

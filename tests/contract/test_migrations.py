@@ -35,7 +35,7 @@ def engine(url: str) -> Iterator[sa.Engine]:
 
 @pytest.fixture
 def rows(engine: sa.Engine) -> dict[str, list[Any]]:
-    """What is in a database that the first release made and worked with."""
+    """Give what is in a database that the first release made and worked with."""
     thread: dict[str, Any] = {"id": "t", "scope": "blue", "owner": "me", "created_at": 1, "metadata": {"k": "é"}}
     message: dict[str, Any] = {
         "id": "m", "thread_id": "t", "position": 1, "role": "assistant", "status": "in_progress",
@@ -54,7 +54,7 @@ def rows(engine: sa.Engine) -> dict[str, list[Any]]:
 
 
 def old_run(run_id: str, message_id: str) -> dict[str, Any]:
-    """A run as the first release writes it."""
+    """Give a run as the first release writes it."""
     return {
         "id": run_id, "thread_id": "t", "assistant_id": "tutor", "message_id": message_id, "status": "in_progress",
         "created_at": 1, "metadata": {}, "steps": [], "group_id": "g", "mode": "parallel", "place": "0a-1",
@@ -63,14 +63,14 @@ def old_run(run_id: str, message_id: str) -> dict[str, Any]:
 
 
 def contents(engine: sa.Engine) -> dict[str, list[Any]]:
-    """All rows, as the first release reads them."""
+    """Give all rows, as the first release reads them."""
     older = (schema_1.threads, schema_1.messages, schema_1.runs, schema_1.answers)
     with engine.connect() as connection:
         return {table.name: [tuple(row) for row in connection.execute(sa.select(table))] for table in older}
 
 
 def recorded(engine: sa.Engine) -> tuple[list[int], list[str]]:
-    """The version as we record it, and as Alembic does."""
+    """Give the version as we record it, and as Alembic does."""
     with engine.connect() as connection:
         ours = connection.execute(sa.select(tables.schema.c.version)).scalars().all()
         theirs = connection.exec_driver_sql("SELECT version_num FROM assistream_alembic").scalars().all()
@@ -81,7 +81,7 @@ NEWEST = [tables.VERSION], [f"{tables.VERSION:04}"]
 
 
 def differences(engine: sa.Engine, metadata: sa.MetaData) -> list[Any]:
-    """What the database has otherwise than ``metadata`` says."""
+    """Give what the database has otherwise than ``metadata`` says."""
     with engine.connect() as connection:
         options = {"version_table": "assistream_alembic", "compare_type": True, "compare_server_default": True}
         return list(compare_metadata(MigrationContext.configure(connection, opts=options), metadata))

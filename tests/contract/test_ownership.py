@@ -46,7 +46,7 @@ class Someone:
 
 
 def verbs(app: Flask) -> Iterator[tuple[str, str, Any]]:
-    """Gives (method, URL rule, body) of every route of ours; what deletes comes last."""
+    """Give (method, URL rule, body) of every route of ours; what deletes comes last."""
     found = []
     for rule in app.url_map.iter_rules():
         blueprint, _, endpoint = rule.endpoint.rpartition(".")
@@ -100,7 +100,7 @@ def world(app: Flask) -> World:
 
 
 def whole(answer: TestResponse) -> str:
-    """The body, or the beginning of a stream."""
+    """Give the body, or the beginning of a stream."""
     if answer.mimetype == "text/event-stream" and answer.request and answer.request.method != "HEAD":
         return str(read(answer, lambda frame: True))
     text = answer.text

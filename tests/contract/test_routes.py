@@ -263,7 +263,7 @@ def helper(client: Client, prefix: str) -> None:
 
 
 def whole_round(client: Client, prefix: str) -> str:
-    """Uses every route below ``prefix``; gives the thread's id."""
+    """Use every route below ``prefix``; give the thread's id."""
     helper(client, prefix)
     assert client.get(f"{prefix}/assistants").status_code == 200
     thread_id: str = client.post(f"{prefix}/threads").get_json()["id"]
@@ -280,7 +280,7 @@ def whole_round(client: Client, prefix: str) -> str:
 
 @pytest.fixture
 def host(make_app: MakeApp) -> Flask:
-    """An app that has pages and errors of its own, next to ours at /assistream."""
+    """Give an app that has pages and errors of its own, next to ours at /assistream."""
     app = make_app()
     app.add_url_rule("/", "home", lambda: "home")
     app.add_url_rule("/assistream/own/<int:n>", "own", lambda n: f"own {n}")

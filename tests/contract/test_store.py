@@ -55,7 +55,7 @@ def url(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=LASTING)
 def lasting(request: pytest.FixtureRequest) -> str:
-    """The URL of a database that more than one store can open."""
+    """Give the URL of a database that more than one store can open."""
     return new_url(request)
 
 
@@ -100,7 +100,7 @@ def over(run: Run, message: Message, status: Any = "completed") -> tuple[Run, Me
 
 
 def at_once(count: int, work: Callable[[int], object]) -> list[object]:
-    """Runs ``work`` in threads that start together; gives what each gave, or raised."""
+    """Run ``work`` in threads that start together; give what each gave, or raised."""
     barrier, found = threading.Barrier(count), list[object]([None] * count)
 
     def one(at: int) -> None:
@@ -549,7 +549,7 @@ def test_leases_are_by_the_databases_clock(store: ThreadStore, monkeypatch: pyte
 
 
 def seen(store: ThreadStore, run: Run) -> LeasedRun:
-    """The run as a worker reads it that might take it over."""
+    """Give the run as a worker reads it that might take it over."""
     [held] = store.held(tables.runs.c.id == run["id"])
     return held
 

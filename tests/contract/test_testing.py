@@ -153,7 +153,7 @@ def text_of(dialect: str, frames: list[tuple[str | None, Any]], kind: str = "tex
 
 
 def ends(dialect: str, frames: list[tuple[str | None, Any]]) -> str | None:
-    """How the stream says that it ended: completed, incomplete, failed, ...; None when it doesn't say."""
+    """Give how the stream says that it ended: completed, incomplete, failed, ...; None when it doesn't say."""
     for event, data in frames:
         if dialect == "responses" and re.fullmatch(r"response\.(completed|incomplete|failed)", str(data.get("type"))):
             return str(data["response"]["status"])
@@ -168,7 +168,7 @@ def ends(dialect: str, frames: list[tuple[str | None, Any]]) -> str | None:
 
 
 def check(dialect: str, event: str | None, data: Any) -> None:
-    """A frame is what the SDK's own types say, strictly."""
+    """Check that a frame is what the SDK's own types say, strictly."""
     if dialect == "responses":
         assert event == data["type"]
         RESPONSE_EVENTS[data["type"]].model_validate(data, strict=True)

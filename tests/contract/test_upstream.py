@@ -347,7 +347,7 @@ def test_an_assistant_that_cannot_work_is_refused_with_the_fix(arguments: dict[s
 
 
 def literal(dialect: str, *deltas: str) -> str:
-    """An answer whose deltas are these JSON literals."""
+    """Give an answer whose deltas are these JSON literals."""
     match dialect:
         case "responses":
             frames = [f'{{"type":"response.output_text.delta","delta":{delta}}}' for delta in deltas]

@@ -43,7 +43,7 @@ MOST = 2
 
 
 def described() -> OpenApiSchema:
-    """The file, with what a random value would never meet in it: a thread and assistants that are there."""
+    """Give the file, with what a random value would never meet in it: a thread and assistants that are there."""
     api = copy.deepcopy(API)
     api["components"]["parameters"]["ThreadId"]["schema"] = {"enum": [PLACEHOLDER]}
     runs = api["paths"][f"{THREAD}/runs"]["post"]["requestBody"]["content"]["application/json"]["schema"]

@@ -119,7 +119,7 @@ class Deployment(Gunicorn):
         self.stop()
 
     def doctor(self, url: str) -> tuple[int, str]:
-        """Gives the exit status and the output of the command, run in this process: to start one takes longer."""
+        """Give the exit status and the output of the command, run in this process: to start one takes longer."""
         with mock.patch.dict(os.environ, self.env):
             app: Flask = runpy.run_path(str(self._shell / "live_app.py"))["app"]
             result = app.test_cli_runner().invoke(args=["assistream", "doctor", "--url", url])
@@ -131,7 +131,7 @@ class Deployment(Gunicorn):
         return result.exit_code, result.stdout
 
     def shell(self, url: str | None, **env: str) -> tuple[int, str]:
-        """Gives the same of the command that an operator gives a shell."""
+        """Give the same of the command that an operator gives a shell."""
         command = [sys.executable, "-m", "flask", "--app", "live_app", "assistream", "doctor"]
         command += ["--url", url] if url is not None else []
         done = subprocess.run(
@@ -149,7 +149,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
 
 
 def failures(output: str) -> list[str]:
-    """Gives what failed; each has its fix below it."""
+    """Give what failed; each has its fix below it."""
     lines = output.splitlines()
     for line, after in zip(lines, [*lines[1:], ""], strict=True):
         assert after.startswith("     fix: ") == line.startswith(("FAIL", "warn")), output
@@ -340,7 +340,7 @@ def test_another_database_or_another_url_than_the_servers_is_found(good: Deploym
 
 
 def closed(scheme: str) -> str:
-    """Gives a URL with a password where nothing listens."""
+    """Give a URL with a password where nothing listens."""
     return f"{scheme}://:pa55@127.0.0.1:{free_port()}"
 
 
@@ -361,7 +361,7 @@ def examine(
     secret_key: str = "long enough for a test",
     **settings: Any,
 ) -> str:
-    """Gives what the command says of an app with these ``settings``, which are taken unread."""
+    """Give what the command says of an app with these ``settings``, which are taken unread."""
     settings.setdefault("database_url", "sqlite://")
     parts = {"assistream": _Part(client)} if client else {}
     patient = doctor.Patient(Settings(**settings), parts, secret_key, True)

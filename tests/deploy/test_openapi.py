@@ -39,7 +39,7 @@ def test_the_file_has_every_route_of_the_app_with_its_methods_and_no_other(app: 
 
 
 def strict(value: Any) -> Any:
-    """A schema that takes no key which it does not name, so that no answer has one that is not written down."""
+    """Give a schema that takes no key which it does not name, so that no answer has one that is not written down."""
     if isinstance(value, list):
         return [strict(one) for one in value]
     if not isinstance(value, dict):
@@ -54,13 +54,13 @@ STRICT = strict(copy.deepcopy(API))
 
 
 def fits(value: Any, schema: dict[str, Any]) -> None:
-    """Fails where ``value`` is not what the ``schema`` of the file says."""
+    """Fail where ``value`` is not what the ``schema`` of the file says."""
     validator = jsonschema_rs.Draft202012Validator({**schema, "components": STRICT["components"]})
     assert [f"{error.instance_path}: {error.message}" for error in validator.iter_errors(value)] == [], value
 
 
 def checked(answer: Response, path: str, status: int) -> Any:
-    """Gives the answer's JSON, which is as the file says for this route, method and status."""
+    """Give the answer's JSON, which is as the file says for this route, method and status."""
     assert answer.status_code == status, answer.get_data(as_text=True)
     assert isinstance(answer, TestResponse)
     described = STRICT["paths"][path][answer.request.method.lower()]["responses"][str(status)]
@@ -87,7 +87,7 @@ EVENTS = {
 
 
 def seen(frames: Sequence[Frame]) -> set[str]:
-    """Gives the names of the events, each of which is as the file says."""
+    """Give the names of the events, each of which is as the file says."""
     for frame in frames:
         # The first may have nothing but retry.
         if frame.event not in ("", "done"):
@@ -182,7 +182,7 @@ def test_a_caller_with_too_many_runs_and_a_database_that_is_away_are_answered_as
 
 
 def checked_place(answer: TestResponse) -> str:
-    """Gives the event id as of which a page is exact."""
+    """Give the event id as of which a page is exact."""
     place = answer.headers["Last-Event-ID"]
     fits(place, API["components"]["schemas"]["EventId"])
     return place

@@ -37,7 +37,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
 
 @contextmanager
 def behind_caddy(folder: Path, app: str, site: str, inside: str = "") -> Iterator[str]:
-    """Gives the URL of a Caddy before ``app``, with the directives ``site`` and, in ``reverse_proxy``, ``inside``."""
+    """Give the URL of a Caddy before ``app``, with the directives ``site`` and, in ``reverse_proxy``, ``inside``."""
     caddy, port = program("caddy"), free_port()
     (folder / "Caddyfile").write_text(
         f"{{\n admin off\n}}\nhttp://127.0.0.1:{port} {{\n{site}\nreverse_proxy {app} {{\n{inside}\n}}\n}}\n"
@@ -48,7 +48,7 @@ def behind_caddy(folder: Path, app: str, site: str, inside: str = "") -> Iterato
 
 @contextmanager
 def behind_our_caddyfile(folder: Path, app: str) -> Iterator[str]:
-    """Gives the URL of a Caddy with the file that the docs name, before ``app``."""
+    """Give the URL of a Caddy with the file that the docs name, before ``app``."""
     caddy, port = program("caddy"), free_port()
     text = (ROOT / "deploy/Caddyfile").read_text()
     # Nobody but example.org gets a certificate for it; and only root listens on 80.
@@ -66,7 +66,7 @@ def behind_our_caddyfile(folder: Path, app: str) -> Iterator[str]:
 
 @contextmanager
 def behind_lighttpd(folder: Path, app: str, settings: str, *modules: str) -> Iterator[str]:
-    """Gives the URL of a lighttpd before ``app``, with these ``settings``."""
+    """Give the URL of a lighttpd before ``app``, with these ``settings``."""
     lighttpd, port = program("lighttpd"), free_port()
     backend = f'"host" => "127.0.0.1", "port" => {app.rpartition(":")[2]}'
     names = ", ".join(f'"{name}"' for name in ("mod_proxy", *modules))
@@ -108,7 +108,7 @@ class Viewer:
 
     @contextmanager
     def watch(self) -> Iterator[http.client.HTTPResponse]:
-        """Opens the thread's stream."""
+        """Open the thread's stream."""
         with closing(self._connect()) as connection:
             connection.request(
                 "GET", f"{self._thread}/events", headers={**self._headers, "Accept": "text/event-stream"}
@@ -120,7 +120,7 @@ class Viewer:
 
 
 def until(answer: http.client.HTTPResponse, event: str) -> str:
-    """Gives the data of the next event of that name; ``TimeoutError`` where it does not come."""
+    """Give the data of the next event of that name; ``TimeoutError`` where it does not come."""
     name = ""
     for raw in answer:
         field, _, value = raw.decode().rstrip("\n").partition(": ")
@@ -132,7 +132,7 @@ def until(answer: http.client.HTTPResponse, event: str) -> str:
 
 
 def streams_at_once(url: str) -> None:
-    """Sees that each event comes before the next one is sent, in a new thread and in one with a long snapshot."""
+    """See that each event comes before the next one is sent, in a new thread and in one with a long snapshot."""
     for before in (0, 12):
         viewer = Viewer(url)
         for _ in range(before):
@@ -293,7 +293,7 @@ class _Handler(socketserver.BaseRequestHandler):
 
 
 def _is_whole(message: bytes) -> bool:
-    """A slow machine sends a head before its body, and the two may be read apart."""
+    """Act as a slow machine, which sends a head before its body, so that the two may be read apart."""
     head, end, body = message.partition(b"\r\n\r\n")
     if b"chunked" in head.lower():
         return body.endswith(b"0\r\n\r\n")

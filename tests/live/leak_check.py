@@ -128,12 +128,12 @@ KEPT = ("socket:", "anon_inode:")
 
 
 def fd_is_open(fd: str) -> bool:
-    """Whether it is not the one that listed them all."""
+    """Tell whether it is not the one that listed them all."""
     return os.path.lexists(f"/proc/self/fd/{fd}")
 
 
 def is_ours(thing: greenlet.greenlet) -> bool:
-    """Whether it is of this thread: those of gevent's pool, which looks up names, come and go by themselves."""
+    """Tell whether it is of this thread: those of gevent's pool, which looks up names, come and go by themselves."""
     top = thing
     while top.parent:
         top = top.parent
@@ -157,7 +157,7 @@ def left() -> dict[str, Any]:
 
 
 def settled(wanted: dict[str, Any]) -> dict[str, Any]:
-    """What is left, once nothing goes away any more."""
+    """Give what is left, once nothing goes away any more."""
     end = time.monotonic() + 15
     found: dict[str, Any] = {}
     while time.monotonic() < end:

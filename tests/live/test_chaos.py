@@ -283,7 +283,7 @@ class Case:
         self.ledger.faults.append(Fault(kind, self.now - ago, (pid,), self.now - ago + seconds))
 
     def ended(self, status: str, code: str = "") -> bool:
-        """Whether such an end, now, is reported."""
+        """Tell whether such an end, now, is reported."""
         error = {"code": code} if status == "failed" else None
         details = {"reason": code} if status == "incomplete" else None
         run = {"id": "run_1", "status": status, "last_error": error, "incomplete_details": details}
@@ -291,7 +291,7 @@ class Case:
         return bool(self.ledger.violations)
 
     def asked(self, *ago: float) -> list[str]:
-        """What is reported of having been asked so many seconds ago."""
+        """Give what is reported of having been asked so many seconds ago."""
         self.ledger.asks["t1", "a"] = [self.now - one for one in ago]
         self.ledger.judge_asks("run_1", True)
         return [one.kind for one in self.ledger.violations]
@@ -427,7 +427,7 @@ def test_of_errors_that_came_of_others_the_last_is_counted() -> None:
 def test_a_little_chaos_loses_and_doubles_nothing(
     tmp_path: Path, postgres: PostgresServer, redis_server: RedisServer
 ) -> None:
-    """The fixtures say whether the servers are installed."""
+    """Tell by the fixtures whether the servers are installed."""
     command = [sys.executable, "-m", "benchmarks.chaos", "--minutes", "0.4", "--seed", "12", "--every", "3"]
     command += ["--threads", "8", "--viewers", "2", "--longest", "6", "--keep", str(tmp_path / "chaos")]
     command += ["--only", "kill,deploy,redis,flush,cut,cancel,delete,repeat"]

@@ -71,7 +71,7 @@ def apart(
 
 
 def all_of(jobs: Sequence[Callable[[], object]], seconds: float) -> None:
-    """Does them at once; raises what the first one that failed raised."""
+    """Do them at once; raises what the first one that failed raised."""
     failed: list[BaseException] = []
 
     def work(job: Callable[[], object]) -> None:
@@ -109,7 +109,7 @@ class Tab(Viewer):
         super().take(event)
 
     def watch(self, gunicorn: Gunicorn, thread: str, messages: int, cuts: int, chance: random.Random) -> None:
-        """Looks on, cut off ``cuts`` times, until so many messages are there and all is over."""
+        """Look on, cut off ``cuts`` times, until so many messages are there and all is over."""
         while not self.settled(messages):
             left = chance.randrange(1, 22) if cuts > 0 else 10**9
             last = self.ids[-1] if self.ids else None

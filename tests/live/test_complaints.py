@@ -37,63 +37,63 @@ def fail_elsewhere(what: str) -> None:
     raise OSError(what)
 
 
-def caught(complaints: LogThrottle, what: str = "disk full", where: str = "run %s", *, elsewhere: bool = False) -> None:
+def caught(throttle: LogThrottle, what: str = "disk full", where: str = "run %s", *, elsewhere: bool = False) -> None:
     try:
         fail_elsewhere(what) if elsewhere else fail(what)
     except OSError as error:
-        complaints.error(LOG, error, where, "run_1")
+        throttle.error(LOG, error, where, "run_1")
 
 
 def test_the_first_of_a_kind_is_written_with_its_traceback_and_then_one_line_a_minute(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     clock = Clock()
-    complaints = LogThrottle(clock)
+    throttle = LogThrottle(clock)
     for second in range(240):
         clock.now = second / 2
-        caught(complaints)
-        complaints.tend()
+        caught(throttle)
+        throttle.tend()
     assert [record.exc_info is not None for record in caplog.records] == [True, False]
     assert caplog.messages == ["run run_1", "run run_1 (120 times in 60 s, the newest: OSError('disk full'))"]
 
 
 def test_what_differs_in_its_words_its_error_or_its_place_is_another_kind(caplog: pytest.LogCaptureFixture) -> None:
-    complaints = LogThrottle(Clock())
+    throttle = LogThrottle(Clock())
     for _ in range(3):
-        caught(complaints, "one text")
-        caught(complaints, "another text")
-        caught(complaints, where="the end of run %s")
-        caught(complaints, elsewhere=True)
-        complaints.error(LOG, KeyError("a"), "run %s", "run_1")
-        complaints.warn(LOG, "run %s", "run_1")
-        complaints.warn(LOG, "run %s", "run_2")
-        complaints.warn(LOG, "away: %r", OSError("full"))
-        complaints.warn(LOG, "away: %r", TimeoutError())
+        caught(throttle, "one text")
+        caught(throttle, "another text")
+        caught(throttle, where="the end of run %s")
+        caught(throttle, elsewhere=True)
+        throttle.error(LOG, KeyError("a"), "run %s", "run_1")
+        throttle.warn(LOG, "run %s", "run_1")
+        throttle.warn(LOG, "run %s", "run_2")
+        throttle.warn(LOG, "away: %r", OSError("full"))
+        throttle.warn(LOG, "away: %r", TimeoutError())
     assert len(caplog.records) == 7
     assert caplog.text.count("Traceback") == 3
 
 
 def test_that_it_is_over_is_said_once_and_the_next_is_the_first_again(caplog: pytest.LogCaptureFixture) -> None:
     clock = Clock()
-    complaints = LogThrottle(clock)
+    throttle = LogThrottle(clock)
     for second in range(20):
         clock.now = second
-        caught(complaints)
-    complaints.warn(LOG, "only once")
+        caught(throttle)
+    throttle.warn(LOG, "only once")
     for second in range(20, 200):
         clock.now = second
-        complaints.tend()
+        throttle.tend()
     assert caplog.messages == ["run run_1", "only once", "over, after 20 times in 19 s: run run_1"]
-    caught(complaints)
+    caught(throttle)
     assert caplog.records[-1].exc_info is not None
 
 
 def test_a_line_of_a_minute_has_no_key_and_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
     clock = Clock()
-    complaints = LogThrottle(clock)
+    throttle = LogThrottle(clock)
     for at in range(4):
         clock.now = 20 * at
-        caught(complaints, "no login\nat https://user:hunter22@host with sk-abcdefgh")
+        caught(throttle, "no login\nat https://user:hunter22@host with sk-abcdefgh")
     assert "hunter22" not in caplog.messages[-1]
     assert "sk-abcdefgh" not in caplog.messages[-1]
     assert "\n" not in caplog.messages[-1]
@@ -101,11 +101,11 @@ def test_a_line_of_a_minute_has_no_key_and_is_one_line(caplog: pytest.LogCapture
 
 def test_many_threads_that_complain_at_once_write_one_and_count_all(caplog: pytest.LogCaptureFixture) -> None:
     clock = Clock()
-    complaints = LogThrottle(clock)
+    throttle = LogThrottle(clock)
 
     def many() -> None:
         for _ in range(500):
-            caught(complaints)
+            caught(throttle)
 
     threads = [threading.Thread(target=many) for _ in range(8)]
     for thread in threads:
@@ -114,9 +114,9 @@ def test_many_threads_that_complain_at_once_write_one_and_count_all(caplog: pyte
         thread.join()
     assert len(caplog.records) == 1
     clock.now = 59.5
-    caught(complaints)
+    caught(throttle)
     clock.now = 60
-    caught(complaints)
+    caught(throttle)
     assert caplog.messages[1:] == ["run run_1 (4001 times in 60 s, the newest: OSError('disk full'))"]
 
 

@@ -69,7 +69,7 @@ def watched(cluster: Cluster, threads: int, viewers: int = 2) -> dict[str, list[
 
 
 def commanded(gunicorn: Gunicorn, thread: str, *assistants: str, content: str = "Hello there") -> list[str]:
-    """Starts runs, through a break if need be: as the helper, under one key."""
+    """Start runs, through a break if need be: as the helper, under one key."""
     body = {"assistant_ids": assistants, "content": content}
     key = {"Idempotency-Key": os.urandom(8).hex()}
     end = time.monotonic() + 60
@@ -84,12 +84,12 @@ def commanded(gunicorn: Gunicorn, thread: str, *assistants: str, content: str = 
 
 
 def growing(cluster: Cluster, threads: dict[str, list[Watcher]]) -> None:
-    """Waits until each thread's newest answer has begun."""
+    """Wait until each thread's newest answer has begun."""
     wait_until(lambda: all(ones[0].entries and says(ones[0].entries[-1]) for ones in threads.values()), 30)
 
 
 def whole_answer(entries: list[Any], entry: Any) -> str:
-    """What the scripted model says to the thread as it was before this entry's message by the user."""
+    """Give what the scripted model says to the thread as it was before this entry's message by the user."""
     at = entries.index(entry)
     asked = max(number for number in range(at) if entries[number]["run"] is None)
     said = [Said(one["assistant_id"], says(one)) for one in entries[: asked + 1]]

@@ -59,7 +59,7 @@ def live(tmp_path: Path) -> Iterator[Gunicorn]:
 
 
 def view(live: Gunicorn, thread: str, *, buffer: int | None = None) -> socket.socket:
-    """Gives a connection on which the thread's stream has begun, but not one byte was read."""
+    """Give a connection on which the thread's stream has begun, but not one byte was read."""
     viewer = socket.socket()
     if buffer is not None:
         viewer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
@@ -71,7 +71,7 @@ def view(live: Gunicorn, thread: str, *, buffer: int | None = None) -> socket.so
 
 
 def kept_for(viewer: socket.socket) -> int:
-    """Gives the bytes that the system holds on the server's side of a connection."""
+    """Give the bytes that the system holds on the server's side of a connection."""
     here, there = (f"{address[1]:04X}" for address in (viewer.getpeername(), viewer.getsockname()))
     for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
         _, local, remote, _, queues, *_ = line.split()
@@ -81,7 +81,7 @@ def kept_for(viewer: socket.socket) -> int:
 
 
 def refused(live: Gunicorn, path: str) -> tuple[int, str, int]:
-    """Gives the status, the code and Retry-After of an error."""
+    """Give the status, the code and Retry-After of an error."""
     with pytest.raises(urllib.error.HTTPError) as found:
         live.get(path)
     answer = found.value

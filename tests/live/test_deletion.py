@@ -77,7 +77,7 @@ class Watcher:
             self._said += data
 
     def told(self) -> list[str]:
-        """Gives the names of its events once its stream has ended."""
+        """Give the names of its events once its stream has ended."""
         self._thread.join(20)
         assert not self._thread.is_alive(), "its stream does not end"
         return [frame.event for frame in sse.Decoder().feed(self._said)]
@@ -105,7 +105,7 @@ class Workers:
         return {run["id"] for run in started.runs}
 
     def settle(self, thread_id: str) -> None:
-        """Waits until no worker does anything for the thread."""
+        """Wait until no worker does anything for the thread."""
         until(lambda: not any(live.thread_id == thread_id for one in self.all for live in one.runner.active.all()))
         until(lambda: not any(one.runner._worker.appender._incomplete for one in self.all))
 
@@ -129,7 +129,7 @@ def well(runtime: Runtime) -> bool:
 
 
 def redis_has(server: RedisServer, pattern: str = "*") -> bool:
-    """Whether any such key of that Redis has the word, in its bytes or its entries. Fails where there is no key."""
+    """Tell whether any such key of that Redis has the word, in bytes or entries. Fails where there is none."""
     with redis.Redis.from_url(server.url) as client:
         client.config_set("rdbcompression", "no")
         keys = list(client.scan_iter(pattern, count=1000))
@@ -151,7 +151,7 @@ def script() -> Script:
 
 
 def trial(workers: Workers, choose: random.Random) -> str:
-    """Deletes a thread while its runs tell, and gives its id when they are over; all must have been told."""
+    """Delete a thread while its runs tell, and give its id when they are over; all must have been told."""
     thread_id, scripts = workers.thread(), [script() for _ in range(choose.choice([0, 1, 1, 2]))]
     log = workers.all[0].log
     start = log.end(thread_id)

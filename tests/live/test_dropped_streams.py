@@ -62,12 +62,12 @@ def with_context(response: Any) -> Any:
 
 
 def set_hook(app: Flask, hook: Callable[[Any], Any]) -> None:
-    """Adds one to an app that has served already."""
+    """Add one to an app that has served already."""
     app.after_request_funcs.setdefault(None, []).append(hook)
 
 
 def ask(app: Flask, method: str, path: str, **more: Any) -> tuple[int, Iterable[bytes]]:
-    """Gives the status and the body as a server gets it, which does not read it; 500 where the app raises."""
+    """Give the status and the body as a server gets it, which does not read it; 500 where the app raises."""
     said = list[int]()
 
     def start_response(status: str, headers: list[tuple[str, str]], _: object = None) -> Any:

@@ -123,7 +123,7 @@ def models() -> Iterator[OfflineServer]:
 
 @pytest.fixture(scope="module")
 def slow_models() -> Iterator[OfflineServer]:
-    """The last of many answers begins before the first is over: else they are not read in batches."""
+    """Give the last of many answers begins before the first is over: else they are not read in batches."""
     with OfflineServer(WORDS, delay=0.08) as server:
         yield server
 

@@ -287,7 +287,7 @@ class Answer(NamedTuple):
 
 
 def call(app: Flask, request: Request, cookie: str) -> Answer:
-    """Calls the WSGI app as a server would, with what no HTTP library would write."""
+    """Call the WSGI app as a server would, with what no HTTP library would write."""
     environ: dict[str, Any] = {
         "REQUEST_METHOD": request.method,
         "SCRIPT_NAME": "",
@@ -385,7 +385,7 @@ def test_ten_thousand_malformed_requests_get_no_500_and_only_our_errors(
 
 
 def wire(fuzz: Fuzz, request: Request) -> bytes:
-    """The request as bytes on a connection, which HTTP's own rules may be broken in too."""
+    """Give the request as bytes on a connection, which HTTP's own rules may be broken in too."""
     pick = fuzz.random
     target = request.path.replace(b" ", b"%20") + (b"?" + request.query if request.query else b"")
     headers = {"Connection": "close", "Content-Length": str(len(request.body)), **request.headers}
@@ -400,7 +400,7 @@ def wire(fuzz: Fuzz, request: Request) -> bytes:
 
 
 def send(port: int, data: bytes) -> bytes:
-    """Gives the beginning of the answer; nothing where the server closed without one."""
+    """Give the beginning of the answer; nothing where the server closed without one."""
     found = b""
     with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
         try:

@@ -187,7 +187,7 @@ def test_a_reload_of_the_workers_loses_nothing(tmp_path: Path) -> None:
 
 
 def _view_with_cuts(live: Gunicorn, thread: str, chance: random.Random, stop: threading.Event) -> tuple[Viewer, int]:
-    """Follows the thread until its 36 messages are over; leaves after some events, 160 times, and comes back."""
+    """Follow the thread until its 36 messages are over; leave after some events, 160 times, and comes back."""
     viewer, cuts = Viewer(), 0
     while not viewer.settled(36):
         last = viewer.ids[-1] if viewer.ids else None

@@ -62,7 +62,7 @@ ALONE = ("PRAGMA locking_mode=EXCLUSIVE", "BEGIN EXCLUSIVE", "CREATE TABLE their
 
 @contextlib.contextmanager
 def locked(path: Path, *statements: str) -> Iterator[None]:
-    """Has another process hold the file's lock."""
+    """Have another process hold the file's lock."""
     command = [sys.executable, "-c", HOLD, str(path), *statements]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
@@ -85,20 +85,20 @@ class Arrivals:
                 self.times.append(time.monotonic())
 
     def longest(self, since: float, until: float) -> float:
-        """Gives the longest time without any, in seconds."""
+        """Give the longest time without any, in seconds."""
         times = [since, *(at for at in self.times if since < at < until), until]
         return max(after - before for before, after in pairwise(times))
 
 
 def asked(gunicorn: Gunicorn) -> Iterator[object]:
-    """The app's answers, one after another."""
+    """Give the app's answers, one after another."""
     while True:
         yield gunicorn.get("/page", parse=False)
         time.sleep(0.1)
 
 
 def added(gunicorn: Gunicorn, thread: str) -> Any:
-    """A message that is sent until it is stored, as the helper does; gives it and what it got before."""
+    """Give a message that is sent until it is stored, as the helper does; give it and what it got before."""
     refused: list[tuple[int, str]] = []
     while True:
         try:

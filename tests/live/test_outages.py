@@ -96,7 +96,7 @@ def cluster(
 def asked(
     gunicorns: Sequence[Gunicorn], count: int, choose: random.Random, words: tuple[int, int], seconds: float
 ) -> dict[str, list[Reader]]:
-    """Asks for so many answers of so many words within so many seconds; gives each thread's viewer."""
+    """Ask for so many answers of so many words within so many seconds; give each thread's viewer."""
     found: dict[str, list[Reader]] = {}
     for number in range(count):
         began = time.monotonic()
@@ -111,7 +111,7 @@ def asked(
 
 
 def all_whole(gunicorn: Gunicorn, threads: Mapping[str, list[Reader]], seconds: float = 90) -> int:
-    """Waits for all answers and looks at each, as stored and as seen; gives how many there are."""
+    """Wait for all answers and looks at each, as stored and as seen; give how many there are."""
     count = 0
     for entries in settle(gunicorn, threads, seconds).values():
         for question, entry in zip(entries[::2], entries[1::2], strict=True):

@@ -53,7 +53,7 @@ def away(call: Callable[[], object]) -> bool:
 
 
 def lost_within(log: RedisLog, event_id: EventId, seconds: float) -> bool:
-    """Whether a viewer at ``event_id`` is told within so many ``seconds`` that it needs a snapshot."""
+    """Tell whether a viewer at ``event_id`` is told within so many ``seconds`` that it needs a snapshot."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:

@@ -46,7 +46,7 @@ def logging_to(url: str) -> Iterator[RedisLog]:
 
 
 def works(log: RedisLog) -> bool:
-    """Whether a viewer of it hears what is told."""
+    """Tell whether a viewer of it hears what is told."""
     try:
         with contextlib.closing(log.subscribe(THREAD, log.end(THREAD))) as reader:
             log.append(THREAD, [Event("e", cast(Any, {"n": 1}))])
@@ -56,7 +56,7 @@ def works(log: RedisLog) -> bool:
 
 
 def refusal(log: RedisLog) -> str:
-    """Gives what a viewer is told."""
+    """Give what a viewer is told."""
     with pytest.raises(LogUnavailableError) as told:
         log.subscribe(THREAD, log.end(THREAD))
     return str(told.value)
@@ -67,7 +67,7 @@ def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def check_said(url: str, what: str, caplog: pytest.LogCaptureFixture) -> None:
-    """A worker must say it once, in one line, however often it tries again; and a viewer and the doctor too."""
+    """Check that a worker says it once, in one line, however often it tries again; and a viewer and the doctor too."""
     with logging_to(url) as log:
         wait_until(lambda: errors(caplog))
         assert what in refusal(log)

@@ -30,7 +30,7 @@ from tests.redis_server import RedisServer
 
 
 def at_once(count: int, work: Callable[[], object]) -> list[Any]:
-    """Gives what so many threads got that did it at the same time, errors too."""
+    """Give what so many threads got that did it at the same time, errors too."""
     together, found = threading.Barrier(count), list[Any]()
 
     def do() -> None:
@@ -183,7 +183,7 @@ def test_a_process_forked_while_the_runtime_is_made_makes_its_own(tmp_path: Path
 
 
 def connections(database_url: str) -> int:
-    """Gives how many others are connected to the database."""
+    """Give how many others are connected to the database."""
     engine = sa.create_engine(database_url, poolclass=sa.NullPool)
     with engine.connect() as connection:
         query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
@@ -191,7 +191,7 @@ def connections(database_url: str) -> int:
 
 
 def crowd(gunicorn: Gunicorn, thread: str, count: int) -> Counter[int]:
-    """Opens so many streams at once; gives how often it was answered with which status."""
+    """Open so many streams at once; give how often it was answered with which status."""
     lines = [http.client.HTTPConnection("127.0.0.1", gunicorn.port, timeout=60) for _ in range(count)]
     for line in lines:
         line.request("GET", f"{thread}/events")
@@ -230,14 +230,14 @@ def test_a_crowd_on_fresh_workers_takes_no_more_connections_than_their_pools_and
 
 
 def statuses(database_url: str) -> Counter[str]:
-    """Gives the runs' statuses, as they are in the database."""
+    """Give the runs' statuses, as they are in the database."""
     engine = sa.create_engine(database_url, poolclass=sa.NullPool)
     with engine.connect() as connection:
         return Counter(row[0] for row in connection.exec_driver_sql("SELECT status FROM assistream_runs"))
 
 
 def silently(gunicorn: Gunicorn) -> None:
-    """Starts gunicorn, and sends no request."""
+    """Start gunicorn, and sends no request."""
     gunicorn.get = lambda path, *, parse=True: None  # type: ignore[method-assign]
     gunicorn.start()
     del gunicorn.get

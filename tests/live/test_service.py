@@ -47,7 +47,7 @@ def named_by_header() -> str | None:
 
 @pytest.fixture
 def app(make_app: MakeApp) -> Iterator[Flask]:
-    """An app whose context is there, and no request."""
+    """Give an app whose context is there, and no request."""
     app = make_app(owner=named_by_header)
     with app.app_context():
         yield app

@@ -85,7 +85,7 @@ def connect(live: Gunicorn, buffer: int | None = None) -> socket.socket:
 
 
 def ask(live: Gunicorn, path: str, *, version: str = "1.1", buffer: int | None = None) -> socket.socket:
-    """Gives a connection on which three answers were asked for as a stream."""
+    """Give a connection on which three answers were asked for as a stream."""
     viewer = connect(live, buffer)
     body = json.dumps({"assistant_ids": ["one", "two", "three"], "content": "Hello"}).encode()
     head = f"POST {path} HTTP/{version}\r\nHost: localhost\r\nConnection: close\r\nAccept: text/event-stream\r\n"
@@ -95,7 +95,7 @@ def ask(live: Gunicorn, path: str, *, version: str = "1.1", buffer: int | None =
 
 
 def read(viewer: socket.socket) -> bytes:
-    """Reads to the end; gives the body, each of whose chunks must be whole."""
+    """Read to the end; give the body, each of whose chunks must be whole."""
     data = b""
     with viewer:
         while piece := viewer.recv(65_536):
@@ -117,7 +117,7 @@ def read(viewer: socket.socket) -> bytes:
 
 
 def texts(body: bytes) -> list[str]:
-    """Gives what the messages' pieces add up to; the events' ids must be in order, and ``done`` the last."""
+    """Give what the messages' pieces add up to; the events' ids must be in order, and ``done`` the last."""
     found, last = dict[str, str](), 0
     assert body.endswith(b"event: done\ndata: [DONE]\n\n")
     for frame in body.split(b"\n\n"):
@@ -137,7 +137,7 @@ def taken(live: Gunicorn) -> Counter[str]:
 
 
 def straight(live: Gunicorn) -> int:
-    """Gives how often something was sent straight."""
+    """Give how often something was sent straight."""
     found = taken(live)
     return found["WHOLE"] + found["PART"]
 

@@ -73,7 +73,7 @@ class Client:
 
 
 def recycled(cluster: Cluster, workers: int) -> None:
-    """Has so many of the workers recycled while a client is there; nothing is lost or refused."""
+    """Have so many of the workers recycled while a client is there; nothing is lost or refused."""
     gunicorn = cluster.gunicorns[0]
     before = set(cluster.workers())
     client = Client(gunicorn)

@@ -187,7 +187,7 @@ class Houses(House):
             self.pick().log.restart(thread_id)
 
     def kill(self, worker: Worker) -> None:
-        """It is gone in the midst of whatever it does."""
+        """Have it be gone in the midst of whatever it does."""
         worker.life.end()
         self.members.remove(worker.member)
 
@@ -452,7 +452,7 @@ def random_response(choose: random.Random) -> Response:
 
 
 def said(entry: Json) -> Said:
-    """What :meth:`Response.said` gives, of an entry."""
+    """Give what :meth:`Response.said` gives, of an entry."""
     found: Said = {}
     for at, part in enumerate(entry["message"]["content"]):
         found["text", at] = part.get("refusal") or part["text"]["value"]
@@ -473,7 +473,7 @@ class Death:
         self._run_ids: list[str] = []
 
     def step(self) -> None:
-        """Does one random thing, or nothing where what was chosen can't be done now."""
+        """Do one random thing, or nothing where what was chosen can't be done now."""
         choose = self.choose
         match choose.choice(["post", "post", "go", "go", "go", "go", "flush", "sit", "read", "cut", "cancel"]):
             case "post" if len(self._scripts) < 8:
@@ -507,7 +507,7 @@ class Death:
                 self.choose.choice(self.seats).cut()
 
     def kill(self) -> Worker:
-        """Ends one of the two, in the midst of what it does."""
+        """End one of the two, in the midst of what it does."""
         for script in self._scripts:
             # What nobody stores any more.
             script.go()
@@ -517,7 +517,7 @@ class Death:
         return dead
 
     def settled(self, dead: Worker) -> bool:
-        """Has the models go on, and the dead one's leases end; gives whether all runs are over."""
+        """Have the models go on, and the dead one's leases end; give whether all runs are over."""
         self.houses.end_leases(dead)
         for script in self._scripts:
             script.go(100)
@@ -525,7 +525,7 @@ class Death:
         return all(not entry["run"] or entry["run"]["status"] in TERMINAL for entry in self.entries())
 
     def entries(self) -> list[Any]:
-        """What is stored."""
+        """Give what is stored."""
         found = self.houses.store.page(self.thread_id, 200)
         assert found is not None
         return [stored.entry for stored in found[0]]
@@ -565,7 +565,7 @@ def _code(entry: Json) -> str | None:
 
 
 def _goes_on(entry: Json, response: Response, *, is_cancelled: bool) -> None:
-    """Checks that a background response was not lost, and that all of it is in the entry unless it was cancelled."""
+    """Check that a background response was not lost, and that all of it is in the entry unless it was cancelled."""
     assert _code(entry) != "worker_lost"
     assert entry["run"]["status"] in ("completed", "incomplete") or is_cancelled or _code(entry) == "empty_answer"
     if entry["run"]["status"] != "cancelled":
@@ -651,15 +651,15 @@ class Paused(Houses):
     exact = False
 
     def lapse(self, worker: Worker) -> bool:
-        """Ends the leases of the worker's runs; gives whether there are any."""
+        """End the leases of the worker's runs; give whether there are any."""
         with self.store._write() as connection:
             mine = runs.c.worker == worker.name, runs.c.status.not_in(TERMINAL)
             return bool(connection.execute(runs.update().where(*mine).values(lease=5.0)).rowcount)
 
 
 def pause(houses: Paused, choose: random.Random, *, late: bool) -> int:
-    """The first worker stands still for longer than a lease. It comes back ``late``, when its runs are the other's,
-    which may do the same then; or between the other's look at them and its claims. Gives how many runs it had."""
+    """Have the first worker stand still for longer than a lease. It comes back ``late``, when its runs are the other's,
+    which may do the same then; or between the other's look at them and its claims. Give how many runs it had."""
     first, second = (worker.member for worker in houses.workers)
     houses.members[:] = [first]
     seats, scripts = list[StrictSeat](), list[Words | Response]()
@@ -792,7 +792,7 @@ class Idle(Paused):
 
 
 def begun(houses: Idle) -> str:
-    """Gives a thread with an answer of the first worker: two words, which the log has and the store has not."""
+    """Give a thread with an answer of the first worker: two words, which the log has and the store has not."""
     houses.members[:] = [houses.workers[0].member]
     lasting = Response([*words(9), [End(None, None)]], frozenset())
     lasting.go()

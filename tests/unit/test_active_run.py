@@ -109,7 +109,7 @@ def test_a_run_whose_time_is_over_says_what_the_model_server_said_if_its_model_w
 
 
 def do(active: ActiveRun, choose: random.Random) -> bool:
-    """Does something with the run; tells whether that ended it."""
+    """Do something with the run; tell whether that ended it."""
     ending = choose.choice(ENDINGS)
     match choose.randrange(5):
         case 0:

@@ -57,7 +57,7 @@ def tree(path: Path) -> ast.Module:
 
 
 def imports(path: Path) -> Iterator[tuple[str, int]]:
-    """Gives full names of imported modules, ours as ``assistream_flask...``, wherever in the file: within functions and
+    """Give full names of imported modules, ours as ``assistream_flask...``, wherever in the file: within functions and
     for types only too."""
     package = ["assistream_flask", *path.relative_to(HOUSE).parts[:-1]]
     for node in ast.walk(tree(path)):
@@ -80,7 +80,7 @@ def ours(path: Path) -> Iterator[tuple[str, int]]:
 
 
 def for_types(path: Path) -> set[int]:
-    """The lines of imports that are for types only."""
+    """Give the lines of imports that are for types only."""
     blocks = [node for node in tree(path).body if isinstance(node, ast.If)]
     return {inner.lineno for node in blocks if ast.unparse(node.test) == "TYPE_CHECKING" for inner in node.body}
 
@@ -154,12 +154,12 @@ def first_line(name: str) -> str:
 
 
 def needs_of(room: str) -> set[str]:
-    """The rooms that a room imports from."""
+    """Give the rooms that a room imports from."""
     return {room_of(other) for name, others in GRAPH.items() if room_of(name) == room for other in others} - {room}
 
 
 def picture() -> str:
-    """The page of the docs, made from the imports and the docstrings."""
+    """Give the page of the docs, made from the imports and the docstrings."""
     drawn = [room for room in ROOMS if room not in (WORDS, FACE)]
     arrows = [f"  {room} --> {other}" for room in reversed(drawn) for other in drawn if other in needs_of(room)]
     lines = [
@@ -255,7 +255,7 @@ DOCUMENTED = {"_asdict", "_mapping", "_replace"}
 
 
 def names(tree: ast.AST) -> Iterator[tuple[str, int, bool]]:
-    """The names in a module that are defined, or asked of an object, each with its line and whether it is defined."""
+    """Give the names in a module that are defined, or asked of an object, each with its line and which it is."""
     for node in ast.walk(tree):
         match node:
             case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.Name(id=name, ctx=ast.Store()):

@@ -74,7 +74,7 @@ def carried(state: Json | None) -> Json:
 
 
 def read(stream: answer_stream.AnswerStream, got: Got) -> str | None:
-    """Reads to the end; gives the code of the failure."""
+    """Read to the end; give the code of the failure."""
     try:
         for parts in stream:
             got.add(parts)
@@ -94,7 +94,7 @@ def resume(client: openai.OpenAI, state: Json | None, stall: float = 5) -> answe
 
 
 def read_lists(stream: answer_stream.AnswerStream, got: Got, count: int) -> bool:
-    """Reads so many lists, then leaves as a process does that ends; gives whether there were so many."""
+    """Read so many lists, then leaves as a process does that ends; give whether there were so many."""
     batches = iter(stream)
     try:
         for _ in range(count):
@@ -107,7 +107,7 @@ def read_lists(stream: answer_stream.AnswerStream, got: Got, count: int) -> bool
 
 
 def take_over_everywhere(client: openai.OpenAI, whole: Got) -> int:
-    """Leaves after each list in turn, and goes on in another process; gives how often."""
+    """Leave after each list in turn, and goes on in another process; give how often."""
     count = 0
     while True:
         count += 1

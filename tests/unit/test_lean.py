@@ -59,7 +59,7 @@ class Network(httpcore2.MockBackend):
 
 
 def fetched(pieces: Sequence[bytes], *, quick: bool) -> Got:
-    """What a client makes of an answer in these pieces."""
+    """Give what a client makes of an answer in these pieces."""
     network = Network(pieces)
     client = httpx2.Client(verify=TLS)
     client._transport._pool._network_backend = network  # type: ignore[attr-defined]
@@ -83,7 +83,7 @@ def fetched(pieces: Sequence[bytes], *, quick: bool) -> Got:
 
 
 def cut(data: bytes, chance: random.Random) -> list[bytes]:
-    """The bytes in pieces, of one byte often; at the end the server closes."""
+    """Give the bytes in pieces, of one byte often; at the end the server closes."""
     size = chance.choice([1, 2, 7, 60, 400, 10_000])
     pieces = []
     while data:
@@ -276,7 +276,7 @@ def asked(client: httpx2.Client, server: Wire) -> openai.Stream[Any]:
 
 
 def deltas(client: httpx2.Client, server: Wire) -> tuple[list[str], int]:
-    """The deltas that a stream gives, and how often it stood at the gate; every second time it is read there."""
+    """Give the deltas that a stream gives, and how often it stood at the gate; every second time it is read there."""
     stream = asked(client, server)
     gate, stops, found = ReadGate(), 0, list[str]()
     for batch in event_reader.read(stream, gate):

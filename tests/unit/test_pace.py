@@ -35,7 +35,7 @@ WORDS = " ".join(f"word{number}" for number in range(60))
 
 @pytest.fixture
 def quick(server: OfflineServer) -> Iterator[openai.OpenAI]:
-    """A client that is read leanly, as the blueprint's own is."""
+    """Give a client that is read leanly, as the blueprint's own is."""
     with server.client(api_key=KEY, http_client=lean(openai.DefaultHttpxClient(verify=False))) as client:
         yield client
 
@@ -46,7 +46,7 @@ def client(request: pytest.FixtureRequest, quick: openai.OpenAI) -> openai.OpenA
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many events were told each time, from now on."""
+    """Give how many events were told each time, from now on."""
     told: list[int] = []
     tell = delta_publisher.DeltaPublisher._tell
 
@@ -157,7 +157,7 @@ def test_a_response_that_is_asked_for_again_and_again_is_waited_for_by_its_reade
     asked: list[bool] = []
 
     def short(self: Stored, after: int, fault: str | None) -> Iterator[float | bytes]:
-        """Ends before the answer does."""
+        """End before the answer does."""
         frames = 0
         for step in follow(self, after, fault):
             frames += isinstance(step, bytes)
@@ -272,42 +272,42 @@ def test_what_arrives_for_a_run_that_is_handed_over_is_left_to_the_next_worker_w
 
 
 def test_nobody_waits_for_a_feeder_that_was_stopped_before_it_began() -> None:
-    seat, waits = ReadSlot(), Interruptible(lambda: None)
-    items = seat.through(iter(["never read"]))
+    slot, waits = ReadSlot(), Interruptible(lambda: None)
+    items = slot.through(iter(["never read"]))
     assert next(items) == []
-    seat.is_fed = True
+    slot.is_fed = True
     waits.interrupt()
-    _feed(waits, seat)
-    assert seat.pending()
+    _feed(waits, slot)
+    assert slot.pending()
     assert list(items) == [[]]
 
 
-# The pacer
+# The batch scheduler
 
 
 class Reader:
     """One that reads a socket, a turn at a time, and stops when it is to read for itself."""
 
     def __init__(self, connection: socket.socket) -> None:
-        self.seat = ReadSlot()
-        self.seat.socket = connection
+        self.slot = ReadSlot()
+        self.slot.socket = connection
         self.got: list[bytes | None] = []
 
 
-MakePacer = Callable[[float], BatchScheduler[Reader]]
+MakeScheduler = Callable[[float], BatchScheduler[Reader]]
 
 
 @pytest.fixture
-def pacer() -> Iterator[MakePacer]:
+def scheduler() -> Iterator[MakeScheduler]:
     made: list[BatchScheduler[Reader]] = []
 
     def make(seconds: float) -> BatchScheduler[Reader]:
         def tick(ready: Sequence[Reader]) -> None:
             for one in ready:
-                assert one.seat.read()
-                one.got.append(one.seat.data)
-                if one.seat.data == b"stop":
-                    one.seat.left.put("more than bytes")
+                assert one.slot.read()
+                one.got.append(one.slot.data)
+                if one.slot.data == b"stop":
+                    one.slot.left.put("more than bytes")
                 else:
                     new.again(one)
 
@@ -320,17 +320,17 @@ def pacer() -> Iterator[MakePacer]:
         one.close()
 
 
-def waiting(pacer: BatchScheduler[Reader], reader: Reader) -> threading.Thread:
-    thread = threading.Thread(target=lambda: reader.got.append(pacer.wait(reader)), daemon=True)
+def waiting(scheduler: BatchScheduler[Reader], reader: Reader) -> threading.Thread:
+    thread = threading.Thread(target=lambda: reader.got.append(scheduler.wait(reader)), daemon=True)
     thread.start()
     return thread
 
 
 def test_what_there_is_to_read_is_read_a_turn_at_a_time_until_something_is_left_to_the_reader(
-    pacer: MakePacer, monkeypatch: pytest.MonkeyPatch
+    scheduler: MakeScheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batch_scheduler, "_PATIENCE", 1000)
-    one, (ours, theirs) = pacer(0.01), socket.socketpair()
+    one, (ours, theirs) = scheduler(0.01), socket.socketpair()
     with ours, theirs:
         reader = Reader(ours)
         thread = waiting(one, reader)
@@ -345,11 +345,11 @@ def test_what_there_is_to_read_is_read_a_turn_at_a_time_until_something_is_left_
 
 
 @pytest.mark.parametrize(
-    "how", ["nothing comes for long", "it is closed", "its number is another's", "the pacer is closed"]
+    "how", ["nothing comes for long", "it is closed", "its number is another's", "the scheduler is closed"]
 )
-def test_nobody_waits_for_ever(how: str, pacer: MakePacer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_waits_for_ever(how: str, scheduler: MakeScheduler, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_scheduler, "_PATIENCE", 0.05 if how == "nothing comes for long" else 1000)
-    one, (ours, theirs) = pacer(0.01), socket.socketpair()
+    one, (ours, theirs) = scheduler(0.01), socket.socketpair()
     with ours, theirs:
         reader = Reader(ours)
         thread = waiting(one, reader)
@@ -362,7 +362,7 @@ def test_nobody_waits_for_ever(how: str, pacer: MakePacer, monkeypatch: pytest.M
             others = socket.socketpair()
             assert number in (others[0].fileno(), others[1].fileno())
             waiting(one, Reader(others[0]))
-        elif how == "the pacer is closed":
+        elif how == "the scheduler is closed":
             one.close()
         thread.join(10)
         assert reader.got == [None]
@@ -371,7 +371,7 @@ def test_nobody_waits_for_ever(how: str, pacer: MakePacer, monkeypatch: pytest.M
             other.close()
 
 
-def test_a_connection_that_is_closed_already_is_not_waited_for(pacer: MakePacer) -> None:
+def test_a_connection_that_is_closed_already_is_not_waited_for(scheduler: MakeScheduler) -> None:
     connection = socket.socket()
     connection.close()
-    assert pacer(1000).wait(Reader(connection)) is None
+    assert scheduler(1000).wait(Reader(connection)) is None

@@ -39,7 +39,7 @@ END: dict[str, Any] = {"type": "response.completed", "response": {"status": "com
 
 
 def frames(body: bytes) -> list[tuple[str, Any]]:
-    """The events of a whole body, which must consist of exact frames and nothing else."""
+    """Give the events of a whole body, which must consist of exact frames and nothing else."""
     assert body.startswith(b"retry: 1000\n")
     body = body.removeprefix(b"retry: 1000\n")
     assert FRAME.sub(b"", body) == b""
@@ -58,7 +58,7 @@ def said(events: list[tuple[str, Any]]) -> str:
 
 
 def check_life(events: list[tuple[str, Any]], status: str, message: str) -> None:
-    """The order of a run's events, one terminal event of each kind, and one state in all of them."""
+    """Give the order of a run's events, one terminal event of each kind, and one state in all of them."""
     names = [name for name, _ in events if name not in ("thread.message.delta", "ping")]
     assert names == [
         "thread.run.created",

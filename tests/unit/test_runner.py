@@ -579,7 +579,7 @@ def test_a_background_answer_without_an_id_that_began_to_speak_is_not_asked_for_
 
 
 def left_waiting(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> tuple[Caller, str, str]:
-    """A thread in which a worker that died spoke as the tutor, and left the critic waiting."""
+    """Give a thread in which a worker that died spoke as the tutor, and left the critic waiting."""
     shorten_leases(monkeypatch, 1.0)
     with monkeypatch.context() as patch:
         patch.setattr(Runtime, "start", lambda runtime: None)

@@ -61,7 +61,7 @@ class Script:
             raise RunError("upstream_ended_early")
 
     def state(self) -> None:
-        """It is of no background response."""
+        """Give nothing: it is of no background response."""
 
     def close(self) -> None:
         self.closed.set()
@@ -87,7 +87,7 @@ class Tape:
             return event_id
 
     def until(self, thread_id: str, event_id: EventId | None = None) -> list[Event]:
-        """Gives all events of the thread, or those up to ``event_id``, those of earlier epochs included."""
+        """Give all events of the thread, or those up to ``event_id``, those of earlier epochs included."""
         with self._guard:
             tape = list(self._tapes.get(thread_id, ()))
         before = [at for at, (known, _) in enumerate(tape) if event_id is not None and self.later(known, event_id)]
@@ -202,7 +202,7 @@ class House:
         self.groups: dict[str, tuple[object, Script]] = {}
 
     def pick(self) -> Member:
-        """Gives the worker that the next request meets."""
+        """Give the worker that the next request meets."""
         return self.members[0]
 
     def thread(self) -> str:
@@ -231,7 +231,7 @@ class House:
         return any(live.thread_id == thread_id for one in self.members for live in one.runner.active.all())
 
     def attach(self, thread_id: str) -> tuple[list[Any], EventId]:
-        """Gives a page, which must be what the events up to its place add up to."""
+        """Give a page, which must be what the events up to its place add up to."""
         runner, log = self.pick()
         # A thread that is gone has no page; what its events leave is nothing.
         entries, more, event_id = runner.page(thread_id, 200) or ([], False, log.end(thread_id))
@@ -241,7 +241,7 @@ class House:
         return entries, event_id
 
     def check(self, thread_id: str, whole: list[Json]) -> None:
-        """What must be true of a thread when all is over, of which ``whole`` is stored."""
+        """Give what must be true of a thread when all is over, of which ``whole`` is stored."""
         if self.exact:
             self.check_tape(whole, self.tape.until(thread_id))
         before: list[Json] = []
@@ -290,7 +290,7 @@ class House:
 
 
 def turns_of(assistant_id: str, seen: Sequence[Json]) -> list[Turn]:
-    """What a model must be asked with, of an assistant that sees these entries."""
+    """Give what a model must be asked with, of an assistant that sees these entries."""
     turns, again = list[Turn](), list[Turn]()
     for one in seen:
         parts = [part.get("refusal") or part["text"]["value"] for part in one["message"]["content"]]
@@ -412,7 +412,7 @@ class Trial:
         self.run_ids: list[str] = []
 
     def step(self) -> None:
-        """Does one thing, or nothing where what was chosen can't be done now."""
+        """Do one thing, or nothing where what was chosen can't be done now."""
         choose = self.choose
         match choose.choice(self.house.steps):
             case "post" if len(self.scripts) < 6:
@@ -450,7 +450,7 @@ class Trial:
                 self.choose.choice(self.seats).cut()
 
     def end(self, *, deleted: bool) -> list[Any]:
-        """Lets all scripts come to their end; gives the entries that are stored then."""
+        """Let all scripts come to their end; give the entries that are stored then."""
         self.house.heal()
         if deleted:
             self.house.pick().runner.delete(self.thread_id)
@@ -463,7 +463,7 @@ class Trial:
 
 
 def trial(house: House, choose: random.Random) -> int:
-    """Does random things to a thread with viewers; all must end up with the store's state. Gives how many."""
+    """Do random things to a thread with viewers; all must end up with the store's state. Give how many."""
     trial = Trial(house, choose)
     steps = choose.randrange(10, 30)
     deletes = choose.random() < 0.1
@@ -548,7 +548,7 @@ def text(value: str) -> list[Part]:
 
 
 def filled(house: House, thread_id: str) -> None:
-    """Makes the log forget all that was in it."""
+    """Make the log forget all that was in it."""
     for _ in range(30):
         house.post(thread_id)
 

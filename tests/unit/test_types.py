@@ -62,7 +62,7 @@ def resolved(schema: Any) -> Any:
 
 
 def without_null(schema: Any) -> tuple[Any, bool]:
-    """Gives what a value is where it is not ``null``, and whether it may be that."""
+    """Give what a value is where it is not ``null``, and whether it may be that."""
     kind = schema.get("type")
     if isinstance(kind, list):
         (other,) = (one for one in kind if one != "null")
@@ -75,7 +75,7 @@ def without_null(schema: Any) -> tuple[Any, bool]:
 
 
 def without_none(hint: Any) -> tuple[Any, bool]:
-    """Does the same with a type."""
+    """Do the same with a type."""
     if get_origin(hint) not in (Union, kinds.UnionType):
         return hint, False
     left = [one for one in get_args(hint) if one is not type(None)]
@@ -83,7 +83,7 @@ def without_none(hint: Any) -> tuple[Any, bool]:
 
 
 def differences(hint: Any, schema: Any, at: str) -> Iterator[str]:
-    """Tells where a type and a schema are not the same."""
+    """Tell where a type and a schema are not the same."""
     schema = resolved(schema)
     (schema, may_be_null), (hint, may_be_none) = without_null(schema), without_none(hint)
     if may_be_null != may_be_none:
@@ -162,7 +162,7 @@ def test_a_difference_would_be_seen() -> None:
 
 
 def misfits(value: object, hint: Any, at: str) -> Iterator[str]:
-    """Tells where a value is none of its type."""
+    """Tell where a value is none of its type."""
     origin = get_origin(hint)
     if origin in (Union, kinds.UnionType):
         if all(list(misfits(value, one, at)) for one in get_args(hint)):
@@ -188,7 +188,7 @@ def misfits_of_object(value: dict[str, object], hint: Any, at: str) -> Iterator[
 
 
 def made(end: Callable[[MessageAccumulator], list[Event]]) -> tuple[list[Event], types.Entry]:
-    """Gives the events of an answer of every kind, and the entry that is left."""
+    """Give the events of an answer of every kind, and the entry that is left."""
     run = events.run("thread_1", "tutor", None)
     message = events.message("thread_1", "assistant", [], assistant_id="tutor", run_id=run["id"])
     run["message_id"] = message["id"]
@@ -226,7 +226,7 @@ def test_what_events_carry_is_of_its_type(end: Callable[[MessageAccumulator], li
 
 
 def type_of(name: str) -> Any:
-    """The type of an event's data, by the OpenAPI file."""
+    """Give the type of an event's data, by the OpenAPI file."""
     for one in SCHEMAS["Event"]["oneOf"]:
         words = one["properties"]["event"]
         if name in words.get("enum", [words.get("const")]):

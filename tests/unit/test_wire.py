@@ -83,13 +83,13 @@ class Served:
         return httpx2.Response(200, headers=headers, stream=self.body, request=request)
 
     def stream(self, body: Body) -> openai.Stream[object]:
-        """Gives the SDK's stream of ``body``; ``object`` leaves its events as they were parsed."""
+        """Give the SDK's stream of ``body``; ``object`` leaves its events as they were parsed."""
         self.body = body
         response = self._answer(self._request)
         return openai.Stream[object](cast_to=object, response=response, client=self.client)
 
     def opened(self, dialect: str, body: Body) -> Any:
-        """Gives what the SDK gives who asks in ``dialect``."""
+        """Give what the SDK gives who asks in ``dialect``."""
         self.body = body
         if dialect == "responses":
             return self.client.responses.create(model="m", input="", stream=True)
@@ -149,7 +149,7 @@ class Parser(SSEDecoder):
 
 
 def mended(chunks: Sequence[bytes]) -> list[bytes]:
-    """Gives the chunks as a server would send them that knows UTF-8, and that the SDK takes no byte order marks."""
+    """Give the chunks as a server would send them that knows UTF-8, and that the SDK takes no byte order marks."""
     whole = b"".join(chunks)
     if not whole.startswith(BOM):
         with contextlib.suppress(UnicodeDecodeError):
@@ -174,7 +174,7 @@ def expected(chunks: Sequence[bytes]) -> Told:
 
 
 def events_of(name: str, text: str) -> list[tuple[str, Json]] | None:
-    """Gives the kind and data of an event, nothing for a heartbeat, and ``None`` for one that is malformed."""
+    """Give the kind and data of an event, nothing for a heartbeat, and ``None`` for one that is malformed."""
     if text.startswith("[DONE]"):
         return [("[DONE]", {})]
     if not text.encode().strip():
@@ -232,7 +232,7 @@ def given(stream: Any, body: Body, *, joined: bool = False) -> Told:
 
 
 def check(served: Served, chunks: Sequence[bytes]) -> Told:
-    """Holds the events of ``chunks`` to the SDK's; gives them."""
+    """Hold the events of ``chunks`` to the SDK's; give them."""
     body, again = Body(chunks), Body(chunks)
     want = agree(given(served.stream(body), body), chunks)
     got = given(served.stream(again), again, joined=True)
@@ -245,7 +245,7 @@ TEXTS = {f"response.{what}.delta" for what in ("output_text", "refusal", "reason
 
 
 def joined(told: Told) -> list[tuple[int, str, Json]]:
-    """Gives the events; of those of one read that differ in their texts and numbers only, one with all texts."""
+    """Give the events; of those of one read that differ in their texts and numbers only, one with all texts."""
     found: list[tuple[int, str, Json]] = []
     for read, kind, data in told.events:
         if kind in TEXTS and isinstance(data.get("delta"), str):
@@ -260,7 +260,7 @@ def joined(told: Told) -> list[tuple[int, str, Json]]:
 
 
 def agree(got: Told, chunks: Sequence[bytes]) -> Told:
-    """Gives what ``got`` had to be."""
+    """Give what ``got`` had to be."""
     want = expected(chunks)
     assert want.bare() == expected([b"".join(chunks)]).bare()
     # Their texts are compared, because to == 1 is 1.0 and True.
@@ -418,7 +418,7 @@ class Source:
         return f"{{{self._gap()}" + ",".join(pair + self._gap() for pair in told) + "}"
 
     def event(self) -> tuple[str, str]:
-        """Gives a name and the data."""
+        """Give a name and the data."""
         kind = self._choose.choice(KINDS[self._dialect])
         if self._rare():
             name = self._choose.choice((*NAMES, kind, kind, kind))
@@ -480,7 +480,7 @@ class Source:
         return stream if not self._rare() else stream[: self._choose.randrange(len(stream) + 1)]
 
     def mutant(self) -> bytes:
-        """A stream that was not what its server meant."""
+        """Give a stream that was not what its server meant."""
         stream = bytearray(self.stream())
         for _ in range(self._choose.randrange(1, 5)):
             start = self._choose.randrange(len(stream) + 1)
@@ -513,7 +513,7 @@ NASTY = re.compile(rb"\r(?=\n)|[\x80-\xff]|[\r\n]|data|\\")
 
 
 def cut(choose: random.Random, stream: bytes) -> list[bytes]:
-    """Gives the stream in pieces, some of them empty."""
+    """Give the stream in pieces, some of them empty."""
     places: set[int] = set()
     match choose.randrange(6):
         case 0:
@@ -640,7 +640,7 @@ def test_the_lines_of_an_event_may_end_differently(served: Served, lines: Sequen
 
 @pytest.mark.parametrize("dialect", KINDS)
 def test_the_stream_that_the_sdk_opens_gives_what_its_own_iterator_parses(served: Served, dialect: str) -> None:
-    """The whole way: request, response and all of the SDK's ``Stream``, until it stops or raises."""
+    """Go the whole way: request, response and all of the SDK's ``Stream``, until it stops or raises."""
     compared = 0
     for number in range(TRIALS):
         with trial(f"stream/{dialect}/{number}") as choose:
@@ -663,7 +663,7 @@ def test_the_stream_that_the_sdk_opens_gives_what_its_own_iterator_parses(served
 
 
 def plain(item: object) -> object:
-    """Gives the data of what the SDK's stream gives."""
+    """Give the data of what the SDK's stream gives."""
     if not isinstance(item, dict):
         return {}
     wrapped = set(item) == {"data", "event"} and str(item["event"]).startswith("thread.")
@@ -971,7 +971,7 @@ DAMAGES = (*(b'"', b"\\", b"\n", b"\r", b"\x01", b"\xff", b"\xc3", b"0", b"1", b
 
 
 def text_events(choose: random.Random) -> list[bytes]:
-    """The frames of an answer: most are alike, in any form."""
+    """Give the frames of an answer: most are alike, in any form."""
     frames, number, style = [], choose.choice([0, 7, 96, 1 << 53]), choose.choice([(",", ":"), (", ", ": ")])
     step = choose.choice([1, 1, 1, 1, 1, 0, 2, None])
     special, odd = choose.choice([0, 0, 0.05, 0.3]), choose.choice([0, 0, 0.02, 0.2])
@@ -998,7 +998,7 @@ def text_events(choose: random.Random) -> list[bytes]:
 
 
 def reads(choose: random.Random, frames: Sequence[bytes]) -> list[bytes]:
-    """The same, many frames a read."""
+    """Give the same, many frames a read."""
     found, at = [], 0
     while at < len(frames):
         some = choose.randrange(1, 12)
