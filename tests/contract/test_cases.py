@@ -21,9 +21,9 @@ import openai
 import pytest
 from flask import Flask
 
-from assistream_flask import Assistant
+from assistream_flask import Assistant, run_ended
 from assistream_flask.errors import RUN_ERRORS
-from tests.conftest import KEY, OVER, Caller, MakeApp, wait_until
+from tests.conftest import KEY, Caller, MakeApp
 from tests.http_helpers import request_of
 
 CASES: list[dict[str, Any]] = [
@@ -127,9 +127,11 @@ def test_what_a_real_server_sent_becomes_the_right_run(
 ) -> None:
     want = CASES[number]["expect"]
     caplog.set_level(logging.INFO, "assistream_flask")
-    caller = Caller(app_for(number))
-    (run_id,) = caller.run(str(number))
-    wait_until(lambda: caller.entry(run_id)["run"]["status"] in OVER, 20)
+    app, ended = app_for(number), threading.Event()
+    caller = Caller(app)
+    with run_ended.connected_to(lambda *_, **__: ended.set(), sender=app):
+        (run_id,) = caller.run(str(number))
+        assert ended.wait(20)
     entry = caller.entry(run_id)
     run, parts = entry["run"], entry["message"]["content"]
     assert (run["status"], run["last_error"] and run["last_error"]["code"]) == (
