@@ -17,7 +17,7 @@ from ..store.sql import Owner, State
 from ..types import Message, Run
 from ..upstream.answer_stream import AnswerStream
 from ..upstream.delivered import Shown
-from ..upstream.deltas import Part, merged
+from ..upstream.deltas import Delta, merged
 from .message_accumulator import Ending, MessageAccumulator, Stop
 from .run_reader import RunReader
 from .thread_history import RunRequest, ThreadHistory
@@ -134,7 +134,7 @@ class ActiveRun:
         # Of a background response: what another worker needs to go on behind what the message has.
         self._resume_state = resume_state
         # What arrived and was not added to the message yet, and the state behind it.
-        self._arrived: list[Part] = []
+        self._arrived: list[Delta] = []
         self._arrived_state: Json | None = None
         # How it ends when its waits are interrupted, and whether they were.
         self._ending: Ending = Stop.CANCELLED
@@ -299,9 +299,9 @@ class ActiveRun:
         if self._reader is not None:
             self._reader.close()
 
-    def take(self, parts: Sequence[Part]) -> None:
+    def take(self, deltas: Sequence[Delta]) -> None:
         """Take what arrived. ``lock`` is held."""
-        self._arrived += parts
+        self._arrived += deltas
         if self._reader is not None:
             self._arrived_state = self._reader.state()
 
@@ -310,13 +310,13 @@ class ActiveRun:
         held."""
         if not self._arrived or self.is_over or self._is_left:
             return []
-        parts, self._arrived = merged(self._arrived), []
+        deltas, self._arrived = merged(self._arrived), []
         self._resume_state = self._arrived_state or self._resume_state
-        return self._accumulator.add(parts)
+        return self._accumulator.add(deltas)
 
-    def add(self, parts: Sequence[Part]) -> list[Event]:
+    def add(self, deltas: Sequence[Delta]) -> list[Event]:
         """Do both. Raises :class:`Interrupted` where the run is over or left."""
-        self.take(parts)
+        self.take(deltas)
         if self.is_over or self._is_left:
             if self.is_over:
                 # A response that goes on in the background is cancelled by what is known of it. Who takes over

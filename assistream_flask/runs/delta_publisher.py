@@ -12,7 +12,7 @@ from ..events import Event
 from ..fast.batch_scheduler import BatchScheduler
 from ..log.protocol import REFUSED, AppendRequest
 from ..platform.log_throttle import LogThrottle
-from ..upstream.deltas import Part
+from ..upstream.deltas import Delta
 from .active_run import ActiveRun
 from .log_appender import LogAppender
 
@@ -37,7 +37,7 @@ class DeltaPublisher:
         appender: LogAppender,
         seconds: float,
         viewers: Callable[[], int],
-        only_grows: Callable[[ActiveRun, Sequence[Part]], bool],
+        only_grows: Callable[[ActiveRun, Sequence[Delta]], bool],
         throttle: LogThrottle | None = None,
     ) -> None:
         self._appender, self._viewers, self._only_grows = appender, viewers, only_grows
@@ -48,16 +48,16 @@ class DeltaPublisher:
             BatchScheduler(seconds, self._tick, self._throttle) if seconds else None
         )
 
-    def next(self, active: ActiveRun) -> Sequence[Part] | None:
-        """Give the run's next parts, without those that a tick told or is to tell; ``None`` at the end. Raises what
+    def next(self, active: ActiveRun) -> Sequence[Delta] | None:
+        """Give the run's next deltas, without those that a tick told or is to tell; ``None`` at the end. Raises what
         its stream does."""
         reader = active.reader
         while True:
             # Before the read: an interrupt meets nothing that was read and not taken.
             reader.turn.share()
-            parts = next(reader.batches, None)
-            if parts is None or parts:
-                return parts
+            deltas = next(reader.batches, None)
+            if deltas is None or deltas:
+                return deltas
             if active.pacing.has_begun and self._scheduler is not None and (self._has_many() or self._floods(active)):
                 if reader.slot.source is not None and not reader.slot.is_fed:
                     reader.feed()
@@ -66,7 +66,7 @@ class DeltaPublisher:
                     if isinstance(left, Exception):
                         raise left
                     if left is not None:
-                        return cast("Sequence[Part]", left)
+                        return cast("Sequence[Delta]", left)
 
     def _has_many(self) -> bool:
         return len(self._speaking) > _FEW or self._viewers() > _FEW
@@ -75,11 +75,11 @@ class DeltaPublisher:
         is_flood = active.pacing.in_a_row >= _FLOOD_PIECES and active.slot.source is not None
         return is_flood and len(self._speaking) > _FLOODED
 
-    def add(self, active: ActiveRun, parts: Sequence[Part]) -> None:
+    def add(self, active: ActiveRun, deltas: Sequence[Delta]) -> None:
         """Tell what arrived. Raises :class:`Interrupted` where the run is over, or another worker's."""
         with active.lock:
             active.pacing.arrived()
-            self._tell([(active, active.add(parts))])
+            self._tell([(active, active.add(deltas))])
 
     def forget(self, active: ActiveRun) -> None:
         """Take note that the run is over, or another worker's."""
@@ -123,11 +123,11 @@ class DeltaPublisher:
         try:
             if not slot.read():
                 return True
-            while (parts := next(reader.batches)) and self._only_grows(active, parts):
-                active.take(parts)
-            if not parts and slot.can_wait and (many or slot.taken >= _FLOOD_LASTS):
+            while (deltas := next(reader.batches)) and self._only_grows(active, deltas):
+                active.take(deltas)
+            if not deltas and slot.can_wait and (many or slot.taken >= _FLOOD_LASTS):
                 return True
-            left = parts or None
+            left = deltas or None
         except (OSError, StopIteration):
             # Its own thread meets it too.
             pass

@@ -17,7 +17,7 @@ from ..log.protocol import REFUSED, LogUnavailableError
 from ..platform.interrupt import Interrupted
 from ..store.sql import State
 from ..upstream import answer_stream
-from ..upstream.deltas import Begun, End, Part
+from ..upstream.deltas import Begun, Delta, End
 from ..upstream.items import Turn
 from .active_run import ActiveRun
 from .checkpointer import Checkpointer
@@ -99,8 +99,8 @@ class Executor:
         turns = [] if active.resume_state else self._patiently(active, lambda: self._turns(active))
         self.end(active, self._round(active, turns))
         # To the end of the connection, so that it can serve the next run.
-        while (parts := self._next(active)) is not None:
-            self._publisher.add(active, parts)
+        while (deltas := self._next(active)) is not None:
+            self._publisher.add(active, deltas)
 
     def _turns(self, active: ActiveRun) -> list[Turn]:
         return active.history.turns(self._worker.store, active.message["id"], _request(active))
@@ -165,16 +165,16 @@ class Executor:
 
     def _read(self, active: ActiveRun) -> End:
         """Tell what arrives until the answer's end; give that. Raises :class:`RunError`."""
-        while (parts := self._next(active)) is not None:
-            self._publisher.add(active, parts)
-            if active.checkpoint.is_elsewhere or isinstance(parts[0], Begun):
+        while (deltas := self._next(active)) is not None:
+            self._publisher.add(active, deltas)
+            if active.checkpoint.is_elsewhere or isinstance(deltas[0], Begun):
                 # A crash would lose the response that it is of.
                 self._checkpointer.store(active)
-            if isinstance(parts[-1], End):
-                return parts[-1]
+            if isinstance(deltas[-1], End):
+                return deltas[-1]
         raise RunError("upstream_ended_early")
 
-    def _next(self, active: ActiveRun) -> Sequence[Part] | None:
+    def _next(self, active: ActiveRun) -> Sequence[Delta] | None:
         return active.waits.wait(lambda: self._publisher.next(active))
 
     # Changes of its status
@@ -282,7 +282,7 @@ def _complain(active: ActiveRun, ending: Ending) -> None:
         _log.warning("run %s of %r failed: %s: %s", active.id, active.run["assistant_id"], error["code"], said or "-")
 
 
-def _only_grows(active: ActiveRun, parts: Sequence[Part]) -> bool:
+def _only_grows(active: ActiveRun, deltas: Sequence[Delta]) -> bool:
     """Tell whether what arrived is to be told, and nothing else is to be done for it."""
-    is_special = isinstance(parts[0], Begun) or isinstance(parts[-1], End)
+    is_special = isinstance(deltas[0], Begun) or isinstance(deltas[-1], End)
     return not (is_special or active.checkpoint.is_elsewhere)

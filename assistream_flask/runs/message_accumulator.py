@@ -1,4 +1,4 @@
-"""A run's message as it grows: parts in, events out, and the whole so far at any time."""
+"""A run's message as it grows: deltas in, events out, and the whole so far at any time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .. import events
 from ..errors import STILL_LOADING, RunError
 from ..events import Event
 from ..types import ContentPart, Message, MessageIncompleteDetails, Run, RunIncompleteDetails, Step, TextContent
-from ..upstream.deltas import Annotation, Begun, End, Failed, Part, Reasoning, Refusal, Text
+from ..upstream.deltas import Annotation, Begun, Delta, End, Failed, Reasoning, Refusal, Text
 
 Reason: TypeAlias = Literal["run_failed", "run_cancelled", "max_tokens", "content_filter", "server_shutdown"]
 """Why a message is not whole."""
@@ -61,10 +61,10 @@ class MessageAccumulator:
         self.run["last_error"] = STILL_LOADING.copy()
         return [events.run_status(self.run.copy())]
 
-    def add(self, parts: Sequence[Part]) -> list[Event]:
+    def add(self, deltas: Sequence[Delta]) -> list[Event]:
         """Add what arrived; an :class:`.deltas.End` among it is for :meth:`end`."""
         found: list[Event] = []
-        for part in parts:
+        for part in deltas:
             if isinstance(part, Reasoning):
                 found += self._think(part.value)
             elif not isinstance(part, End | Begun | Failed):

@@ -10,17 +10,17 @@ from ..fast.read_gate import TimeSlice
 from ..platform.interrupt import Interrupted, Interruptible
 from ..platform.threads import spawn
 from ..upstream.answer_stream import AnswerStream
-from ..upstream.deltas import Part
+from ..upstream.deltas import Delta
 
 
 class RunReader:
-    """The reading of one connection. ``batches`` gives the parts of the answer, those of a network read together."""
+    """The reading of one connection. ``batches`` gives the deltas of the answer, those of a network read together."""
 
     def __init__(self, stream: AnswerStream) -> None:
         self._stream = stream
         self.slot = ReadSlot()
         stream.gate = self.slot
-        self.batches: Iterator[list[Part]] = iter(stream)
+        self.batches: Iterator[list[Delta]] = iter(stream)
         self.turn = TimeSlice()
         self._feeding: Interruptible | None = None
 

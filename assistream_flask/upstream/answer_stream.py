@@ -1,8 +1,8 @@
-"""An OpenAI stream in, parts of an answer out, whatever dialect the model server speaks.
+"""An OpenAI stream in, deltas of an answer out, whatever dialect the model server speaks.
 
 :func:`open` starts a run upstream; :func:`resume` goes on with one that another process began;
 :func:`translate` takes a stream that exists already. All give an :class:`AnswerStream`: an iterator of lists
-of parts, one list a network read. :func:`cancel` ends a background response.
+of deltas, one list a network read. :func:`cancel` ends a background response.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..fast.read_gate import ReadGate
 from . import background, event_reader, stale_connection
 from .background import cancel
 from .delivered import Delivered, Shown
-from .deltas import Begun, End, Failed, Part
+from .deltas import Begun, Delta, End, Failed
 from .dialects import DIALECTS
 from .errors import failure, of_exception, tells_failure
 from .items import Turn, Unmark, closed
@@ -38,7 +38,7 @@ _TRIES: Final = 3
 
 
 class AnswerStream:
-    """An answer that arrives. Iterating gives lists of parts; the last part of an answer is an
+    """An answer that arrives. Iterating gives lists of deltas; the last delta of an answer is an
     :class:`.deltas.End`. Raises :class:`RunError` when the answer fails, a missing end included.
 
     Go on iterating after the end: it reads the connection empty, so that it can be used again. ``unmark`` takes a mark
@@ -76,7 +76,7 @@ class AnswerStream:
         """
         return self._state
 
-    def __iter__(self) -> Iterator[list[Part]]:
+    def __iter__(self) -> Iterator[list[Delta]]:
         try:
             yield from self._read()
             if not self._over and self._poll is not None and self._end() is None:
@@ -100,11 +100,11 @@ class AnswerStream:
         if not self._over:
             yield from self._settled(RunError("upstream_ended_early"))
 
-    def _settled(self, otherwise: RunError, cause: Exception | None = None) -> Iterator[list[Part]]:
+    def _settled(self, otherwise: RunError, cause: Exception | None = None) -> Iterator[list[Delta]]:
         """Give the end of an answer whose stream is through. Raises ``otherwise`` where that is none."""
         end = self._end()
-        if parts := [*self._held(), *([end] if isinstance(end, End) else [])]:
-            yield parts
+        if deltas := [*self._held(), *([end] if isinstance(end, End) else [])]:
+            yield deltas
         if not isinstance(end, End):
             raise (otherwise if end is None else end.error) from cause
 
@@ -112,11 +112,11 @@ class AnswerStream:
         """Give what the answer is, should nothing more come."""
         return self._translator.settled() if self._translator is not None else None
 
-    def _held(self) -> list[Part]:
+    def _held(self) -> list[Delta]:
         """Give what was held back of the answer's beginning. That of one that can be resumed is in its state."""
         return self._unmark.rest() if self._unmark is not None and self._state is None else []
 
-    def _read(self) -> Iterator[list[Part]]:
+    def _read(self) -> Iterator[list[Delta]]:
         # A place is counted in events.
         joined = self._place is None and self._translator is not None and self._translator.joins
         for batch in event_reader.read(self._stream, self.gate, joined=joined) if self._stream is not None else ():
@@ -133,51 +133,51 @@ class AnswerStream:
                     continue
             yield from self._told(batch)
 
-    def _told(self, batch: list[tuple[str, Json]]) -> Iterator[list[Part]]:
+    def _told(self, batch: list[tuple[str, Json]]) -> Iterator[list[Delta]]:
         """Give what a read says. Raises the error of an answer that failed once all before it was given."""
-        parts: list[Part] = []
+        deltas: list[Delta] = []
         failed: RunError | None = None
         try:
             for kind, data in batch:
                 found, begins = self._parts(kind, data)
-                parts += found
+                deltas += found
                 if begins:
                     self._note_place()
-                    yield [*parts, Begun()]
-                    parts = []
-                if parts and isinstance(parts[-1], End | Failed):
+                    yield [*deltas, Begun()]
+                    deltas = []
+                if deltas and isinstance(deltas[-1], End | Failed):
                     break
         except RunError as error:
             # What came before it in the same read was said.
             failed = error
-        parts = self._unmarked(parts)
-        if parts and isinstance(parts[-1], Failed):
-            failed = parts[-1].error
-            parts = parts[:-1]
+        deltas = self._unmarked(deltas)
+        if deltas and isinstance(deltas[-1], Failed):
+            failed = deltas[-1].error
+            deltas = deltas[:-1]
         if self._delivered is not None:
-            parts = self._delivered.rest(parts)
-        self._over = bool(parts) and isinstance(parts[-1], End)
+            deltas = self._delivered.rest(deltas)
+        self._over = bool(deltas) and isinstance(deltas[-1], End)
         if self._over or self._end() is not None:
             # Some have a reason for the end on each piece: of those the last word is known later.
-            self._expire(LATE_SECONDS if self._over or not parts else 3 * LATE_SECONDS)
+            self._expire(LATE_SECONDS if self._over or not deltas else 3 * LATE_SECONDS)
         # Also where all was held back, or delivered before: what comes next is behind that.
         self._note_place()
-        if parts:
+        if deltas:
             self._said += 1
-            yield parts
+            yield deltas
         if failed is not None:
             raise failed
 
-    def _unmarked(self, parts: list[Part]) -> list[Part]:
+    def _unmarked(self, deltas: list[Delta]) -> list[Delta]:
         if self._unmark is not None:
-            parts = self._unmark.take(parts)
+            deltas = self._unmark.take(deltas)
             if self._unmark.is_over and self._place is None:
                 # Its state is nobody's.
                 self._unmark = None
-        return parts
+        return deltas
 
-    def _parts(self, kind: str, data: Json) -> tuple[list[Part], bool]:
-        """Give the parts of an event, and whether the answer begins with it."""
+    def _parts(self, kind: str, data: Json) -> tuple[list[Delta], bool]:
+        """Give the deltas of an event, and whether the answer begins with it."""
         self._translator = self._translator or _translator(kind, data)
         if self._translator is None or (self._place is not None and self._place.repeats(data)):
             return [], False
@@ -216,7 +216,7 @@ class AnswerStream:
         if not event_reader.hang_up(self._stream):
             self.close()
 
-    def _polled(self, poll: background.Poll) -> Iterator[list[Part]]:
+    def _polled(self, poll: background.Poll) -> Iterator[list[Delta]]:
         """Give the rest of a response that is streamed no more, once it is over."""
         response = poll.wait()
         repeated = self._repeated()

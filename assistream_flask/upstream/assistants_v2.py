@@ -12,7 +12,7 @@ import openai
 
 from ..errors import RunError
 from ..events import Json
-from .deltas import End, Failed, Part, Slots, as_object, indexed, inner, listed, reason, usage
+from .deltas import Delta, End, Failed, Slots, as_object, indexed, inner, listed, reason, usage
 from .errors import failure, tells_failure
 from .protocol import ModelRequest
 
@@ -30,10 +30,10 @@ class AssistantsTranslator:
     def settled(self) -> End | Failed | None:
         return None
 
-    def texts(self, batch: Sequence[tuple[str, Json]]) -> list[Part] | None:
+    def texts(self, batch: Sequence[tuple[str, Json]]) -> list[Delta] | None:
         return None
 
-    def feed(self, kind: str, data: Json) -> list[Part]:
+    def feed(self, kind: str, data: Json) -> list[Delta]:
         match kind:
             case "thread.message.delta":
                 return self._delta(indexed(data.get("id")), _content(inner(data, "delta")))
@@ -56,8 +56,8 @@ class AssistantsTranslator:
             raise failure(data)
         return []
 
-    def _delta(self, message_id: object, content: Sequence[Any]) -> list[Part]:
-        parts: list[Part] = []
+    def _delta(self, message_id: object, content: Sequence[Any]) -> list[Delta]:
+        parts: list[Delta] = []
         for number, item in enumerate(content):
             key = message_id, indexed(as_object(item).get("index", number))
             text = inner(item, "text")
@@ -71,9 +71,9 @@ class AssistantsTranslator:
                 self._slots.unread(item)
         return parts
 
-    def _whole(self, message_id: object, content: Sequence[Any]) -> list[Part]:
+    def _whole(self, message_id: object, content: Sequence[Any]) -> list[Delta]:
         """Give what of a whole message was not told in deltas, which may have left out its id."""
-        parts: list[Part] = []
+        parts: list[Delta] = []
         for number, item in enumerate(content):
             text, refusal = inner(item, "text"), as_object(item).get("refusal")
             keys = (message_id, number), (None, number)

@@ -13,7 +13,7 @@ import openai
 from ..errors import RunError
 from ..events import Json
 from ..types import Usage
-from .deltas import STOP, TOOLS, Cut, End, Failed, Part, Slots, inner, is_said, listed, meaning, usage
+from .deltas import STOP, TOOLS, Cut, Delta, End, Failed, Slots, inner, is_said, listed, meaning, usage
 from .errors import failure, tells_failure
 from .event_reader import DONE, unpadded
 from .protocol import ModelRequest
@@ -56,10 +56,10 @@ class ChatTranslator:
             return None
         return End(None if self._finish == STOP else self._finish, self._usage)
 
-    def texts(self, batch: Sequence[tuple[str, Json]]) -> list[Part] | None:
+    def texts(self, batch: Sequence[tuple[str, Json]]) -> list[Delta] | None:
         return None
 
-    def feed(self, kind: str, data: Json) -> list[Part]:
+    def feed(self, kind: str, data: Json) -> list[Delta]:
         if (text := _only_text(data)) is not None and kind == "":
             told = self._slots.text(0, text)
             self._has_spoken = self._has_spoken or bool(told)
@@ -72,7 +72,7 @@ class ChatTranslator:
                 self._finish = STOP
             end = self.settled()
             return [end if end is not None else Failed(RunError("upstream_ended_early"))]
-        parts: list[Part] = []
+        parts: list[Delta] = []
         self._usage = usage(data.get("usage")) or self._usage
         for choice in _choices(data):
             if not isinstance(choice, dict):
@@ -83,7 +83,7 @@ class ChatTranslator:
             parts = [*(part for part in parts if not isinstance(part, Failed)), Failed(failure(data))]
         return parts
 
-    def _choice(self, choice: Json) -> list[Part]:
+    def _choice(self, choice: Json) -> list[Delta]:
         delta, message = inner(choice, "delta"), inner(choice, "message")
         for text in (choice.get("text"), choice.get("delta")):
             # Of the older Completions API, and of who leaves the object out.
@@ -103,7 +103,7 @@ class ChatTranslator:
             return [*parts, Failed(RunError("tools_not_supported"))]
         return parts + self._judge(finish)
 
-    def _judge(self, finish: Any) -> list[Part]:
+    def _judge(self, finish: Any) -> list[Delta]:
         """Take a reason for the end; give the failure that it means."""
         if isinstance(finish, dict):
             finish = finish.get("type") or finish.get("reason")
@@ -120,8 +120,8 @@ class ChatTranslator:
             self._finish = why
         return []
 
-    def _delta(self, delta: Json) -> list[Part]:
-        parts: list[Part] = []
+    def _delta(self, delta: Json) -> list[Delta]:
+        parts: list[Delta] = []
         content = delta.get("content")
         if (thought := next((delta[name] for name in _THOUGHTS if delta.get(name)), None)) is not None:
             # A block that is signed is whole, and was told in pieces before.
@@ -139,18 +139,18 @@ class ChatTranslator:
             self._slots.unread({name: delta[name]} if delta[name] else None)
         return parts
 
-    def _message(self, message: Json) -> list[Part]:
+    def _message(self, message: Json) -> list[Delta]:
         """Give what of a whole message was not told in deltas."""
         content = message.get("content")
         thought = next((message[name] for name in _THOUGHTS if message.get(name)), None)
         pieces = [*_pieces(thought, "thought"), *_pieces(content, "text"), *_pieces(message.get("refusal"), "refusal")]
-        parts: list[Part] = []
+        parts: list[Delta] = []
         for kind in ("thought", "text", "refusal"):
             parts += self._rest(kind, [value for one, value in pieces if one == kind])
         parts += self._say((kind, value) for kind, value in pieces if not kind)
         return parts + self._slots.annotations(0, message.get("annotations"))
 
-    def _rest(self, kind: str, value: Any) -> list[Part]:
+    def _rest(self, kind: str, value: Any) -> list[Delta]:
         """Give what of a whole text was not told before."""
         whole = "".join(one for found, one in _pieces(value, kind) if found == kind)
         self._are_pieces = self._are_pieces or not (self._has_deltas or self._slots.begins(kind, 0, whole))
@@ -160,8 +160,8 @@ class ChatTranslator:
         _, rest = self._slots.rest("message", kind, [0], whole) if whole else (0, "")
         return self._say([(kind, rest)]) if rest else []
 
-    def _say(self, pieces: Any) -> list[Part]:
-        parts: list[Part] = []
+    def _say(self, pieces: Any) -> list[Delta]:
+        parts: list[Delta] = []
         for kind, value in pieces:
             if kind == "text":
                 parts += self._slots.text(0, value)

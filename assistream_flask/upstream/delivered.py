@@ -8,7 +8,7 @@ from typing import Final, NamedTuple, TypeAlias
 
 from ..events import Json
 from ..types import Message, Step
-from .deltas import Annotation, Begun, End, Failed, Part, Reasoning
+from .deltas import Annotation, Begun, Delta, End, Failed, Reasoning
 
 _REASONING: Final = None
 _Slot: TypeAlias = int | tuple[str, int] | None
@@ -65,13 +65,13 @@ class Delivered:
         self.is_past = False
         """Whether anything new came."""
 
-    def rest(self, parts: Sequence[Part]) -> list[Part]:
-        """Give what is new in ``parts``."""
-        found = [new for part in parts if (new := self._new(part)) is not None]
+    def rest(self, deltas: Sequence[Delta]) -> list[Delta]:
+        """Give what is new in ``deltas``."""
+        found = [new for part in deltas if (new := self._new(part)) is not None]
         self.is_past = self.is_past or bool(found)
         return found
 
-    def _new(self, part: Part) -> Part | None:
+    def _new(self, part: Delta) -> Delta | None:
         if isinstance(part, End | Begun | Failed):
             return part
         if isinstance(part, Annotation):

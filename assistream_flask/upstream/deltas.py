@@ -73,14 +73,14 @@ class Failed(NamedTuple):
     error: RunError
 
 
-Part = Begun | Text | Refusal | Annotation | Reasoning | End | Failed
+Delta = Begun | Text | Refusal | Annotation | Reasoning | End | Failed
 
 
-def merged(parts: Sequence[Part]) -> Sequence[Part]:
+def merged(parts: Sequence[Delta]) -> Sequence[Delta]:
     """Give the same with neighbours joined that go to the same place: one event for what one read brought."""
     if len(parts) < 2:
         return parts
-    found: list[Part] = []
+    found: list[Delta] = []
     for _, group in groupby(parts, lambda part: (type(part), *part[:-1])):
         first, *more = group
         if more and isinstance(first, Text | Refusal | Reasoning):
@@ -180,24 +180,24 @@ class Slots:
             if half:
                 slot.half = chr(half)
 
-    def text(self, key: object, value: object) -> list[Part]:
+    def text(self, key: object, value: object) -> list[Delta]:
         """Give the text for the part that ``key`` names."""
         slot, whole = self._take("text", key, value)
         return [Text(self._place(slot), whole)] if whole else []
 
-    def refusal(self, key: object, value: object) -> list[Part]:
+    def refusal(self, key: object, value: object) -> list[Delta]:
         """Give the refusal for the part that ``key`` names."""
         slot, whole = self._take("refusal", key, value)
         return [Refusal(self._place(slot), whole)] if whole else []
 
-    def reasoning(self, key: object, value: object, gap: str = "") -> list[Part]:
+    def reasoning(self, key: object, value: object, gap: str = "") -> list[Delta]:
         """Give a piece of the reasoning's summary, of which there is one. ``key`` names the thought that it is of,
         ``gap`` parts that from the one before."""
         _, piece = self._take("thought", key, value)
         _, whole = self._take("reasoning", None, gap + piece if piece else "")
         return [Reasoning(whole)] if whole else []
 
-    def annotation(self, key: object, value: object) -> list[Part]:
+    def annotation(self, key: object, value: object) -> list[Delta]:
         """Give the annotation for the text part that ``key`` names."""
         try:
             # As pages and every database can read it.
@@ -212,7 +212,7 @@ class Slots:
         slot.notes += 1
         return [Annotation(self._place(slot), cast(types.Annotation, whole))]
 
-    def annotations(self, key: object, values: object) -> list[Part]:
+    def annotations(self, key: object, values: object) -> list[Delta]:
         """Give those of all annotations of a part that were not given before."""
         if not isinstance(values, list):
             return []
@@ -220,7 +220,7 @@ class Slots:
         known = Counter(slot.cited)
         # Of those that another process gave only the count is known.
         before = max(0, slot.notes - known.total())
-        parts: list[Part] = []
+        parts: list[Delta] = []
         for value in values[before:]:
             identity = _identity(as_object(value))
             if known[identity]:

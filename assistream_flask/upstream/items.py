@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
 from ..errors import ConfigurationError
 from ..events import Said
-from .deltas import Begun, Part, Reasoning, Text
+from .deltas import Begun, Delta, Reasoning, Text
 
 BEGIN: Final = "Begin."
 """What an assistant is asked that speaks before any user did: servers refuse an empty history."""
@@ -177,9 +177,9 @@ class Unmark:
             "over": self.is_over,
         }
 
-    def take(self, parts: Sequence[Part]) -> list[Part]:
+    def take(self, parts: Sequence[Delta]) -> list[Delta]:
         """Give ``parts`` without the mark."""
-        found: list[Part] = []
+        found: list[Delta] = []
         for part in parts:
             if isinstance(part, Text) and not self.is_over and self._at in (None, part.at):
                 self._at = part.at
@@ -192,7 +192,7 @@ class Unmark:
             found.append(part)
         return found
 
-    def rest(self) -> list[Part]:
+    def rest(self) -> list[Delta]:
         """Give what was held back."""
         held, self._held, self.is_over = self._held, "", True
         return [Text(self._at, held)] if held and self._at is not None else []

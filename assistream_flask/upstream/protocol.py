@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import openai
 
 from ..events import Json
-from .deltas import End, Failed, Part
+from .deltas import Delta, End, Failed
 from .items import Turn
 
 
@@ -38,12 +38,12 @@ class Translator(Protocol):
     joins: ClassVar[bool]
     """Whether the texts of one read may come in one event."""
 
-    def feed(self, kind: str, data: Json) -> list[Part]:
+    def feed(self, kind: str, data: Json) -> list[Delta]:
         """Take one event, and give its deltas. Raise :class:`.errors.RunError`, or give :class:`.deltas.Failed` where
         something was said before. Ignore what is not known: servers send events of their own."""
         ...
 
-    def texts(self, batch: Sequence[tuple[str, Json]]) -> list[Part] | None:
+    def texts(self, batch: Sequence[tuple[str, Json]]) -> list[Delta] | None:
         """Do for a batch of nothing but pieces of one text what :meth:`feed` does, in one step; give ``None``, and do
         nothing, for another."""
         ...

@@ -13,7 +13,7 @@ import openai
 
 from ..errors import RunError
 from ..events import Json
-from .deltas import Cut, End, Failed, Part, Slots, as_object, indexed, inner, listed, reason, usage, words
+from .deltas import Cut, Delta, End, Failed, Slots, as_object, indexed, inner, listed, reason, usage, words
 from .errors import failure, tells_failure
 from .event_reader import unpadded
 from .items import Turn
@@ -139,7 +139,7 @@ class ResponsesTranslator:
     def settled(self) -> End | Failed | None:
         return Failed(self._failure) if self._failure is not None else None
 
-    def texts(self, batch: Sequence[tuple[str, Json]]) -> list[Part] | None:
+    def texts(self, batch: Sequence[tuple[str, Json]]) -> list[Delta] | None:
         if not self._speaks:
             return None
         at, content = batch[0][1].get("output_index"), batch[0][1].get("content_index")
@@ -155,7 +155,7 @@ class ResponsesTranslator:
         except TypeError:
             return None
 
-    def feed(self, kind: str, data: Json) -> list[Part]:
+    def feed(self, kind: str, data: Json) -> list[Delta]:
         match kind:
             case "response.output_text.delta":
                 self._speaks = True
@@ -172,7 +172,7 @@ class ResponsesTranslator:
                 pieces.has_ended = True
         return self._feed(kind, data)
 
-    def _feed(self, kind: str, data: Json) -> list[Part]:
+    def _feed(self, kind: str, data: Json) -> list[Delta]:
         match kind:
             case "response.output_item.added":
                 return self._begin(data)
@@ -191,7 +191,7 @@ class ResponsesTranslator:
                 raise failure(data)
         return self._told_else(kind, data)
 
-    def _told_else(self, kind: str, data: Json) -> list[Part]:
+    def _told_else(self, kind: str, data: Json) -> list[Delta]:
         event, _, what = kind.rpartition(".")
         if event in _THOUGHTS:
             return self._think(event, what, data)
@@ -221,7 +221,7 @@ class ResponsesTranslator:
     def _key(self, index: object, number: object) -> _Key:
         return (self._item_index if index is None else indexed(index)), indexed(number)
 
-    def _begin(self, data: Json) -> list[Part]:
+    def _begin(self, data: Json) -> list[Delta]:
         item = inner(data, "item")
         if item.get("type") in _TOOLS:
             raise RunError("tools_not_supported")
@@ -232,17 +232,17 @@ class ResponsesTranslator:
             self._added[self._item_index, number] = content
         return []
 
-    def _text(self, way: str, index: object, number: object, content: Json) -> list[Part]:
+    def _text(self, way: str, index: object, number: object, content: Json) -> list[Delta]:
         """Give what of a whole text was not told before, with its annotations."""
         key, rest = self._slots.rest(way, "text", _keys(self._key(index, number)), content.get("text"))
         parts = self._slots.text(key, rest) if rest else []
         return parts + self._slots.annotations(key, content.get("annotations"))
 
-    def _refusal(self, way: str, index: object, number: object, content: Json) -> list[Part]:
+    def _refusal(self, way: str, index: object, number: object, content: Json) -> list[Delta]:
         key, rest = self._slots.rest(way, "refusal", _keys(self._key(index, number)), content.get("refusal"))
         return self._slots.refusal(key, rest) if rest else []
 
-    def _content(self, way: str, index: object, number: object, content: Any) -> list[Part]:
+    def _content(self, way: str, index: object, number: object, content: Any) -> list[Delta]:
         match as_object(content).get("type"):
             case "output_text" | "text":
                 return self._text(way, index, number, content)
@@ -253,12 +253,12 @@ class ResponsesTranslator:
         self._slots.unread(content)
         return []
 
-    def _whole(self, way: str, index: object, item: Any) -> list[Part]:
+    def _whole(self, way: str, index: object, item: Any) -> list[Delta]:
         """Give what of a whole item was not told before."""
         found = as_object(item)
         if found.get("type") in _TOOLS:
             raise RunError("tools_not_supported")
-        parts: list[Part] = []
+        parts: list[Delta] = []
         if found.get("type") == "message":
             content = found.get("content")
             # Some tell a text here as it is.
@@ -274,7 +274,7 @@ class ResponsesTranslator:
                     parts += self._thought_rest(way, kind, self._key(index, number), words(one))
         return parts
 
-    def _think(self, event: str, what: str, data: Json) -> list[Part]:
+    def _think(self, event: str, what: str, data: Json) -> list[Delta]:
         kind, number = _THOUGHTS[event]
         key = self._key(data.get("output_index"), data.get(number))
         if what == "done":
@@ -290,25 +290,25 @@ class ResponsesTranslator:
         text = words(delta)
         return self._reason((kind, *self._pieces[kind].key(key)), delta if text is None else text)
 
-    def _thought_rest(self, way: str, kind: str, key: _Key, value: object) -> list[Part]:
+    def _thought_rest(self, way: str, kind: str, key: _Key, value: object) -> list[Delta]:
         if not self._knows_thoughts:
             return []
         found, rest = self._slots.rest(way, "thought", [(kind, *one) for one in _keys(key)], value)
         return self._reason(found, rest) if rest else []
 
-    def _reason(self, key: object, value: object) -> list[Part]:
+    def _reason(self, key: object, value: object) -> list[Delta]:
         is_new = self._paragraph or self._thought not in (None, key)
         parts = self._slots.reasoning(key, value, "\n\n" if is_new else "")
         if isinstance(value, str) and value:
             self._thought, self._paragraph = key, False
         return parts
 
-    def _end(self, what: str, data: Json) -> list[Part]:
+    def _end(self, what: str, data: Json) -> list[Delta]:
         response = inner(data, "response") or data
         status = indexed(response.get("status")) or what
         output = listed(response, "output")
         texts = [f"{as_object(one).get('text')}" for item in output for one in listed(item, "content")]
-        parts: list[Part] = []
+        parts: list[Delta] = []
         for (index, number), content in {} if self._slots.has_text() else self._added.items():
             # What only the beginning of an item had.
             parts += self._content("added", index, number, content)

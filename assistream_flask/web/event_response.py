@@ -18,7 +18,7 @@ from ..platform.gunicorn import serving
 from ..platform.interrupt import Interrupted, Interruptible
 from ..runs.message_accumulator import MessageAccumulator, Stop
 from ..upstream.answer_stream import AnswerStream, translate
-from ..upstream.deltas import End, Part, merged
+from ..upstream.deltas import Delta, End, merged
 
 _log = logging.getLogger(__name__)
 
@@ -36,14 +36,14 @@ class relay:
         self._upstream: AnswerStream = translate(stream)
         self._waits = Interruptible(self._upstream.close)
         self._heartbeat = heartbeat_seconds
-        self._queue: queue.Queue[list[Part] | RunError] = queue.Queue(_AHEAD)
+        self._queue: queue.Queue[list[Delta] | RunError] = queue.Queue(_AHEAD)
         self._left = threading.Event()
         self._unread = True
 
     def _read(self) -> None:
-        last: list[Part] | RunError
+        last: list[Delta] | RunError
         try:
-            batches, nothing = iter(self._upstream), list[Part]()
+            batches, nothing = iter(self._upstream), list[Delta]()
             while (parts := self._waits.wait(lambda: next(batches, nothing))) is not nothing:
                 if not self._put(parts):
                     break
@@ -60,7 +60,7 @@ class relay:
             self._upstream.close()
         self._put(last)
 
-    def _put(self, item: list[Part] | RunError) -> bool:
+    def _put(self, item: list[Delta] | RunError) -> bool:
         while not self._left.is_set():
             try:
                 self._queue.put(item, timeout=1)

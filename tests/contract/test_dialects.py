@@ -15,7 +15,7 @@ from assistream_flask import Assistant, ConfigurationError
 from assistream_flask.events import Json
 from assistream_flask.testing import OfflineServer, Reply
 from assistream_flask.upstream import answer_stream, event_reader
-from assistream_flask.upstream.deltas import End, Failed, Part, Text
+from assistream_flask.upstream.deltas import Delta, End, Failed, Text
 from assistream_flask.upstream.dialects import DIALECTS
 from assistream_flask.upstream.items import Turn
 from assistream_flask.upstream.protocol import Dialect, ModelRequest, Translator
@@ -45,11 +45,11 @@ def events_of(dialect: Dialect, client: openai.OpenAI) -> list[tuple[str, Json]]
         event_reader.close(stream)
 
 
-def told(translator: Translator, events: Sequence[tuple[str, Json]]) -> list[Part]:
+def told(translator: Translator, events: Sequence[tuple[str, Json]]) -> list[Delta]:
     return [part for kind, data in events for part in translator.feed(kind, data)]
 
 
-def said(parts: Sequence[Part]) -> str:
+def said(parts: Sequence[Delta]) -> str:
     return "".join(part.value for part in parts if isinstance(part, Text))
 
 
@@ -162,12 +162,12 @@ class Letters:
 class LettersTranslator:
     joins: ClassVar[bool] = False
 
-    def feed(self, kind: str, data: Json) -> list[Part]:
+    def feed(self, kind: str, data: Json) -> list[Delta]:
         if kind == "last":
             return [End(None, None)]
         return [Text(0, data["letter"].upper())] if kind == "letter" else []
 
-    def texts(self, batch: Sequence[tuple[str, Json]]) -> list[Part] | None:
+    def texts(self, batch: Sequence[tuple[str, Json]]) -> list[Delta] | None:
         return None
 
     def settled(self) -> End | Failed | None:

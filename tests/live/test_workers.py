@@ -33,7 +33,7 @@ from assistream_flask.store.sql import Owner, ThreadStore
 from assistream_flask.store.tables import runs
 from assistream_flask.upstream import answer_stream
 from assistream_flask.upstream.delivered import Delivered, Shown
-from assistream_flask.upstream.deltas import Annotation, Begun, End, Failed, Part, Reasoning, Refusal, Text
+from assistream_flask.upstream.deltas import Annotation, Begun, Delta, End, Failed, Reasoning, Refusal, Text
 from assistream_flask.upstream.items import Turn
 from tests.conftest import text
 from tests.redis_server import RedisServer
@@ -373,7 +373,7 @@ Said = dict[tuple[str, int], Any]
 class Response(Script):
     """A background response: it goes on when nobody reads it, and anybody may read it from any batch on."""
 
-    def __init__(self, batches: Sequence[list[Part]], breaks: frozenset[int]) -> None:
+    def __init__(self, batches: Sequence[list[Delta]], breaks: frozenset[int]) -> None:
         super().__init__([[Begun()], *batches])
         self.breaks = set(breaks)
         self.cancelled = threading.Event()
@@ -390,7 +390,7 @@ class Response(Script):
 
     def said(self) -> Said:
         found: Said = {}
-        for part in (part for batch in self._batches for part in cast("list[Part]", batch)):
+        for part in (part for batch in self._batches for part in cast("list[Delta]", batch)):
             if isinstance(part, Annotation):
                 found.setdefault(("notes", part.at), []).append(part.value)
             elif isinstance(part, Text | Refusal):
@@ -407,7 +407,7 @@ class Connection:
         self._response, self._state, self._delivered = response, state, delivered
         self._closed = False
 
-    def __iter__(self) -> Iterator[list[Part]]:
+    def __iter__(self) -> Iterator[list[Delta]]:
         response, at = self._response, self._state["sequence"] + 1 if self._state else 0
         slots = {
             kind + str(at): [kind, key, at, *more] for kind, key, at, *more in (self._state or {"slots": []})["slots"]
@@ -420,7 +420,7 @@ class Connection:
             if self._closed or number in response.breaks:
                 response.breaks.discard(number)
                 raise RunError("upstream_cut")
-            parts = cast("list[Part]", batch)
+            parts = cast("list[Delta]", batch)
             for part in parts:
                 kind = "reasoning" if isinstance(part, Reasoning) else "part"
                 where = None if isinstance(part, Reasoning | Begun | End | Failed) else part.at
@@ -600,12 +600,12 @@ class Words(Script):
         super().__init__([*words(count), [End(None, None)]])
         self.asked = 0
 
-    def __iter__(self) -> Iterator[list[Part]]:
+    def __iter__(self) -> Iterator[list[Delta]]:
         self.asked += 1
         return super().__iter__()
 
 
-def words(count: int) -> list[list[Part]]:
+def words(count: int) -> list[list[Delta]]:
     return [[Text(0, f"w{number} ")] for number in range(count)]
 
 

@@ -17,7 +17,7 @@ from assistream_flask.errors import RUN_ERRORS, RunError
 from assistream_flask.events import Event, Json
 from assistream_flask.runs.message_accumulator import MessageAccumulator, Stop
 from assistream_flask.types import Run, Usage
-from assistream_flask.upstream.deltas import Annotation, End, Part, Reasoning, Refusal, Text
+from assistream_flask.upstream.deltas import Annotation, Delta, End, Reasoning, Refusal, Text
 from tests.conftest import examples
 
 
@@ -283,12 +283,12 @@ class Given:
 
 
 @st.composite
-def scripts(draw: st.DrawFn) -> list[list[Part]]:
+def scripts(draw: st.DrawFn) -> list[list[Delta]]:
     """Batches of parts whose indexes are dense in the order of arrival, as :class:`.deltas.Slots` gives them."""
     kinds: list[str] = []
-    batches: list[list[Part]] = []
+    batches: list[list[Delta]] = []
     for _ in range(draw(st.integers(0, 8))):
-        batch: list[Part] = []
+        batch: list[Delta] = []
         for _ in range(draw(st.integers(1, 4))):
             kind = draw(st.sampled_from(["text", "refusal", "annotation", "reasoning"]))
             if kind == "reasoning":
@@ -324,7 +324,7 @@ def end(reply: MessageAccumulator, how: Any) -> list[Event]:
 @settings(max_examples=examples(250), deadline=None)
 @given(scripts(), ENDS, st.lists(st.booleans(), min_size=9, max_size=9))
 def test_the_events_add_up_to_the_snapshot_at_every_point_and_nothing_given_out_changes(
-    batches: list[list[Part]], how: str, looks: list[bool]
+    batches: list[list[Delta]], how: str, looks: list[bool]
 ) -> None:
     reply = a_reply()
     model, given_out = Model(reply), Given()
@@ -356,7 +356,7 @@ def test_the_events_add_up_to_the_snapshot_at_every_point_and_nothing_given_out_
 @settings(max_examples=examples(100), deadline=None)
 @given(scripts(), scripts())
 def test_a_snapshot_in_the_middle_can_be_grown_by_the_events_after_it(
-    before: list[list[Part]], after: list[list[Part]]
+    before: list[list[Delta]], after: list[list[Delta]]
 ) -> None:
     reply = a_reply()
     reply.begin()

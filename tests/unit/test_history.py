@@ -22,7 +22,7 @@ from assistream_flask.events import Said
 from assistream_flask.runs.message_accumulator import MessageAccumulator
 from assistream_flask.store.sql import ThreadStore
 from assistream_flask.testing import OfflineServer, Reply, Request
-from assistream_flask.upstream.deltas import Annotation, End, Failed, Part, Reasoning, Refusal, Text
+from assistream_flask.upstream.deltas import Annotation, Delta, End, Failed, Reasoning, Refusal, Text
 from assistream_flask.upstream.items import (
     AGAIN,
     BEGIN,
@@ -243,7 +243,7 @@ def test_a_thread_is_read_once_for_all_that_answer_at_once(
 
 
 def untold(names: Sequence[str], pieces: Sequence[str]) -> str:
-    unmark, parts = Unmark(names), list[Part]()
+    unmark, parts = Unmark(names), list[Delta]()
     for piece in pieces:
         parts += unmark.take([Text(0, piece)])
         unmark = Unmark(names, json.loads(json.dumps(unmark.state())))

@@ -27,7 +27,7 @@ from assistream_flask.store.sql import Owner
 from assistream_flask.testing import OfflineServer, Reply
 from assistream_flask.testing._background import Stored
 from assistream_flask.upstream import answer_stream, background
-from assistream_flask.upstream.deltas import Begun, Part, Text
+from assistream_flask.upstream.deltas import Begun, Delta, Text
 from tests.conftest import KEY, Caller, MakeApp, text, wait_until
 
 WORDS = " ".join(f"word{number}" for number in range(60))
@@ -187,7 +187,7 @@ def test_a_response_that_breaks_in_a_tick_goes_on_behind_what_that_tick_tells(
     iterate, grow = answer_stream.AnswerStream.__iter__, ActiveRun.grow
     broken: list[bool] = []
 
-    def cut(self: answer_stream.AnswerStream) -> Iterator[list[Part]]:
+    def cut(self: answer_stream.AnswerStream) -> Iterator[list[Delta]]:
         for parts in iterate(self):
             yield parts
             if parts and isinstance(parts[-1], Text):
@@ -232,7 +232,7 @@ def test_others_have_their_turn_before_a_read_and_not_with_its_parts_in_hand(
     did: list[str] = []
     monkeypatch.setattr(live.reader.turn, "share", lambda: did.append("shared"))
 
-    def batches() -> Iterator[list[Part]]:
+    def batches() -> Iterator[list[Delta]]:
         did.append("read")
         yield [Text(0, "a")]
 

@@ -26,7 +26,7 @@ from assistream_flask.runs.thread_history import RunRequest
 from assistream_flask.settings import Settings
 from assistream_flask.store.sql import Owner, State, ThreadStore, thread_object
 from assistream_flask.upstream import answer_stream
-from assistream_flask.upstream.deltas import Annotation, End, Part, Reasoning, Refusal, Text
+from assistream_flask.upstream.deltas import Annotation, Delta, End, Reasoning, Refusal, Text
 from assistream_flask.upstream.items import AGAIN, GO_ON, Turn, marked
 
 ME = Owner("blue", "me")
@@ -38,7 +38,7 @@ ENDS = frozenset(f"thread.run.{status}" for status in TERMINAL)
 class Script:
     """A model's answer, a batch whenever the test lets one go; closing it breaks it off."""
 
-    def __init__(self, batches: Sequence[list[Part] | RunError]) -> None:
+    def __init__(self, batches: Sequence[list[Delta] | RunError]) -> None:
         self._batches = batches
         self._go = threading.Semaphore(0)
         self.opened, self.closed = threading.Event(), threading.Event()
@@ -47,7 +47,7 @@ class Script:
     def go(self, count: int = 1) -> None:
         self._go.release(count)
 
-    def __iter__(self) -> Iterator[list[Part]]:
+    def __iter__(self) -> Iterator[list[Delta]]:
         for batch in self._batches:
             self._go.acquire()
             if self.closed.is_set():
@@ -339,9 +339,9 @@ def house(store: ThreadStore) -> Iterator[House]:
 
 def random_script(choose: random.Random) -> Script:
     slots: list[str] = []
-    batches: list[list[Part] | RunError] = []
+    batches: list[list[Delta] | RunError] = []
 
-    def part() -> Part:
+    def part() -> Delta:
         kind = choose.choice(["text", "text", "text", "refusal", "annotation", "reasoning"])
         if kind == "reasoning":
             return Reasoning(f"r{choose.randrange(9)}")
@@ -516,7 +516,7 @@ def test_whatever_happens_every_viewer_ends_with_the_whole(store: ThreadStore, s
 def test_a_page_read_while_tokens_stream_freely_is_exact_as_of_its_place(house: House, max_events: int) -> None:
     house.log._max_events = max_events
     thread_id = house.thread()
-    tokens: list[list[Part] | RunError] = [[Text(0, f"{n} ")] for n in range(300)]
+    tokens: list[list[Delta] | RunError] = [[Text(0, f"{n} ")] for n in range(300)]
     scripts = [Script([*tokens, [End(None, None)]]) for _ in range(3)]
     house.post(thread_id, scripts)
 
@@ -543,7 +543,7 @@ def test_a_page_read_while_tokens_stream_freely_is_exact_as_of_its_place(house: 
 # Places that the log no longer has
 
 
-def text(value: str) -> list[Part]:
+def text(value: str) -> list[Delta]:
     return [Text(0, value)]
 
 
