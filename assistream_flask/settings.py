@@ -41,7 +41,9 @@ class Settings:
     slow_seconds: float = _setting(8.0, "a viewer is cut off that takes nothing for so long", 0.1)
     drain_seconds: float = _setting(10.0, "at shutdown, runs under way may finish for so long")
     fast: str = _setting(
-        "on", "what is there only for speed: `on`, `off`, or what is off, such as `-direct_send,-chunk_reader`"
+        "on",
+        "what is there only for speed: `on`, `off`, or what is to be off, each with a minus: `-chunk_reader`, "
+        "`-event_template`, `-batched_reading`, `-direct_send`, with commas between",
     )
     allowed_origins: str = _setting("", "origins besides the page's own that may send commands, space between")
 

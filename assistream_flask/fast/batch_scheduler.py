@@ -23,16 +23,18 @@ _log = logging.getLogger(__name__)
 
 _TICKS: Final = 10
 _PATIENCE: Final = 0.3
-"""Who has nothing to read for so long waits in its own way, which costs nothing while it lasts."""
+"""A run that has nothing to read for so long leaves the scheduler, and its own thread blocks on the socket: an idle
+run costs nothing then."""
 
 
 class ReadSlot(ReadGate):
-    """A read gate whose stream has turns. ``left`` is for what a tick leaves to the reader; ``None``: the reading."""
+    """A read gate whose stream has turns. ``handed_back`` is for what a tick leaves to the run's own thread; ``None``:
+    that thread reads."""
 
     def __init__(self) -> None:
         super().__init__()
         self.since = 0.0
-        self.left: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.handed_back: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def number(self) -> int | None:
         """Give the file descriptor of its connection: -1 when that is closed, ``None`` when there is none."""
@@ -40,7 +42,7 @@ class ReadSlot(ReadGate):
 
 
 class SlotOwner(Protocol):
-    """Who has a seat."""
+    """An active run, which has a read slot."""
 
     @property
     def slot(self) -> ReadSlot:
@@ -79,7 +81,7 @@ class BatchScheduler(Generic[T]):
             if self._thread is None:
                 self._start()
         try:
-            return one.slot.left.get()
+            return one.slot.handed_back.get()
         finally:
             self._waiting.pop(one, None)
 
@@ -115,7 +117,7 @@ class BatchScheduler(Generic[T]):
             if self._waiting:
                 self._wanted.set()
         for one in list(self._waiting):
-            one.slot.left.put(None)
+            one.slot.handed_back.put(None)
 
     def _tick(self) -> None:
         now = time.monotonic()
@@ -132,12 +134,12 @@ class BatchScheduler(Generic[T]):
                 ready.append(one)
             elif number == -1 or one.slot.since + _PATIENCE <= now:
                 self._waiting.pop(one, None)
-                one.slot.left.put(None)
+                one.slot.handed_back.put(None)
         try:
             self._call(ready)
         except BaseException:
             for one in ready:
-                one.slot.left.put(None)
+                one.slot.handed_back.put(None)
             raise
 
 

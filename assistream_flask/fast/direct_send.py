@@ -26,9 +26,8 @@ _BUFFER: Final = 262_144
 class OutermostApp:
     """What gunicorn's worker calls as its app, and all middlewares are in.
 
-    What it gives gunicorn, gunicorn iterates. So where that is a :class:`Given`, as it was made for a body of ours, no
-    middleware has a hand in the body, and it may be sent past gunicorn's loop: as gunicorn's own response object, whose
-    method ``start_response`` is, would frame it.
+    Where it is given our own body unwrapped, no middleware changes that. So it may be sent past gunicorn's loop: as
+    gunicorn's own response object, whose method ``start_response`` is, would frame it.
     """
 
     def __init__(self, worker: Any) -> None:
@@ -39,12 +38,12 @@ class OutermostApp:
         is_head = environ.get("REQUEST_METHOD") == "HEAD"
         given = self._inner(environ, start_response)
         # Who put an app of its own around this one is in between.
-        if type(given) is Given and not is_head and self._worker.wsgi is self:
+        if type(given) is UnwrappedBody and not is_head and self._worker.wsgi is self:
             answer = getattr(start_response, "__self__", None)
             if answer is None:
                 missing = reliances.Missing("gunicorn", "method of its Response for start_response")
                 reliances.miss(NAME, missing, "events go out by gunicorn's own loop, slower")
-            given.peer.let(answer)
+            given.peer.allow_direct_sending(answer)
         return given
 
     def __getattr__(self, name: str) -> Any:
@@ -104,7 +103,7 @@ class ViewerConnection:
         self._answer: Any = None
         self._rest = b""
 
-    def let(self, answer: object) -> None:
+    def allow_direct_sending(self, answer: object) -> None:
         """Take note that gunicorn iterates the body itself, and writes it by ``answer``."""
         self._seen = answer
 
@@ -219,7 +218,7 @@ def _whole(
         frames.close()
 
 
-class Given:
+class UnwrappedBody:
     """What the app gives the server to iterate for a :class:`Body`, which is in it as it was made."""
 
     def __init__(self, iterable: Iterable[bytes], peer: ViewerConnection) -> None:
@@ -236,6 +235,6 @@ class Given:
 
 
 def given(iterable: Any, body: object) -> Any:
-    """Give what the app is to give the server for ``iterable``, which has the ``body`` in it: a :class:`Given` where
-    that is a :class:`Body`, else the same."""
-    return Given(iterable, body.peer) if isinstance(body, Body) else iterable
+    """Give what the app is to give the server for ``iterable``, which has the ``body`` in it: an
+    :class:`UnwrappedBody` where that is a :class:`Body`, else the same."""
+    return UnwrappedBody(iterable, body.peer) if isinstance(body, Body) else iterable

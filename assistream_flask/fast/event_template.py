@@ -12,7 +12,7 @@ from .switches import SWITCHES
 _HOLE: Final = re.compile(rb'"delta": ?"(?P<text>[^"\\]*)"|"sequence_number": ?(?P<number>[0-9]+)')
 # LF too, which parts the texts when this is looked for.
 _NO_TEXT: Final = bytes(set(range(0x20)) - {0x0A}) + b'"\\'
-# So many are learned in vain.
+# A stream whose events are never alike is given up on after so many templates.
 _TRIES: Final = 5
 # Those whose ``delta`` is a piece of a text.
 _KINDS: Final = frozenset(

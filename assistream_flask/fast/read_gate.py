@@ -27,7 +27,8 @@ def through(source: Iterator[Any], gate: ReadGate | None) -> Iterator[list[Any]]
 
 
 class TimeSlice:
-    """A greenlet that never has to wait for its next byte would keep all others waiting."""
+    """Yields to other greenlets every ten milliseconds: one that never has to wait for its next byte would keep them
+    all waiting."""
 
     def __init__(self) -> None:
         self._since = time.monotonic()
@@ -44,9 +45,9 @@ class _End(NamedTuple):
 
 
 class ReadGate:
-    """Who iterates a stream may wait here, and have it go on with what :meth:`read` reads. That is from the ``socket``;
-    or from the ``source`` that the stream has, whoever reads that, once somebody calls :meth:`feed`. Where there is
-    neither, and without a :meth:`read`, to go on is to wait for the network."""
+    """The reader of a stream stops here; the batch scheduler calls :meth:`read`, and the reader goes on with that data.
+    It comes from the ``socket``, or, where the stream has a ``source`` of its own, from that, which :meth:`feed` reads
+    in a thread. A reader that goes on without a :meth:`read` waits for the network itself."""
 
     def __init__(self) -> None:
         self.socket: Any = None

@@ -9,7 +9,7 @@ from ..errors import ConfigurationError
 from ..platform import reliances
 
 VARIABLE: Final = "ASSISTREAM_FAST"
-"""The environment variable that goes before the setting of the same name."""
+"""The environment variable, which takes precedence over the setting of the same name."""
 NAMES: Final = ("chunk_reader", "event_template", "batched_reading", "direct_send")
 
 

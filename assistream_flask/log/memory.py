@@ -76,7 +76,7 @@ class MemoryLog:
         with self._threads.using(thread_id) as buffer:
             return buffer.event_id
 
-    def quiet(self, thread_id: str) -> EventId | None:
+    def end_unless_locked(self, thread_id: str) -> EventId | None:
         with self._threads.using(thread_id) as buffer, buffer.guard:
             return None if buffer.held else buffer.event_id
 

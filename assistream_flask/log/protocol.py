@@ -20,7 +20,7 @@ _PLACE = re.compile(r"([0-9a-f]{1,32})-(0|[1-9][0-9]{0,17})")
 
 
 class EventId(NamedTuple):
-    """A place in a thread's log: after the event with this offset, or before the first one at 0."""
+    """The position behind event number ``offset`` of a thread's log; 0 is the log's beginning."""
 
     epoch: str
     offset: int
@@ -30,13 +30,13 @@ class EventId(NamedTuple):
 
     @classmethod
     def parse(cls, text: str | None) -> EventId | None:
-        """Give the place that ``text`` names, ``None`` where it names none."""
+        """Read what ``str()`` gives; give ``None`` for any other text."""
         match = _PLACE.fullmatch(text or "")
         return cls(match[1], int(match[2])) if match else None
 
 
 REFUSED: Final = EventId("", -1)
-"""In place of a place: nothing was appended, as the run is another's by now."""
+"""In place of an event id: nothing was appended, as the run is another's by now."""
 
 
 class Claim(NamedTuple):
@@ -86,7 +86,8 @@ whether its runs are still there."""
 
 
 class Receipt(Enum):
-    """What became of records: nothing, all that is to be done, or their reader has to do the rest."""
+    """What became of records. ``NO``: they were not taken. ``WHOLE``: they are sent. ``PART``: they are sent in part,
+    and their reader sends the rest."""
 
     NO, WHOLE, PART = range(3)
 
@@ -96,7 +97,7 @@ Receive: TypeAlias = Callable[[list[Record]], Receipt]
 
 
 class Subscription(Protocol):
-    """A reader's cursor in one thread's log. Replay and live are one sequence, so no event is
+    """A reader's cursor in one thread's log. What is there already and what comes are one sequence, so no event is
     missed or repeated between them."""
 
     def read(self, timeout: float, take: Receive | None = None) -> list[Record]:
@@ -119,13 +120,13 @@ class Log(Protocol):
     """Whether other workers read and write it too."""
 
     def append(self, thread_id: str, events: Sequence[Event], claim: Claim | None = None) -> EventId:
-        """Append ``events`` as one write; give the place after the last of them, or :data:`REFUSED`; the end of one
-        that takes no more."""
+        """Append ``events`` as one write; give the id of the last of them, or :data:`REFUSED`; for a thread that was
+        deleted, see :meth:`forget`, the end of its log."""
         ...
 
     def append_all(self, told: Sequence[AppendRequest]) -> Sequence[EventId | None]:
         """Append the events of several threads, as one write where that is cheaper; give for each what
-        :meth:`append` gives; ``None`` for one that takes no more, see :meth:`forget`, and where the lock was lost."""
+        :meth:`append` gives; ``None`` for a thread that was deleted, and where the lock was lost."""
         ...
 
     def forget(self, thread_id: str, last: Event) -> None:
@@ -138,10 +139,10 @@ class Log(Protocol):
         ...
 
     def end(self, thread_id: str) -> EventId:
-        """Give the place after the newest event; begin a log where there is none."""
+        """Give the id of the newest event; begin a log where there is none."""
         ...
 
-    def quiet(self, thread_id: str) -> EventId | None:
+    def end_unless_locked(self, thread_id: str) -> EventId | None:
         """Give what :meth:`end` gives, ``None`` while somebody holds the thread's lock."""
         ...
 
@@ -170,8 +171,8 @@ class Log(Protocol):
 
     def restart(self, thread_id: str, *, keep: bool = False, holes: Collection[str] = ()) -> None:
         """Begin the thread's log anew: every reader gets a :class:`PositionExpiredError`, every viewer a snapshot.
-        :meth:`recover` reads on across it where ``keep`` says so, but of the runs ``holes``, of which something is
-        missing before."""
+        With ``keep``, :meth:`recover` may still read what was there before, except for the runs ``holes``: of those
+        something is missing there."""
         ...
 
     def signal(self, thread_id: str) -> None:

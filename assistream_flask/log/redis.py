@@ -1,9 +1,9 @@
 """The log in Redis: for any number of workers on any number of machines.
 
 A thread's log is one stream, whose ids are ``<epoch>-<offset>`` themselves: an epoch is the time at which the stream
-began, in microseconds, so a later one is greater. Its first entry, at offset 0, is none of ours. What is appended is
-published in the same step; each worker hears of all its viewers' threads on one connection. What the channel drops,
-the offsets show: then the stream is read, and where that has a gap too the place is lost.
+began, in microseconds, so a later one is greater. Its first entry, at offset 0, is a placeholder, not an event. What is
+appended is published in the same step; each worker hears of all its viewers' threads on one connection. What the
+channel drops, the offsets show: then the stream is read, and where that has a gap too the position has expired.
 
 Of a thread that is gone the stream is its last event alone, with a second field, and nothing comes after it.
 
@@ -143,7 +143,16 @@ class RedisLog:
         self._prefix, self._locked, self._signal = f"{base}:", f"{base}-locks", f"{base}-signal".encode()
         self._claims = f"{base}-claim:"
         common = lua("common")
-        self._append, self._fence, self._ends, self._restart, self._lock, self._quiet, self._unlock, self._left = (
+        (
+            self._append,
+            self._fence,
+            self._ends,
+            self._restart,
+            self._lock,
+            self._end_unless_locked,
+            self._unlock,
+            self._left,
+        ) = (
             self._redis.register_script(common + lua(name))
             for name in ("append", "fence", "ends", "restart", "lock", "quiet", "unlock", "restart_expired")
         )
@@ -243,9 +252,9 @@ class RedisLog:
     def end(self, thread_id: str) -> EventId:
         return self._event_id(self._do(lambda: self._ends([self._prefix + thread_id], [self._ttl]))[0])
 
-    def quiet(self, thread_id: str) -> EventId | None:
+    def end_unless_locked(self, thread_id: str) -> EventId | None:
         arguments: list[int | str] = [thread_id, self._ttl]
-        found = self._do(lambda: self._quiet([self._locked, self._prefix + thread_id], arguments))
+        found = self._do(lambda: self._end_unless_locked([self._locked, self._prefix + thread_id], arguments))
         return self._event_id(found) if found else None
 
     def since(self, thread_id: str, event_id: EventId) -> list[Record]:

@@ -37,10 +37,13 @@ class Reader(Protocol):
 
 
 class ThreadBuffer:
-    """Records without a gap up to ``event_id``. ``lock`` is for changes that span store and log; it is ``held`` so
-    often, among several workers under a ``token``. ``guard`` is for the records, of which a thread that is ``gone``
+    """Records without a gap up to ``event_id``.
+
+    ``lock`` is the thread's lock, for changes that span store and log; ``held`` is how many times its holder took it,
+    ``token`` proves to Redis that it is this worker's. ``guard`` is for the records, of which a thread that is ``gone``
     gets no more, and the ``claims``: of each run that had more than one holder, which is the present one. ``users`` and
-    ``touched`` are the registry's."""
+    ``touched`` are the registry's.
+    """
 
     def __init__(self, epoch: str) -> None:
         self.event_id = EventId(epoch, 0)
@@ -182,7 +185,7 @@ class ThreadBuffers(Generic[T]):
             return True
 
     def sleep(self, bell: Bell, seconds: float) -> bool:
-        """Wait for ``bell``; give whether it rang within ``seconds``, of which half a one may be missing."""
+        """Wait for ``bell``; give whether it rang within ``seconds``; it may end half a second early."""
         if seconds <= 2 * _SWEEP_SECONDS:
             self._sleepers.pop(bell, None)
             try:

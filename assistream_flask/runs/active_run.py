@@ -74,7 +74,7 @@ class Checkpoint:
         self._stored_epoch = event_id.epoch if event_id else ""
 
     @property
-    def is_elsewhere(self) -> bool:
+    def is_of_another_log(self) -> bool:
         """Tell whether what is stored is as of an event of another log: readers cannot put the two together."""
         return self.event_id is not None and self.event_id.epoch != self._stored_epoch
 
@@ -259,11 +259,11 @@ class ActiveRun:
         self._is_left = True
         self.waits.interrupt()
 
-    def release(self) -> None:
+    def set_done(self) -> None:
         """Let those go on who wait for its end: it is told, or another worker's."""
         self._released.set()
 
-    def is_released(self, seconds: float | None = 0) -> bool:
+    def wait_done(self, seconds: float | None = 0) -> bool:
         """Wait for that for so many seconds, without them for ever; tell whether it came."""
         return self._released.wait(seconds)
 

@@ -21,16 +21,17 @@ _log = logging.getLogger(__name__)
 _FEW: Final = 20
 """A worker with no more answers under way, and no more viewers, has time to tell of each delta as it comes."""
 _FLOODED: Final = 4
-"""With no more, for a flood too: one that begins with so many pieces, less than so many seconds from each other, and
-lasts while so many come a turn."""
+"""With no more answers under way it has time for that even where they are floods."""
 _FLOOD_PIECES: Final = 50
+"""An answer is a flood after so many deltas soon after each other: see :class:`.active_run.Pacing`."""
 _FLOOD_LASTS: Final = 8
+"""It is one while so many deltas come a turn."""
 
 
 class DeltaPublisher:
     """Tells what the runs of one worker grow by; ``seconds`` is a turn, 0 is for telling all at once. ``viewers()`` are
-    the event streams that the worker has open; ``only_grows`` says of what arrived for a run that it is to be told, and
-    that nothing else is to be done for it."""
+    the event streams that the worker has open; ``only_grows`` tells of what arrived for a run whether it only has to
+    be told: it is no beginning, no end, and needs no checkpoint at once."""
 
     def __init__(
         self,
@@ -49,8 +50,8 @@ class DeltaPublisher:
         )
 
     def next(self, active: ActiveRun) -> Sequence[Delta] | None:
-        """Give the run's next deltas, without those that a tick told or is to tell; ``None`` at the end. Raises what
-        its stream does."""
+        """Give the run's next deltas that :meth:`add` is to tell, ``None`` at the end; meanwhile ticks may read and
+        tell others. Raises what its stream does."""
         reader = active.reader
         while True:
             # Before the read: an interrupt meets nothing that was read and not taken.
@@ -98,7 +99,7 @@ class DeltaPublisher:
             for active in ready:
                 # A tick holds many of these: it waits for none, so that no two can wait for each other.
                 if not active.lock.acquire(blocking=False):
-                    active.slot.left.put(None)
+                    active.slot.handed_back.put(None)
                     continue
                 locked.append(active)
                 if self._read(active, many):
@@ -133,7 +134,7 @@ class DeltaPublisher:
             pass
         except Exception as error:
             left = error
-        slot.left.put(left)
+        slot.handed_back.put(left)
         return False
 
     def _tell(self, grown: Sequence[tuple[ActiveRun, list[Event]]]) -> None:
@@ -147,7 +148,7 @@ class DeltaPublisher:
                 if event_id is REFUSED:
                     active.leave()
                     continue
-                # Where it was missed no event is known as of which the text is exact, until the log is rebuilt.
+                # Where it could not be appended, there is no event id for this text until the log is rebuilt.
                 active.checkpoint.move(event_id)
                 if active.pacing.told(now):
                     self._speaking.add(active.id)

@@ -78,7 +78,7 @@ class Executor:
         """Tell that the run is in progress. Raises :class:`Interrupted` where it is not this worker's to do."""
         # Not where another worker began it.
         is_new = active.run["started_at"] is None
-        if active.is_released():
+        if active.wait_done():
             raise Interrupted
         if active.resume_state is None:
             self._patiently(active, lambda: self._begin_now(active))
@@ -167,7 +167,7 @@ class Executor:
         """Tell what arrives until the answer's end; give that. Raises :class:`RunError`."""
         while (deltas := self._next(active)) is not None:
             self._publisher.add(active, deltas)
-            if active.checkpoint.is_elsewhere or isinstance(deltas[0], Begun):
+            if active.checkpoint.is_of_another_log or isinstance(deltas[0], Begun):
                 # A crash would lose the response that it is of.
                 self._checkpointer.store(active)
             if isinstance(deltas[-1], End):
@@ -186,7 +186,7 @@ class Executor:
                 return call()
             except (LogUnavailableError, SQLAlchemyError) as error:
                 self._worker.throttle.warn(_log, "run %s waits for the store or the log: %r", active.id, error)
-                if active.is_released(1):
+                if active.wait_done(1):
                     raise Interrupted from error
                 if self._worker.stopping.is_set():
                     self.leave(active)
@@ -213,7 +213,7 @@ class Executor:
         """Have the run end so: by its own thread, for which ``wait`` seconds are waited, or here."""
         active.interrupt(ending)
         # One that is queued may be starting at this moment.
-        if not active.is_queued and active.is_released(wait):
+        if not active.is_queued and active.wait_done(wait):
             return
         # Not started, or a thread that nothing can stop: it finds the run over when it comes back.
         self.end(active, ending)
@@ -267,7 +267,7 @@ class Executor:
         """Have it be no run of this worker any more, and let those go on who wait for that."""
         self._worker.runs.discard(active)
         self._publisher.forget(active)
-        active.release()
+        active.set_done()
 
 
 def _request(active: ActiveRun) -> RunRequest:
@@ -283,6 +283,6 @@ def _complain(active: ActiveRun, ending: Ending) -> None:
 
 
 def _only_grows(active: ActiveRun, deltas: Sequence[Delta]) -> bool:
-    """Tell whether what arrived is to be told, and nothing else is to be done for it."""
+    """Tell whether what arrived only has to be told: it is no beginning, no end, and needs no checkpoint at once."""
     is_special = isinstance(deltas[0], Begun) or isinstance(deltas[-1], End)
-    return not (is_special or active.checkpoint.is_elsewhere)
+    return not (is_special or active.checkpoint.is_of_another_log)

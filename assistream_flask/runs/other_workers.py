@@ -29,7 +29,7 @@ class _Known(NamedTuple):
 class OtherWorkers:
     """Follows the workers beside ``worker`` that do not read its log: two masters after a USR2, a reload, two machines.
 
-    They are no fault for ``patience`` seconds: so long one that is replaced may end its runs.
+    There is no warning of them for ``patience`` seconds: so long a worker that is replaced may end its runs.
     """
 
     def __init__(self, store: ThreadStore, log: Log, appender: LogAppender, worker: str, patience: float) -> None:
@@ -57,7 +57,7 @@ class OtherWorkers:
         self._warn(names)
 
     def _look(self, thread_id: str, position: int, created_at: int) -> _Known | None:
-        known, event_id = self._known.get(thread_id), self._log.quiet(thread_id)
+        known, event_id = self._known.get(thread_id), self._log.end_unless_locked(thread_id)
         if event_id is None:
             # Something is stored and not told yet.
             return known

@@ -95,7 +95,7 @@ class Recovery:
         """Give a run that is this worker's from now on, with what the log has of it; ``None`` where it is not."""
         worker = self._worker
         if seen.lease and not worker.is_steady():
-            # All were held up since it was read.
+            # This worker stood still since it was read, so the holder may be alive.
             return None
         held = worker.store.claim(seen, worker.name, LEASE_SECONDS)
         if held is None:
@@ -129,7 +129,7 @@ class Recovery:
             return event_id
         try:
             if event_id is None:
-                # Its last holder stored what it could not tell: nothing may be told behind what viewers have.
+                # It was stored without an event id: the log lacks some of its text, so that must begin anew.
                 raise PositionExpiredError
             records, event_id = log.recover(thread_id, event_id, held.run["id"])
             for record in filter(snapshot.grows, records):

@@ -63,7 +63,7 @@ class RunQueue:
 
     def _go_on(self, thread_id: str, group: list[ActiveRun]) -> None:
         for active in group:
-            active.is_released(None)
+            active.wait_done(None)
         self._work(thread_id)
 
     def _is_behind_another(self, active: ActiveRun) -> bool:

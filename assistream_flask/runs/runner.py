@@ -19,7 +19,7 @@ from ..platform.log_throttle import LogThrottle
 from ..platform.threads import spawn
 from ..settings import Settings
 from ..store.leases import LEASE_SECONDS
-from ..store.sql import Answer, Owner, ThreadStore
+from ..store.sql import Owner, StoredAnswer, ThreadStore
 from ..types import Entry, Message, Run, StartedRuns
 from . import snapshot
 from .active_run import ActiveRun
@@ -114,7 +114,7 @@ class Runner:
         message: Message | None,
         requests: Sequence[RunRequest],
         mode: str,
-        answer: Callable[[Started], Answer | None],
+        answer: Callable[[Started], StoredAnswer | None],
     ) -> Started | None:
         """Store a user's message and a run for each assistant, and begin those when the thread is free.
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from .. import events
 from ..errors import NotFoundError, RequestError
-from ..store.sql import Answer, Owner, TooManyRunsError, thread_object
+from ..store.sql import Owner, StoredAnswer, TooManyRunsError, thread_object
 from ..types import Run, Thread
 from . import values
 from .runner import Started
@@ -17,7 +17,7 @@ from .thread_history import RunRequest
 
 FindAssistants = Callable[[Owner, Sequence[str]], Sequence[RunRequest | None]]
 """Finds assistants by their ids for one who asks them: for each what runs it, ``None`` where there is none."""
-MakeAnswer = Callable[[Started], Answer | None]
+MakeAnswer = Callable[[Started], StoredAnswer | None]
 """Gives what to store for a request's Idempotency-Key, together with what the request starts."""
 
 
@@ -53,7 +53,7 @@ class Service:
         values_of = {"id": events.new_id("thread"), "created_at": events.now(), "metadata": values.metadata(metadata)}
         return thread_object(values_of)
 
-    def create_thread(self, owner: Owner, thread: Thread, answer: Answer | None = None) -> Thread:
+    def create_thread(self, owner: Owner, thread: Thread, answer: StoredAnswer | None = None) -> Thread:
         """Store what :meth:`new_thread` made as ``owner``'s; give it. Raises :class:`.AnsweredBefore`."""
         self.runtime.store.create_thread(owner, thread, answer)
         return thread

@@ -44,7 +44,7 @@ ReadPage: TypeAlias = Callable[[str, int, ReadLimit], Page | None]
 
 
 class Snapshot(NamedTuple):
-    """A frame, the place in the log as of which it is exact, and how each of its runs was."""
+    """A frame, the event id as of which it is exact, and how each of its runs was."""
 
     frame: bytes
     event_id: EventId
@@ -56,7 +56,8 @@ class _Reading(SharedCall[Snapshot | None]):
 
 
 class SharedSnapshots:
-    """Those of a process. Each is read after it was asked for, so none is older than what the asker has seen or done.
+    """Gives all event streams of a process their snapshots. Each is read after it was asked for, so none is older than
+    what the asker has seen or done.
 
     The first of a crowd gets its own at once. Who comes while that is read shares the next one.
     """

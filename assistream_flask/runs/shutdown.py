@@ -72,7 +72,7 @@ class Shutdown:
             _wait_for(late, min(left, _LOOK_SECONDS))
         # Asked for under a key, so that the next worker, which asks again, may get the same response.
         self._hand_over([active for active in late if can_go_on(active)])
-        late = [active for active in late if not active.is_released()]
+        late = [active for active in late if not active.wait_done()]
         for active in late:
             active.interrupt(Stop.SHUTDOWN)
         _wait_for(late, _CUT_SECONDS)
@@ -104,4 +104,4 @@ def _wait_for(runs: Sequence[ActiveRun], seconds: float) -> None:
     """Wait until they are released, at most so long for all of them."""
     until = time.monotonic() + seconds
     for active in runs:
-        active.is_released(max(0.0, until - time.monotonic()))
+        active.wait_done(max(0.0, until - time.monotonic()))

@@ -31,9 +31,9 @@ def read(
     Raises :class:`SnapshotMovedError`; :class:`PositionExpiredError` when a row that grows is not of this log, or the
     log has not all since: those runs must be stored as they are now. ``ours`` are the runs that this worker can store.
     """
-    start = log.quiet(thread_id)
+    start = log.end_unless_locked(thread_id)
     found = store.page(thread_id, limit, before) if start else None
-    event_id = log.quiet(thread_id)
+    event_id = log.end_unless_locked(thread_id)
     if start is None or event_id is None or event_id.epoch != start.epoch:
         raise SnapshotMovedError
     if found is None:

@@ -29,7 +29,7 @@ SKEW_SECONDS: Final = 2.0
 
 
 class Leases:
-    """Those of the runs that ``held`` gives, which ``worker`` has; and the worker's own sign of life.
+    """Renews the leases of the runs that ``held`` gives, which ``worker`` has; and the worker's own sign of life.
 
     They are kept in a thread of the system, also under gevent, over a connection of their own: neither an app that
     computes nor a full pool holds it up. C code that keeps the GIL does; for longer than a lease, it costs the runs.

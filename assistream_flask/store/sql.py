@@ -1,7 +1,7 @@
-"""The thread store: threads, messages, runs and given answers, in SQL.
+"""The thread store: threads, messages, runs and the replies to idempotency keys, in SQL.
 
 Objects go in and come out as the JSON of the API. The text of a message that grows is stored
-with the place in the log as of which it is exact, so that text plus later events is the whole.
+with the event id as of which it is exact, so that text plus later events is the whole.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ class Owner(NamedTuple):
     name: str
 
 
-class Answer(NamedTuple):
-    """The first answer to an Idempotency-Key. ``fingerprint`` tells one request from another."""
+class StoredAnswer(NamedTuple):
+    """The first reply to an Idempotency-Key. ``fingerprint`` tells one request from another."""
 
     key: str
     fingerprint: str
@@ -128,14 +128,14 @@ class Answer(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """An entry as stored, and the place in the log as of which it is exact (``None``: no event yet)."""
+    """An entry as stored, and the event id as of which it is exact (``None``: no event yet)."""
 
     entry: Entry
     event_id: str | None
 
 
 class LeasedRun(NamedTuple):
-    """A run that is not over, with what its worker needs: see :mod:`..runs.executor`."""
+    """A run that is not over, with what a worker needs to take it over: see :mod:`..runs.recovery`."""
 
     run: Run
     message: Message
@@ -155,7 +155,7 @@ class LeasedRun(NamedTuple):
 
 
 State = tuple[Run, Message, list[Step], str | None, Json | None, int]
-"""What there is to store of a run that goes on: the run, its message, its steps, the place in the log as of which they
+"""What there is to store of a run that goes on: the run, its message, its steps, the event id as of which they
 are exact, the state of its upstream, and which claim of the run its holder has."""
 
 
@@ -227,7 +227,7 @@ class ThreadStore:
 
     # Threads
 
-    def create_thread(self, owner: Owner, thread: Thread, answer: Answer | None = None) -> None:
+    def create_thread(self, owner: Owner, thread: Thread, answer: StoredAnswer | None = None) -> None:
         """Store ``thread`` as ``owner``'s. Raises :class:`AnsweredBefore`."""
         with self._write() as connection:
             self._remember(connection, owner, answer)
@@ -294,7 +294,7 @@ class ThreadStore:
         lease: float = 0,
         event_id: str | None = None,
         max_runs: int | None = None,
-        answer: Answer | None = None,
+        answer: StoredAnswer | None = None,
     ) -> int | None:
         """Store the user's message and, for each pair of ``started``, a run and its message, in this order.
 
@@ -578,20 +578,20 @@ class ThreadStore:
 
     # Idempotency
 
-    def answer(self, owner: Owner, key: str) -> Answer | None:
+    def answer(self, owner: Owner, key: str) -> StoredAnswer | None:
         """Give the answer that ``owner`` got first for this Idempotency-Key."""
         where = (answers.c.scope == owner.scope, answers.c.owner == owner.name, answers.c.key == key)
         columns = (answers.c.key, answers.c.fingerprint, answers.c.status, answers.c.body, answers.c.place)
         with self._read() as connection:
             row = connection.execute(sa.select(*columns).where(*where)).first()
-        return None if row is None else Answer(*row)
+        return None if row is None else StoredAnswer(*row)
 
-    def remember(self, owner: Owner, answer: Answer) -> None:
+    def remember(self, owner: Owner, answer: StoredAnswer) -> None:
         """Store an answer that goes with no other change. Raises :class:`AnsweredBefore`."""
         with self._write() as connection:
             self._remember(connection, owner, answer)
 
-    def _remember(self, connection: Connection, owner: Owner, answer: Answer | None) -> None:
+    def _remember(self, connection: Connection, owner: Owner, answer: StoredAnswer | None) -> None:
         if answer is None:
             return
         values = {**answer._asdict(), "scope": owner.scope, "owner": owner.name, "created_at": int(time.time())}

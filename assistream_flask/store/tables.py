@@ -80,6 +80,7 @@ runs: Final = sa.Table(
     sa.Column("steps", _JSON, nullable=False),
     _id("group_id", nullable=False),
     sa.Column("mode", sa.String(16), nullable=False),
+    # The event id as of which the text is exact, under the name that workers of older releases read.
     sa.Column("place", sa.String(64)),
     sa.Column("upstream", _JSON),
     _id("worker", nullable=False, index=True),
@@ -109,6 +110,7 @@ answers: Final = sa.Table(
     sa.Column("fingerprint", sa.String(64), nullable=False),
     sa.Column("status", sa.Integer, nullable=False),
     sa.Column("body", _JSON, nullable=False),
+    # The event id before all that the request did, under the name that workers of older releases read.
     sa.Column("place", sa.String(64)),
     # What an answer repeats of a thread goes with the thread.
     _id("thread_id", index=True),

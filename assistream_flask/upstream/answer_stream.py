@@ -1,6 +1,6 @@
 """An OpenAI stream in, deltas of an answer out, whatever dialect the model server speaks.
 
-:func:`open` starts a run upstream; :func:`resume` goes on with one that another process began;
+:func:`open` starts a run upstream; :func:`resume` goes on with one in the background, which any process began;
 :func:`translate` takes a stream that exists already. All give an :class:`AnswerStream`: an iterator of lists
 of deltas, one list a network read. :func:`cancel` ends a background response.
 """
@@ -57,7 +57,7 @@ class AnswerStream:
         self._stream, self._translator, self._place, self._poll = stream, translator, place, poll
         self._unmark, self._resumed = unmark, resumed
         self._delivered = resumed.delivered() if resumed is not None else None
-        self._note_place()
+        self._update_state()
         self.gate: ReadGate | None = None
         """Where it is set, an empty list is given before each read that can be waited for there, and before the first
         that can't, until the end."""
@@ -139,10 +139,10 @@ class AnswerStream:
         failed: RunError | None = None
         try:
             for kind, data in batch:
-                found, begins = self._parts(kind, data)
+                found, begins = self._translated(kind, data)
                 deltas += found
                 if begins:
-                    self._note_place()
+                    self._update_state()
                     yield [*deltas, Begun()]
                     deltas = []
                 if deltas and isinstance(deltas[-1], End | Failed):
@@ -158,10 +158,10 @@ class AnswerStream:
             deltas = self._delivered.rest(deltas)
         self._over = bool(deltas) and isinstance(deltas[-1], End)
         if self._over or self._end() is not None:
-            # Some have a reason for the end on each piece: of those the last word is known later.
+            # Some servers send a finish reason with every piece: of those the last word is known later.
             self._expire(LATE_SECONDS if self._over or not deltas else 3 * LATE_SECONDS)
-        # Also where all was held back, or delivered before: what comes next is behind that.
-        self._note_place()
+        # Also where all was held back, or had been delivered: what comes next is behind that.
+        self._update_state()
         if deltas:
             self._said += 1
             yield deltas
@@ -172,11 +172,11 @@ class AnswerStream:
         if self._unmark is not None:
             deltas = self._unmark.take(deltas)
             if self._unmark.is_over and self._place is None:
-                # Its state is nobody's.
+                # It cannot be resumed: nobody needs its state.
                 self._unmark = None
         return deltas
 
-    def _parts(self, kind: str, data: Json) -> tuple[list[Delta], bool]:
+    def _translated(self, kind: str, data: Json) -> tuple[list[Delta], bool]:
         """Give the deltas of an event, and whether the answer begins with it."""
         self._translator = self._translator or _translator(kind, data)
         if self._translator is None or (self._place is not None and self._place.repeats(data)):
@@ -184,7 +184,7 @@ class AnswerStream:
         found = self._translator.feed(kind, data)
         return found, self._place is not None and self._place.passes(kind, data)
 
-    def _note_place(self) -> None:
+    def _update_state(self) -> None:
         repeated = self._repeated()
         if repeated is not None:
             # What is told behind it was delivered.

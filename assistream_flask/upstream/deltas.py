@@ -108,7 +108,7 @@ class _Slot:
         # How many annotations were told, and those of which more than their number is known.
         self.notes = 0
         self.cited: Counter[str] = Counter()
-        # The key of the whole that it was found to be, for each of the ways to tell wholes.
+        # Which whole text of the server this slot was found to be, for each kind of event that tells texts once more.
         self.wholes: dict[str, object] = {}
 
     @property
@@ -323,7 +323,7 @@ def words(value: Any) -> str | None:
 
 
 def indexed(value: object) -> object:
-    """Give an index that a key can hold: what is none is nobody's."""
+    """Give an index that a key can hold, ``None`` for any other value."""
     return value if isinstance(value, int | str) else None
 
 

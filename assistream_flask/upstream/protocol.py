@@ -1,7 +1,8 @@
 """What a dialect is: a way to ask a model server, and a way to read what it answers.
 
 A dialect is a module with a class of this protocol, and a line in :mod:`assistream_flask.upstream.dialects`, where all
-are found by their names. Nothing else in the package knows which there are.
+are found by their names. The contract suite asks the offline server in it, which needs to know it too:
+``testing/_answers.py`` and ``testing/_wire.py``. Background answers are those of the Responses API only.
 """
 
 from __future__ import annotations
@@ -44,12 +45,12 @@ class Translator(Protocol):
         ...
 
     def texts(self, batch: Sequence[tuple[str, Json]]) -> list[Delta] | None:
-        """Do for a batch of nothing but pieces of one text what :meth:`feed` does, in one step; give ``None``, and do
-        nothing, for another."""
+        """Do what :meth:`feed` does for each, in one step, where all of ``batch`` are pieces of one text; where they
+        are not, do nothing and give ``None``."""
         ...
 
     def settled(self) -> End | Failed | None:
-        """Give the end of an answer whose stream stopped: ``None`` while it is not known what it is."""
+        """Give how the answer ends if its stream stops now; ``None`` where that would be no end."""
         ...
 
 
@@ -62,7 +63,7 @@ class Dialect(Protocol):
     """Whether a request must name a model."""
     can_resume: ClassVar[bool]
     """Whether an answer can go on in the background and be asked for again, as ``Assistant(background=True)`` wants
-    it: see :mod:`assistream_flask.upstream.background`."""
+    it. True only for the Responses API so far, whose translator :mod:`.background` uses."""
 
     def create(self, client: openai.OpenAI, request: ModelRequest) -> Any:
         """Ask the server, once, and give the SDK's stream. Raise whatever the SDK raises."""

@@ -37,7 +37,7 @@ from ..platform import gunicorn, reliances
 from ..settings import Settings
 from ..store import tables
 from ..store.leases import SKEW_SECONDS
-from ..store.sql import Answer, Owner, ThreadStore
+from ..store.sql import Owner, StoredAnswer, ThreadStore
 from . import validation
 
 HEADER: Final = "X-Assistream-Doctor"
@@ -502,7 +502,7 @@ def _probe(url: str, store: ThreadStore, settings: Settings) -> Iterator[Finding
         yield Finding("FAIL", "--url is not a URL", "give one such as https://example.org/assistream")
         return
     key = secrets.token_hex(32)
-    store.remember(_WHERE, Answer(key, "", 0, {"expires": store.now() + _KEY_SECONDS}))
+    store.remember(_WHERE, StoredAnswer(key, "", 0, {"expires": store.now() + _KEY_SECONDS}))
     try:
         with ThreadPoolExecutor() as pool:
             old, new = pool.map(lambda query: _read(parts, key, query), ("", "?new"))

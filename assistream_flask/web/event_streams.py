@@ -21,7 +21,7 @@ _AWAY: Final = (LogUnavailableError, RequestError, SQLAlchemyError)
 """What a snapshot can't be read for: nothing that the server's log needs a traceback of."""
 
 Frames = Generator[bytes, None, None]
-"""Of these ``b""`` is for what ``send`` did in part."""
+"""The frames of an event stream. An empty one lets the body finish what ``send`` wrote in part."""
 Send = Callable[[bytes], Receipt]
 """Sends frames to the viewer without waiting, or not, while nothing else is sent."""
 

@@ -12,7 +12,7 @@ from flask import request
 from ..errors import RequestError
 from ..runs.runner import Started
 from ..runs.service import OwnedThread, RunCommand
-from ..store.sql import Answer, AnsweredBefore, Owner
+from ..store.sql import AnsweredBefore, Owner, StoredAnswer
 from . import validation
 from .auth import Call
 
@@ -31,7 +31,7 @@ class Once:
         route = json.dumps([request.endpoint, request.view_args])
         self._fingerprint = hashlib.sha256(route.encode() + b"\n" + body).hexdigest()
 
-    def before(self) -> Answer | None:
+    def before(self) -> StoredAnswer | None:
         """Give the first answer, where there is one. Raises :class:`RequestError` for a key used otherwise."""
         answer = self._store.answer(self._owner, self.key) if self.key else None
         if answer is not None and answer.fingerprint != self._fingerprint:
@@ -42,16 +42,16 @@ class Once:
 
     def answer(
         self, status: int, body: Mapping[str, Any], event_id: str | None = None, thread_id: str | None = None
-    ) -> Answer | None:
+    ) -> StoredAnswer | None:
         """Give what to store with the change that the request makes, to the thread that its path names or
         ``thread_id``."""
         thread_id = thread_id or (request.view_args or {}).get("thread_id")
-        return Answer(self.key, self._fingerprint, status, body, event_id, thread_id) if self.key else None
+        return StoredAnswer(self.key, self._fingerprint, status, body, event_id, thread_id) if self.key else None
 
 
 def start(
     call: Call, thread: OwnedThread, command: RunCommand, status: int, body: Callable[[Started], Mapping[str, Any]]
-) -> Answer:
+) -> StoredAnswer:
     """Store and start what the request asks for; give the answer."""
     once = Once(call, thread.owner)
     given = once.before()
@@ -63,4 +63,4 @@ def start(
         given = once.before()
         assert given is not None
         return given
-    return Answer("", "", status, body(started), str(started.event_id))
+    return StoredAnswer("", "", status, body(started), str(started.event_id))

@@ -39,7 +39,7 @@ def streamed(call: Call, start: Callable[[event_streams.Send], event_streams.Fra
         fix = f"You may have {settings.max_streams} event streams open. Close one, such as a tab."
         raise RequestError(429, "too_many_streams", fix, retry_after=5)
     try:
-        # Given up just before the second heartbeat after the first one that was not acknowledged.
+        # Closed when a heartbeat stays unacknowledged for nine tenths of the interval: before the second one after it.
         peer = direct_send.ViewerConnection(request.environ, settings.slow_seconds, 0.9 * settings.heartbeat_seconds)
         stream = start(peer.send)
         first = next(stream) if begin else b""

@@ -7,7 +7,7 @@ from flask import Response, request
 from ..log.protocol import EventId
 from ..runs.runner import Started
 from ..runs.service import OwnedThread
-from ..store.sql import Answer, AnsweredBefore
+from ..store.sql import AnsweredBefore, StoredAnswer
 from . import event_streams
 from .answers import json_answer, read_body
 from .auth import Call
@@ -20,7 +20,7 @@ def create_runs(call: Call, thread: OwnedThread) -> Response:
     body = read_body(call.runtime, ["assistant_ids", "content", "mode"], ["assistant_ids"])
     command = thread.runs(body["assistant_ids"], body.get("content"), body.get("mode", "parallel"))
 
-    def begin() -> Answer:
+    def begin() -> StoredAnswer:
         return start(call, thread, command, 202, Started.public)
 
     def follow(send: event_streams.Send) -> event_streams.Frames:
@@ -42,7 +42,7 @@ def cancel(call: Call, thread: OwnedThread, run_id: str) -> Response:
     given = once.before()
     if given is None:
         run = thread.cancel(run_id)
-        given = once.answer(202, run) or Answer("", "", 202, run)
+        given = once.answer(202, run) or StoredAnswer("", "", 202, run)
         if once.key:
             try:
                 call.runtime.store.remember(thread.owner, given)

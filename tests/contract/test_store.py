@@ -22,11 +22,11 @@ from assistream_flask.store import database, tables
 from assistream_flask.store.sql import (
     LAPSED,
     RELEASED,
-    Answer,
     AnsweredBefore,
     LeasedRun,
     Owner,
     State,
+    StoredAnswer,
     ThreadStore,
     TooManyRunsError,
     thread_object,
@@ -261,7 +261,7 @@ def test_a_run_is_found_in_its_own_thread_only(store: ThreadStore) -> None:
 
 
 def test_nothing_is_added_to_a_thread_that_is_gone(store: ThreadStore) -> None:
-    answer = Answer("key", "print", 201, {})
+    answer = StoredAnswer("key", "print", 201, {})
     assert store.add(ME, "thread_unknown", user("thread_unknown"), answer=answer) is None
     assert store.page("thread_unknown", 10) is None
     assert store.answer(ME, "key") is None
@@ -427,7 +427,7 @@ def test_the_limit_of_runs_counts_the_callers_runs_that_are_not_over(store: Thre
     start(store, two, max_runs=2)
     refused = user(one)
     with pytest.raises(TooManyRunsError):
-        store.add(ME, one, refused, [pair(one)], max_runs=2, answer=Answer("key", "print", 202, {}))
+        store.add(ME, one, refused, [pair(one)], max_runs=2, answer=StoredAnswer("key", "print", 202, {}))
     assert store.answer(ME, "key") is None
     assert len(entries(store, one)) == 1
     assert store.add(ME, one, refused, max_runs=2) is not None
@@ -443,7 +443,7 @@ def test_runs_asked_for_at_once_never_exceed_the_limit(store: ThreadStore) -> No
 
 
 def test_an_answer_comes_back_to_the_caller_that_got_it_and_to_no_other(store: ThreadStore) -> None:
-    answer = Answer("key", "print", 202, {"a": [1, "é"]}, "0a-1")
+    answer = StoredAnswer("key", "print", 202, {"a": [1, "é"]}, "0a-1")
     store.remember(ME, answer)
     assert store.answer(ME, "key") == answer
     assert store.answer(ME, "Key") is None
@@ -454,7 +454,7 @@ def test_an_answer_comes_back_to_the_caller_that_got_it_and_to_no_other(store: T
 
 def test_a_second_answer_to_a_key_is_refused_with_all_that_goes_with_it(store: ThreadStore) -> None:
     thread = new_thread(store)
-    answer = Answer("key", "print", 201, {})
+    answer = StoredAnswer("key", "print", 201, {})
     store.add(ME, thread["id"], user(thread["id"]), answer=answer)
     with pytest.raises(AnsweredBefore):
         store.add(ME, thread["id"], user(thread["id"]), answer=answer)
@@ -469,7 +469,7 @@ def test_a_second_answer_to_a_key_is_refused_with_all_that_goes_with_it(store: T
 def test_of_one_key_used_at_once_one_wins_and_one_message_is_stored(store: ThreadStore) -> None:
     thread_id = new_thread(store)["id"]
     found = at_once(
-        8, lambda at: store.add(ME, thread_id, user(thread_id), answer=Answer("key", "print", 201, {"at": at}))
+        8, lambda at: store.add(ME, thread_id, user(thread_id), answer=StoredAnswer("key", "print", 201, {"at": at}))
     )
     assert sorted(type(one).__name__ for one in found) == ["AnsweredBefore"] * 7 + ["int"]
     assert len(entries(store, thread_id)) == 1
@@ -479,7 +479,7 @@ def test_of_one_key_used_at_once_one_wins_and_one_message_is_stored(store: Threa
 
 
 def test_old_answers_are_forgotten_and_their_keys_can_be_used_again(store: ThreadStore) -> None:
-    answer = Answer("key", "print", 201, {})
+    answer = StoredAnswer("key", "print", 201, {})
     store.remember(ME, answer)
     store.forget_answers(int(time.time()) - 100)
     assert store.answer(ME, "key") == answer
@@ -769,7 +769,7 @@ def test_what_works_on_many_rows_at_once_ends_without_a_deadlock(lasting: str) -
     store = ThreadStore(lasting, pool=12)
     for _ in range(10):
         thread_id = new_thread(store)["id"]
-        started = [start(store, thread_id, answer=Answer(f"{thread_id}{n}", "", 202, {})) for n in range(20)]
+        started = [start(store, thread_id, answer=StoredAnswer(f"{thread_id}{n}", "", 202, {})) for n in range(20)]
         jobs: list[Callable[[], object]] = [
             partial(store.renew, "w1", [run["id"] for run, _ in started], 3600),
             lambda: store.release("w1"),
@@ -840,7 +840,7 @@ def test_what_another_transaction_holds_is_left_for_the_next_time_where_many_row
 ) -> None:
     store = ThreadStore(postgres_url)
     thread_id = new_thread(store)["id"]
-    one, two = (start(store, thread_id, answer=Answer(key, "", 202, {}))[0]["id"] for key in "ab")
+    one, two = (start(store, thread_id, answer=StoredAnswer(key, "", 202, {}))[0]["id"] for key in "ab")
     with store._write() as connection:
         connection.execute(sa.select(tables.runs).where(tables.runs.c.id == two).with_for_update())
         connection.execute(sa.select(tables.answers).where(tables.answers.c.key == "b").with_for_update())

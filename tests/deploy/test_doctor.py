@@ -25,7 +25,7 @@ from flask import Flask
 
 from assistream_flask import Assistant, create_blueprint
 from assistream_flask.settings import Settings
-from assistream_flask.store.sql import Answer
+from assistream_flask.store.sql import StoredAnswer
 from assistream_flask.testing import OfflineServer
 from assistream_flask.web import doctor
 from tests.conftest import KEY, MakeApp, wait_until
@@ -482,6 +482,6 @@ def test_a_key_ends_with_its_minute(make_app: MakeApp, monkeypatch: pytest.Monke
     assert client.get("/assistream/assistants").status_code == 200
     store = app.extensions["assistream"].runtime().store
     for key, seconds, status in (("a" * 64, -1, 404), ("b" * 64, 30, 200)):
-        answer = Answer(key, "", 0, {"expires": time.time() + seconds})
+        answer = StoredAnswer(key, "", 0, {"expires": time.time() + seconds})
         store.remember(doctor._WHERE, answer)
         assert client.head("/assistream/doctor", headers={doctor.HEADER: key}).status_code == status

@@ -288,7 +288,7 @@ def test_only_a_body_that_gunicorn_is_given_as_it_was_made_may_be_sent_past_it(
         # As a middleware may do, for those behind it.
         environ["REQUEST_METHOD"] = "GET"
         start_response("200 OK", [])
-        return direct_send.Given([b"one"], peer)
+        return direct_send.UnwrappedBody([b"one"], peer)
 
     worker = SimpleNamespace(wsgi=inside(app) if inside else app)
     worker.wsgi = direct_send.OutermostApp(worker)

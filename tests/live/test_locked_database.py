@@ -110,16 +110,16 @@ def added(gunicorn: Gunicorn, thread: str) -> Any:
 
 def test_while_another_process_writes_streams_and_other_requests_go_on_and_nothing_is_lost(tmp_path: Path) -> None:
     with running(tmp_path, app=APP, heartbeat_seconds=1) as gunicorn:
-        thread, quiet = gunicorn.thread(), gunicorn.thread()
-        viewers = {thread: [Watcher([gunicorn], thread)], quiet: [Watcher([gunicorn], quiet)]}
+        thread, end_unless_locked = gunicorn.thread(), gunicorn.thread()
+        viewers = {thread: [Watcher([gunicorn], thread)], end_unless_locked: [Watcher([gunicorn], end_unless_locked)]}
         gunicorn.run(thread, "one")
         wait_until(lambda: viewers[thread][0].entries and says(viewers[thread][0].entries[-1]), 30)
         words = Arrivals(lambda: (one for one in stream(gunicorn, f"{thread}/events") if one.name.endswith(".delta")))
-        pings = Arrivals(lambda: stream(gunicorn, f"{quiet}/events"))
+        pings = Arrivals(lambda: stream(gunicorn, f"{end_unless_locked}/events"))
         answers = Arrivals(lambda: asked(gunicorn))
         wait_until(lambda: min(len(words.times), len(pings.times), len(answers.times)) > 2)
         messages: list[Any] = []
-        sending = threading.Thread(target=lambda: messages.append(added(gunicorn, quiet)))
+        sending = threading.Thread(target=lambda: messages.append(added(gunicorn, end_unless_locked)))
         with locked(tmp_path / "live.sqlite3", *WRITING):
             since = time.monotonic()
             sending.start()
@@ -134,7 +134,7 @@ def test_while_another_process_writes_streams_and_other_requests_go_on_and_nothi
         found = settle(gunicorn, viewers)
         assert found[thread][-1]["run"]["status"] == "completed"
         assert says(found[thread][-1]) == WORDS
-        assert [entry["message"]["id"] for entry in found[quiet]] == [messages[0][0]["message"]["id"]]
+        assert [entry["message"]["id"] for entry in found[end_unless_locked]] == [messages[0][0]["message"]["id"]]
         for watchers in viewers.values():
             watchers[0].stop()
 

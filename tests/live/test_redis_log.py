@@ -97,7 +97,7 @@ def test_what_needs_redis_says_so_while_it_is_away_and_works_when_it_is_back(
     calls: list[Callable[[], object]] = [
         lambda: log.append(THREAD, [event(1)]),
         lambda: log.end(THREAD),
-        lambda: log.quiet(THREAD),
+        lambda: log.end_unless_locked(THREAD),
         lambda: log.since(THREAD, end),
         lambda: log.restart(THREAD),
         lambda: log.forget(THREAD, event(1)),
@@ -135,7 +135,7 @@ def test_a_lock_whose_holder_died_begins_the_log_anew(
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
     assert lost_within(log, event_id, 5)
-    assert log.quiet(THREAD) is not None
+    assert log.end_unless_locked(THREAD) is not None
 
 
 def test_while_one_worker_holds_the_lock_another_waits_and_no_page_is_exact(
@@ -143,8 +143,8 @@ def test_while_one_worker_holds_the_lock_another_waits_and_no_page_is_exact(
 ) -> None:
     other = RedisLog(own_redis.url)
     with log.lock(THREAD):
-        assert other.quiet(THREAD) is None
-    assert other.quiet(THREAD) == log.end(THREAD)
+        assert other.end_unless_locked(THREAD) is None
+    assert other.end_unless_locked(THREAD) == log.end(THREAD)
     other.close()
 
 

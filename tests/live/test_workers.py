@@ -312,7 +312,7 @@ class Storm(Houses):
 
     def _well(self, log: Log) -> bool:
         with self.trouble():
-            return log.quiet("thread") is not None
+            return log.end_unless_locked("thread") is not None
         return False
 
 

@@ -142,13 +142,13 @@ def test_whatever_is_done_with_a_run_no_phase_comes_back_and_it_ends_once() -> N
 
 def test_what_is_stored_is_elsewhere_until_it_is_stored_as_of_the_log_that_tells_it() -> None:
     checkpoint = Checkpoint(EventId("a", 1))
-    assert not checkpoint.is_elsewhere
+    assert not checkpoint.is_of_another_log
     checkpoint.move(EventId("b", 1))
-    assert checkpoint.is_elsewhere
+    assert checkpoint.is_of_another_log
     assert checkpoint.is_due
     checkpoint.begin()
     checkpoint.done(EventId("b", 1))
-    assert not checkpoint.is_elsewhere
+    assert not checkpoint.is_of_another_log
     assert not checkpoint.is_due
     checkpoint.move(None)
-    assert not checkpoint.is_elsewhere
+    assert not checkpoint.is_of_another_log

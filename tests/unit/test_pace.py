@@ -307,7 +307,7 @@ def scheduler() -> Iterator[MakeScheduler]:
                 assert one.slot.read()
                 one.got.append(one.slot.data)
                 if one.slot.data == b"stop":
-                    one.slot.left.put("more than bytes")
+                    one.slot.handed_back.put("more than bytes")
                 else:
                     new.again(one)
 
