@@ -28,8 +28,9 @@ _FLOOD_SECONDS: Final = 0.004
 class Phase(Enum):
     """Where a run stands in this worker.
 
-    ``QUEUED`` and ``IN_PROGRESS`` are its status. ``INTERRUPTED``: it is to end, and its thread is about to end it.
-    ``ENDED``: its status is terminal. ``LEFT``: another worker has it, or may have; nothing more is done here.
+    ``QUEUED`` and ``IN_PROGRESS`` are its status. ``INTERRUPTED``: it is to end, and its own thread, or who interrupted
+    it, is about to end it. ``ENDED``: its status is terminal. ``LEFT``: another worker has it, or may have; it grows no
+    more here, and is told no more.
     """
 
     QUEUED = "queued"
@@ -42,8 +43,8 @@ class Phase(Enum):
 class Checkpoint:
     """How much of a run the store has, and as of which event of the thread's log.
 
-    ``saving`` is held while it is stored, or an older state could be stored over a newer one. The rest changes under
-    the run's ``lock``.
+    ``saving`` is held while it is stored, or an older state could be stored over a newer one. What it is exact as of
+    changes under the run's ``lock``.
     """
 
     def __init__(self, event_id: EventId | None) -> None:
@@ -86,7 +87,7 @@ class Pacing:
         self.has_begun, self._told_at, self.in_a_row = False, 0.0, 0
 
     def arrived(self) -> None:
-        """Count what arrives less than four milliseconds after the last was told."""
+        """Count what arrives within :data:`_FLOOD_SECONDS` of what was told last."""
         self.in_a_row = self.in_a_row + 1 if time.monotonic() - self._told_at < _FLOOD_SECONDS else 0
 
     def told(self, now: float) -> bool:
@@ -97,7 +98,7 @@ class Pacing:
 
 
 class ActiveRun:
-    """A run that is not over, as this worker has it.
+    """A run as this worker has it, until it is over, or left, and that is told.
 
     Its phase changes by these methods only, and follows from facts that are never taken back::
 
@@ -143,7 +144,7 @@ class ActiveRun:
         self._loading: RunError | None = None
         self._deadline = float("inf")
         # Set when nothing more is done for it here.
-        self._released = threading.Event()
+        self._done = threading.Event()
 
     # What it is
 
@@ -261,11 +262,11 @@ class ActiveRun:
 
     def set_done(self) -> None:
         """Let those go on who wait for its end: it is told, or another worker's."""
-        self._released.set()
+        self._done.set()
 
     def wait_done(self, seconds: float | None = 0) -> bool:
         """Wait for that for so many seconds, without them for ever; tell whether it came."""
-        return self._released.wait(seconds)
+        return self._done.wait(seconds)
 
     def limit(self, seconds: float) -> None:
         """Give it so much time from now on."""
@@ -313,6 +314,12 @@ class ActiveRun:
         deltas, self._arrived = merged(self._arrived), []
         self._resume_state = self._arrived_state or self._resume_state
         return self._accumulator.add(deltas)
+
+    def catch_up(self) -> None:
+        """Take note of how far the stream came that ended, where all that it told had been delivered before. ``lock``
+        is held."""
+        if not self._arrived and self._reader is not None:
+            self._resume_state = self._reader.state() or self._resume_state
 
     def add(self, deltas: Sequence[Delta]) -> list[Event]:
         """Do both. Raises :class:`Interrupted` where the run is over or left."""

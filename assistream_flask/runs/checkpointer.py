@@ -13,6 +13,7 @@ from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 from ..log.protocol import EventId
 from ..store.sql import State
 from .active_run import ActiveRun
+from .message_accumulator import Stop
 from .worker import Worker
 
 _log = logging.getLogger(__name__)
@@ -47,6 +48,10 @@ class Checkpointer:
         if not is_ours and not active.is_over:
             # Another worker took the run for lost, or the thread is gone; what was told since is to go.
             appender.mark_incomplete(active.thread_id, keep=not is_gone)
+            if is_gone:
+                # A response that goes on in the background is cancelled as the run ends.
+                active.interrupt(Stop.CANCELLED)
+                return
             with active.lock:
                 active.leave()
 

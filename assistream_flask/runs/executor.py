@@ -88,7 +88,7 @@ class Executor:
 
     def _begin_now(self, active: ActiveRun) -> None:
         if self._worker.stopping.is_set():
-            # Left to the next worker, as it is queued.
+            # Left to the next worker: nothing was asked for it here.
             self.leave(active)
             raise Interrupted
         self._change(active, active.begin)
@@ -118,6 +118,7 @@ class Executor:
             except RunError as error:
                 # A tick that met it tells first what came before.
                 with active.lock:
+                    active.catch_up()
                     tries = tries + 1 if active.resume_state == before else 0
                 if not self._goes_on(active, turns, error, tries):
                     raise
@@ -134,7 +135,9 @@ class Executor:
         if error.code == "model_loading" and not active.pacing.has_begun:
             # Until the run's time is over.
             if not active.is_loading:
-                self._patiently(active, lambda: self._change(active, lambda: active.wait_for_model(error)))
+                # Without what was raised: its traceback has the whole history.
+                said = RunError(error.code, said=error.said)
+                self._patiently(active, lambda: self._change(active, lambda: active.wait_for_model(said)))
             return True
         if active.resume_state is None or error.code not in _BROKEN or tries > _TRIES:
             return False

@@ -143,8 +143,8 @@ class Recovery:
 
 def can_go_on(active: ActiveRun) -> bool:
     """Tell whether a run that one worker leaves is one for another to go on with."""
-    if active.request is None or active.is_queued:
-        return active.request is not None
+    if active.request is None or active.is_queued or active.is_over:
+        return active.request is not None and not active.is_over
     with active.lock:
         _, message, steps, *_ = active.state()
     # What was said of a response whose id nobody knows would be said, and paid, again.

@@ -102,7 +102,7 @@ class Runner:
 
     @property
     def active(self) -> ActiveRuns:
-        """Give the runs that are not over, and this worker's."""
+        """Give the runs that this worker has: not over, or not told to be so yet."""
         return self._worker.runs
 
     # Commands

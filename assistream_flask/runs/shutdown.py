@@ -61,7 +61,9 @@ class Shutdown:
         is_first = True
         while True:
             # Also those whose response is known of only now.
-            self._hand_over([active for active in self._worker.runs.all() if active.resume_state is not None])
+            self._hand_over(
+                [one for one in self._worker.runs.all() if one.resume_state is not None and not one.is_over]
+            )
             late = [active for active in self._worker.runs.all() if not active.is_queued]
             left = until - time.monotonic()
             if not late or left <= 0:
@@ -101,7 +103,7 @@ class Shutdown:
 
 
 def _wait_for(runs: Sequence[ActiveRun], seconds: float) -> None:
-    """Wait until they are released, at most so long for all of them."""
+    """Wait until they are done, at most so long for all of them."""
     until = time.monotonic() + seconds
     for active in runs:
         active.wait_done(max(0.0, until - time.monotonic()))

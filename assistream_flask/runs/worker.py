@@ -32,7 +32,7 @@ class ActiveRuns:
         return self._runs.get(run_id)
 
     def all(self) -> list[ActiveRun]:
-        """Give all of them, the oldest first."""
+        """Give all of them, in the order in which they came to this worker."""
         return list(self._runs.values())
 
     def of_thread(self, thread_id: str) -> list[ActiveRun]:

@@ -56,7 +56,7 @@ class AnswerStream:
     ) -> None:
         self._stream, self._translator, self._place, self._poll = stream, translator, place, poll
         self._unmark, self._resumed = unmark, resumed
-        self._delivered = resumed.delivered() if resumed is not None else None
+        self._delivered = resumed.delivered if resumed is not None else None
         self._update_state()
         self.gate: ReadGate | None = None
         """Where it is set, an empty list is given before each read that can be waited for there, and before the first
@@ -219,12 +219,11 @@ class AnswerStream:
     def _polled(self, poll: background.Poll) -> Iterator[list[Delta]]:
         """Give the rest of a response that is streamed no more, once it is over."""
         response = poll.wait()
-        repeated = self._repeated()
-        if repeated is not None:
-            # Of the answer as a whole it is told what is new, by what was known before it was told again.
-            known = repeated._replace(from_start=False)
-            self._unmark, self._delivered = known.unmark(), known.delivered()
-        self._place = background.ResumePoint(self._state, limit=poll.limit)
+        if self._state is not None and self._resumed is not None:
+            # Another stream began the answer, or this one; it is told as a whole now.
+            self._unmark = _unmark(self._resumed.names, self._state, from_start=True)
+            self._resumed.delivered.from_start(self._state)
+        self._place = background.ResumePoint(self._state, from_start=True, limit=poll.limit)
         self._translator = self._place.translator
         yield from self._told([(f"response.{response['status']}", {"response": response})])
 
@@ -242,17 +241,19 @@ class _Resumed(NamedTuple):
     """What a stream goes on with: see :func:`resume`."""
 
     state: Json
-    shown: Shown | None
+    delivered: Delivered
     from_start: bool
     names: Sequence[str]
 
-    def unmark(self) -> Unmark | None:
-        # A worker of an older release takes no marks off.
-        mark = self.state.get("mark")
-        return Unmark(self.names, None if self.from_start else mark) if mark else None
 
-    def delivered(self) -> Delivered:
-        return Delivered(self.state, self.shown, from_start=self.from_start)
+def _unmark(names: Sequence[str], state: Json, *, from_start: bool) -> Unmark | None:
+    """Give what takes the mark off an answer that goes on behind ``state``, or is told again ``from_start``."""
+    # A worker of an older release takes no marks off.
+    mark = state.get("mark")
+    if not mark:
+        return None
+    # Where that is over, what was taken off is counted: see Delivered.from_start().
+    return Unmark(mark.get("names", names), mark if mark["over"] or not from_start else None)
 
 
 def open(
@@ -340,8 +341,12 @@ def resume(
     from_start = stream is not None and state["sequence"] is None
     place = background.ResumePoint(state, from_start=from_start, limit=limit)
     poll = background.Poll(quick, state["response_id"], stall, every, limit)
-    resumed = _Resumed(state, shown, from_start, names)
-    return AnswerStream(stream, place.translator, place, poll, resumed.unmark(), resumed)
+    delivered = Delivered(state, shown)
+    if from_start:
+        delivered.from_start(state)
+    unmark = _unmark(names, state, from_start=from_start)
+    resumed = _Resumed(state, delivered, from_start, names)
+    return AnswerStream(stream, place.translator, place, poll, unmark, resumed)
 
 
 def translate(stream: Any) -> AnswerStream:

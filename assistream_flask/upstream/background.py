@@ -34,9 +34,8 @@ class ResumePoint:
         self._from_start = from_start
         if state is not None:
             self._id = state["response_id"]
-            if not from_start:
-                self._sequence = state["sequence"]
-                self.translator.restore(state)
+            self._sequence = None if from_start else state["sequence"]
+            self.translator.restore(state, from_start=from_start)
         self._resumed_at = self._sequence
 
     def state(self) -> Json | None:

@@ -11,7 +11,7 @@ from ..types import Message, Step
 from .deltas import Annotation, Begun, Delta, End, Failed, Reasoning
 
 _REASONING: Final = None
-_Slot: TypeAlias = int | tuple[str, int] | None
+_Where: TypeAlias = int | tuple[str, int] | None
 """A content part by its index, the annotations of one, or the reasoning."""
 
 
@@ -22,8 +22,9 @@ class Shown(NamedTuple):
     message: Message
     steps: Sequence[Step]
 
-    def _counts(self) -> Counter[_Slot]:
-        counts: Counter[_Slot] = Counter()
+    def counts(self) -> Counter[_Where]:
+        """Count its characters and annotations."""
+        counts: Counter[_Where] = Counter()
         for at, part in enumerate(self.message["content"]):
             if part["type"] == "refusal":
                 counts[at] = len(part["refusal"])
@@ -34,9 +35,9 @@ class Shown(NamedTuple):
         return counts
 
 
-def _counted(state: Json) -> Counter[_Slot]:
+def _counted(state: Json) -> Counter[_Where]:
     """Count what was given out behind a state of :meth:`.AnswerStream.state`."""
-    counts: Counter[_Slot] = Counter()
+    counts: Counter[_Where] = Counter()
     for kind, _, at, told, notes, _ in state["slots"]:
         if kind == "reasoning":
             counts[_REASONING] += told
@@ -51,35 +52,45 @@ def _counted(state: Json) -> Counter[_Slot]:
 
 
 class Delivered:
-    """Leaves out what was delivered of an answer behind ``state``, by counting the characters of each part.
+    """Leaves out what was delivered of an answer, by counting the characters of each part.
 
-    The model server tells the answer ``from_start``, or goes on behind the state. ``shown`` is what was delivered;
-    without it that is what the state counts.
+    The answer is told behind ``state``, or :meth:`from_start`. ``shown`` is what was delivered; without it that is what
+    the state counts.
     """
 
-    def __init__(self, state: Json, shown: Shown | None, *, from_start: bool) -> None:
+    def __init__(self, state: Json, shown: Shown | None) -> None:
         counted = _counted(state)
-        self._left = shown._counts() if shown is not None else counted.copy()
-        if not from_start:
-            self._left.subtract(counted)
+        # All that was delivered, and how much of it is to come once more.
+        self._all = shown.counts() if shown is not None else counted.copy()
+        self._left = self._all.copy()
+        self._left.subtract(counted)
         self.is_past = False
         """Whether anything new came."""
 
+    def from_start(self, state: Json) -> None:
+        """Take note that the answer is told from its start now, whose mark is taken off as far as ``state`` says."""
+        self._left = self._all.copy()
+        mark = state.get("mark")
+        if mark is not None and mark["over"] and mark["at"] is not None:
+            self._left[mark["at"]] += mark["cut"]
+
     def rest(self, deltas: Sequence[Delta]) -> list[Delta]:
         """Give what is new in ``deltas``."""
-        found = [new for part in deltas if (new := self._new(part)) is not None]
+        found = [new for delta in deltas if (new := self._new(delta)) is not None]
         self.is_past = self.is_past or bool(found)
         return found
 
-    def _new(self, part: Delta) -> Delta | None:
-        if isinstance(part, End | Begun | Failed):
-            return part
-        if isinstance(part, Annotation):
-            return None if self._skip(("notes", part.at), 1) else part
-        skipped = self._skip(_REASONING if isinstance(part, Reasoning) else part.at, len(part.value))
-        return part._replace(value=part.value[skipped:]) if skipped < len(part.value) else None
+    def _new(self, delta: Delta) -> Delta | None:
+        if isinstance(delta, End | Begun | Failed):
+            return delta
+        if isinstance(delta, Annotation):
+            return None if self._skip(("notes", delta.at), 1) else delta
+        skipped = self._skip(_REASONING if isinstance(delta, Reasoning) else delta.at, len(delta.value))
+        return delta._replace(value=delta.value[skipped:]) if skipped < len(delta.value) else None
 
-    def _skip(self, slot: _Slot, most: int) -> int:
-        skipped = max(0, min(self._left[slot], most))
-        self._left[slot] -= skipped
+    def _skip(self, where: _Where, count: int) -> int:
+        """Count what comes; give how much of it was delivered before."""
+        skipped = max(0, min(self._left[where], count))
+        self._left[where] -= skipped
+        self._all[where] += count - skipped
         return skipped

@@ -94,7 +94,7 @@ def merged(parts: Sequence[Delta]) -> Sequence[Delta]:
 class _Slot:
     """What of one text, refusal, thought, or of the reasoning, was told."""
 
-    __slots__ = ("_pieces", "_sum", "at", "cited", "half", "notes", "told", "wholes")
+    __slots__ = ("_pieces", "_sum", "at", "cited", "half", "notes", "seen", "told", "wholes")
 
     def __init__(self) -> None:
         # Its index among the content parts.
@@ -105,6 +105,8 @@ class _Slot:
         self.told = 0
         self._sum: int | None = 0
         self._pieces: list[str] = []
+        # How many came since: fewer than were told, while the answer is told again from its start.
+        self.seen = 0
         # How many annotations were told, and those of which more than their number is known.
         self.notes = 0
         self.cited: Counter[str] = Counter()
@@ -119,9 +121,10 @@ class _Slot:
         self._pieces.clear()
         return self._sum
 
-    def restore(self, told: int, notes: int, known: int | None) -> None:
+    def restore(self, told: int, notes: int, known: int | None, *, from_start: bool) -> None:
         """Take what another process counted."""
-        self.told, self.notes, self._sum = told, notes, known if told else 0
+        self.told, self._sum = told, known if told else 0
+        self.seen, self.notes = (0, 0) if from_start else (told, notes)
 
     def take(self, value: str) -> str:
         """Count a piece; give what is to be told of it, as pages and databases can read it."""
@@ -134,8 +137,11 @@ class _Slot:
                 value, self.half = value[:-1], value[-1]
             # PostgreSQL stores no NUL, and no reader wants one.
             value = clean(value).replace("\0", "\ufffd")
-        self.told += len(value)
-        self._pieces.append(value)
+        before, self.seen = self.seen, self.seen + len(value)
+        if self.seen <= self.told:
+            return value
+        self._pieces.append(value[self.told - before :] if before < self.told else value)
+        self.told = self.seen
         if len(self._pieces) > _PIECES:
             # Added up many at a time: for each by itself it would be half of what a delta costs.
             self.sum  # noqa: B018
@@ -170,14 +176,20 @@ class Slots:
         """Give the sums of what :meth:`state` counts, in its order."""
         return [slot.sum for slot in self._slots.values()]
 
-    def restore(self, state: list[list[Any]], sums: Sequence[int | None] = ()) -> None:
-        """Take what :meth:`state` and :meth:`sums` gave; workers of older releases give no sums."""
+    def restore(self, state: list[list[Any]], sums: Sequence[int | None] = (), *, from_start: bool = False) -> None:
+        """Take what :meth:`state` and :meth:`sums` gave; workers of older releases give no sums.
+
+        Where the answer is told again ``from_start``, its texts are known by what they said.
+        """
         for number, (kind, key, at, told, notes, half) in enumerate(state):
+            if from_start and kind == "thought":
+                # These only count, and are counted again.
+                continue
             slot = self._slots[kind, tuple(key) if isinstance(key, list) else key] = _Slot()
             slot.at = at
             self._next += at is not None
-            slot.restore(told, notes, sums[number] if number < len(sums) else None)
-            if half:
+            slot.restore(told, notes, sums[number] if number < len(sums) else None, from_start=from_start)
+            if half and not from_start:
                 slot.half = chr(half)
 
     def text(self, key: object, value: object) -> list[Delta]:
@@ -253,7 +265,7 @@ class Slots:
         for key in (*known, *same, *begun):
             if (slot := free[key]).begins(whole):
                 slot.wholes[way], slot.half = keys[0], ""
-                return key, whole[slot.told :]
+                return key, whole[slot.seen :]
         if known:
             # It was told in other words, such as without the blanks around it: those that came first count.
             free[known[0]].wholes[way] = keys[0]

@@ -151,7 +151,7 @@ class Unmark:
     """
 
     def __init__(self, names: Sequence[str], state: Mapping[str, Any] | None = None) -> None:
-        own = [name for name in names if name]
+        self._names = own = [name for name in names if name]
         # Behind the first kind comes a blank or a colon: a link is none, nor is "[x] " of a list of things to do.
         ends = ("\n", ":", " \n", "\r\n")
         self._marks = [f"[{name}]{end}" for name in own for end in (ends if len(name) < 3 else (*ends, " "))]
@@ -169,6 +169,8 @@ class Unmark:
     def state(self) -> dict[str, Any]:
         """Give how far this is, as JSON. ``cut`` and ``held`` are what was told to nobody."""
         return {
+            # The assistant may have others by the time at which its answer is told again.
+            "names": self._names,
             "held": self._held,
             "cut": self._cut,
             "at": self._at,

@@ -124,9 +124,11 @@ class ResponsesTranslator:
             "pieces": {kind: pieces.state() for kind, pieces in self._pieces.items()},
         }
 
-    def restore(self, state: Json) -> None:
-        """Go on from ``state`` with the next event."""
-        self._slots.restore(state["slots"], state.get("sums", ()))
+    def restore(self, state: Json, *, from_start: bool = False) -> None:
+        """Go on from ``state`` with the next event, or with the first one ``from_start``."""
+        self._slots.restore(state["slots"], state.get("sums", ()), from_start=from_start)
+        if from_start:
+            return
         self._paragraph, self._item_index = state["paragraph"], state.get("item")
         thought = state.get("thought")
         self._thought = tuple(thought) if thought is not None else None

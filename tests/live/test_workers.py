@@ -220,7 +220,7 @@ def _scripted(monkeypatch: pytest.MonkeyPatch) -> None:
     def resume(
         client: Response, assistant: Assistant, state: Json, stall: float, *, names: Sequence[str], shown: Shown
     ) -> Any:
-        return client.connect(state, Delivered(state, shown, from_start=False))
+        return client.connect(state, Delivered(state, shown))
 
     def spawn(name: str, target: Callable[..., None], *given: object) -> None:
         def work() -> None:
@@ -860,6 +860,22 @@ def test_what_could_not_be_told_is_missing_for_nobody_when_the_run_is_handed_ove
         second.rebuild()
         until(lambda: seat.caught_up() and text(seat.viewer.entries[1]) == "w0 w1 w2 w3 ")
         seat.cut()
+
+
+def test_a_response_of_a_thread_that_another_worker_deletes_is_cancelled(
+    redis_server: RedisServer, database_url: str
+) -> None:
+    with contextlib.closing(Idle(database_url, redis_server.empty_url())) as houses:
+        thread_id = begun(houses)
+        first, second = (worker.member.runner for worker in houses.workers)
+        second.delete(thread_id)
+        assert not cast(Response, houses.scripts[-1]).cancelled.is_set()
+        # It grows, so it is stored now and then.
+        cast(Response, houses.scripts[-1]).go(1)
+        until(lambda: any(active.checkpoint.is_due for active in first.active.all()))
+        first.flush()
+        until(lambda: cast(Response, houses.scripts[-1]).cancelled.is_set())
+        until(lambda: not first.active.all())
 
 
 def test_who_lost_a_run_leaves_the_log_to_who_took_it_over(

@@ -9,11 +9,13 @@ import pytest
 
 from assistream_flask import events
 from assistream_flask.errors import RunError
+from assistream_flask.events import Json
 from assistream_flask.log.protocol import EventId
 from assistream_flask.platform.interrupt import Interrupted
 from assistream_flask.runs.active_run import ActiveRun, Checkpoint, Phase
 from assistream_flask.runs.message_accumulator import Ending, MessageAccumulator, Stop
 from assistream_flask.store.sql import Owner
+from assistream_flask.upstream.answer_stream import AnswerStream
 from assistream_flask.upstream.deltas import End, Text
 from tests.conftest import examples
 
@@ -138,6 +140,16 @@ def test_whatever_is_done_with_a_run_no_phase_comes_back_and_it_ends_once() -> N
             before = active.phase
         assert ends <= 1
         assert active.is_over == (ends == 1)
+
+
+def test_a_stream_that_told_only_what_was_delivered_has_come_further_all_the_same(active: ActiveRun) -> None:
+    class Known(AnswerStream):
+        def state(self) -> Json:
+            return {"sequence": 9}
+
+    began(active).read(Known(None))
+    active.catch_up()
+    assert active.resume_state == {"sequence": 9}
 
 
 def test_what_is_stored_is_elsewhere_until_it_is_stored_as_of_the_log_that_tells_it() -> None:

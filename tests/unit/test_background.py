@@ -187,18 +187,6 @@ def test_a_worker_of_an_older_release_knows_that_a_text_was_told_in_pieces() -> 
             assert carried(stream.state())["told_by"] == "delta"
 
 
-def test_what_a_worker_of_an_older_release_told_is_not_told_again() -> None:
-    server = Habits(ANSWER)
-    with server.client() as client:
-        stream, got = begin(client), Got()
-        assert read_lists(stream, got, 12)
-        state = carried(stream.state())
-        slots = [slot for slot in state["slots"] if slot[0] != "thought"]
-        older = {name: state[name] for name in ("response_id", "sequence", "told_by", "paragraph")}
-        assert read(resume(client, {**older, "slots": slots}), got) is None
-    assert got.parts == TOLD
-
-
 @pytest.mark.parametrize("window", [300, 0])
 def test_each_list_may_be_told_by_a_process_of_its_own(window: float) -> None:
     with OfflineServer(FULL, delay=0.01, stream_window=window) as server, quick_client(server) as client:
@@ -443,6 +431,64 @@ def test_at_every_event_of_any_server_another_process_gets_exactly_the_rest(habi
         assert whole.parts == TOLD
         assert whole.notes == [(0, NOTES[0]), (0, NOTES[0]), (3, NOTES[1])]
         assert take_over_everywhere(client, whole) > 15
+
+
+@pytest.mark.parametrize("habit", HABITS)
+def test_what_a_worker_of_an_older_release_told_is_not_told_again(habit: str) -> None:
+    server = HABITS[habit]()
+    with server.client() as client:
+        stream, got = begin(client), Got()
+        assert read_lists(stream, got, 12)
+        state = carried(stream.state())
+        slots = [slot for slot in state["slots"] if slot[0] != "thought"]
+        older = {name: state[name] for name in ("response_id", "sequence", "told_by", "paragraph")}
+        assert read(resume(client, {**older, "slots": slots}), got) is None
+    assert got.parts == TOLD
+
+
+def spoken(*words: str) -> list[Json]:
+    return [
+        {"type": "response.created", "response": {"id": "resp_1"}},
+        *({"type": "response.output_text.delta", "output_index": 0, "delta": word} for word in words),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "whole", "rest"),
+    [
+        ((" Good", " morning", ".  "), ["Good morning."], ""),
+        (("Good", " morning."), ["Good", " morning."], ""),
+        (("Good", " morning"), ["Good morning, all."], ", all."),
+    ],
+    ids=["without the blanks around it", "in two parts", "with more"],
+)
+@pytest.mark.parametrize("streams", [True, False])
+def test_an_answer_that_is_told_in_another_form_the_second_time_is_told_once(
+    words: tuple[str, ...], whole: list[str], rest: str, streams: bool
+) -> None:
+    output = [message({"type": "output_text", "text": text}) for text in whole]
+    server = Habits(spoken(*words), numbered=False, streams=streams)
+    with server.client() as client:
+        stream, got = begin(client), Got()
+        assert read_lists(stream, got, 1 + len(words))
+        server.events = [
+            {"type": "response.created", "response": {"id": "resp_1"}},
+            {"type": "response.completed", "response": {"id": "resp_1", "status": "completed", "output": output}},
+        ]
+        server.final = [as_sent({"status": "completed", "output": output})]
+        assert read(resume(client, stream.state()), got) is None
+    assert got.parts == {("Text", 0): "".join(words) + rest}
+
+
+def test_an_answer_that_is_told_again_to_an_assistant_of_another_name_has_its_mark_off() -> None:
+    server = Habits(spoken("[Tutor]", "\n", "Hello", " there"), numbered=False)
+    with server.client() as client:
+        stream, got = answer_stream.open(client, ASSISTANT, TURNS, 5, ["Tutor"]), Got()
+        assert read_lists(stream, got, 2)
+        state = carried(stream.state())
+        assert read(answer_stream.resume(client, ASSISTANT, state, 5, every=0.01, names=["Teacher"]), got) is None
+    assert got.parts["Text", 0].startswith("Hello there")
+    assert "Tutor" not in got.parts["Text", 0]
 
 
 @pytest.mark.parametrize("habit", HABITS)
