@@ -157,13 +157,13 @@ def main() -> None:
     run(python_of(VENV), "-m", "ruff", "check", ".")
     run(python_of(VENV), "-m", "ruff", "format", "--check", ".")
     run(python_of(VENV), "-m", "mypy")
+    # The tests wait a third of their time: more processes than cores.
     if options.quick:
-        test(python_of(VENV), "--numprocesses=4", "-m", NO_SERVER, *UNIT_AND_CONTRACT, *selection, **FEW_TRIALS)
+        test(python_of(VENV), "--numprocesses=6", "-m", NO_SERVER, *UNIT_AND_CONTRACT, *selection, **FEW_TRIALS)
         return
     # Anew, and any warning is an error: a link that leads nowhere, a docstring that cannot be read.
     site = ROOT / "build" / "docs"
     run(python_of(VENV), "-m", "sphinx", "-E", "-W", "--keep-going", "-q", "-b", "html", ROOT / "docs", site)
-    # They wait a third of their time: more processes than cores.
     test(python_of(VENV), "--numprocesses=6", *selection)
     # A selection may be of none of the next, which pytest takes for a failure.
     if not selection:

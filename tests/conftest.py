@@ -45,10 +45,13 @@ def examples(count: int) -> int:
 APART = (
     "test_complaints",
     "test_crashes",
+    "test_failing_servers",
     "test_fast",
     "test_leaks",
     "test_live",
     "test_locked_database",
+    "test_pace",
+    "test_runner",
     "test_runtime",
     "test_worker_restart",
 )
