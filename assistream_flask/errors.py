@@ -16,6 +16,7 @@ RUN_ERRORS: Final[dict[str, str]] = {
     "insufficient_quota": "The model server's quota or balance is used up. The app's operator must top it up.",
     "content_filter": "The model server's content filter refused the question. Put it differently.",
     "model_loading": "The model is still loading. Try again in a minute.",
+    "server_busy": "The server has too many answers under way. Try again in a moment.",
     "empty_answer": "The model gave no answer. Try again.",
     "upstream_unauthorized": "The model server refused this app's credentials. "
     "The app's operator must check OPENAI_API_KEY.",

@@ -27,6 +27,7 @@ class Settings:
     max_runs: int = _setting(50, "runs a caller may have waiting or under way", 1)
     max_streams: int = _setting(50, "event streams a caller may have open in a worker", 1)
     worker_streams: int = _setting(0, "event streams a worker has open at most; 0: nine tenths of its connections")
+    worker_runs: int = _setting(900, "answers a worker has under way; more wait, and callers take turns", 1)
     max_assistants: int = _setting(16, "assistants that one POST may ask", 1)
     stall_seconds: float = _setting(60.0, "a run fails when the model server sends no byte for so long", 0.1)
     run_seconds: float = _setting(600.0, "a run fails when it takes longer", 0.1)

@@ -23,6 +23,7 @@ from .active_run import ActiveRun
 from .checkpointer import Checkpointer
 from .delta_publisher import DeltaPublisher
 from .message_accumulator import Ending
+from .run_slots import RunSlots, Ticket
 from .thread_history import RunRequest
 from .worker import Worker
 
@@ -31,6 +32,8 @@ _log = logging.getLogger(__name__)
 _BROKEN: Final = ("upstream_cut", "upstream_ended_early", "upstream_stalled", "upstream_unreachable", "upstream_error")
 """How the connection to a response can fail that goes on in the background."""
 _TRIES: Final = 6
+# So long a wait for a slot goes on by itself where nothing can throw into it.
+_SLOT_SECONDS: Final = 1.0
 _UNWANTED: Final = ("cancelled", "failed", "incomplete")
 
 T = TypeVar("T")
@@ -43,6 +46,7 @@ class Executor:
     def __init__(self, worker: Worker, checkpointer: Checkpointer, viewers: Callable[[], int]) -> None:
         self._worker, self._checkpointer = worker, checkpointer
         pace = worker.settings.pace_seconds
+        self._slots = RunSlots(worker.settings.worker_runs)
         self._publisher = DeltaPublisher(worker.appender, pace, viewers, _only_grows, worker.throttle)
 
     def close(self) -> None:
@@ -51,7 +55,9 @@ class Executor:
 
     def perform(self, active: ActiveRun) -> None:
         """Do the run from its beginning to its end, or to where another worker has it."""
+        ticket = self._slots.ask(active.owner)
         try:
+            self._wait_for_slot(active, ticket)
             self._begin(active)
             self._rounds(active)
         except Interrupted:
@@ -64,6 +70,7 @@ class Executor:
             self.end(active, RunError("server_error", said=repr(error)))
         finally:
             active.close()
+            self._slots.give_back(active.owner, ticket)
             if active.resume_state is not None and not active.is_left and active.run["status"] in _UNWANTED:
                 # It goes on in the background otherwise, and is paid.
                 self._cancel_upstream(active, active.resume_state)
@@ -73,6 +80,14 @@ class Executor:
             answer_stream.cancel(_request(active).client(), state)
         except Exception as error:
             self._worker.throttle.error(_log, error, "the background response of run %s may go on", active.id)
+
+    def _wait_for_slot(self, active: ActiveRun, ticket: Ticket) -> None:
+        """Wait, queued, until fewer runs ask their model servers than the worker may have. Raises
+        :class:`Interrupted`."""
+        while not active.waits.wait(partial(ticket.has_slot.wait, _SLOT_SECONDS)):
+            if self._worker.stopping.is_set():
+                self.leave(active)
+                raise Interrupted
 
     def _begin(self, active: ActiveRun) -> None:
         """Tell that the run is in progress. Raises :class:`Interrupted` where it is not this worker's to do."""
@@ -138,6 +153,9 @@ class Executor:
                 # Without what was raised: its traceback has the whole history.
                 said = RunError(error.code, said=error.said)
                 self._patiently(active, lambda: self._change(active, lambda: active.wait_for_model(said)))
+            return True
+        if error.code == "server_busy" and not active.pacing.has_begun:
+            # Nothing was asked: until there is a connection, or the run's time is over.
             return True
         if active.resume_state is None or error.code not in _BROKEN or tries > _TRIES:
             return False

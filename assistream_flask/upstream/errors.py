@@ -156,6 +156,9 @@ def of_exception(error: Exception, otherwise: str) -> RunError:
     """Give the run's error for what the SDK, its transport or a stream's iterator raised; ``otherwise`` is the code
     for what is none of theirs."""
     said = f"{error!r}, from {error.__cause__!r}" if error.__cause__ is not None else repr(error)
+    if isinstance(error.__cause__ or error, httpx2.PoolTimeout):
+        # Nothing was sent: the client's connections are all taken.
+        return RunError("server_busy", said=said)
     if isinstance(error, openai.APITimeoutError) or timed_out(error):
         # A time-out that came before there was a connection.
         early = isinstance(error.__cause__, httpx2.ConnectTimeout)
