@@ -25,6 +25,7 @@ class Settings:
     max_history_chars: int = _setting(1_000_000, "characters of a thread that a model is sent, the newest messages", 1)
     max_history_messages: int = _setting(1_000, "messages of a thread that a model is sent, the newest", 1)
     max_runs: int = _setting(50, "runs a caller may have waiting or under way", 1)
+    max_bytes: int = _setting(10_000_000, "bytes of messages a caller may write in a minute", 1)
     max_streams: int = _setting(50, "event streams a caller may have open in a worker", 1)
     worker_streams: int = _setting(0, "event streams a worker has open at most; 0: nine tenths of its connections")
     worker_runs: int = _setting(900, "answers a worker has under way; more wait, and callers take turns", 1)
@@ -38,6 +39,11 @@ class Settings:
     flush_seconds: float = _setting(2.0, "growing text is stored at least so often", 0.05)
     log_events: int = _setting(10_000, "newest events a thread's log keeps for viewers that come back", 200)
     log_bytes: int = _setting(8 << 20, "bytes a thread's log keeps at most, about", 65_536)
+    log_memory: int = _setting(
+        256 << 20,
+        "bytes that all threads' logs in a worker's memory keep at most, about; those nobody views go first",
+        1 << 20,
+    )
     log_seconds: float = _setting(600.0, "a thread's log is kept so long after its last event or viewer", 1)
     slow_seconds: float = _setting(8.0, "a viewer is cut off that takes nothing for so long", 0.1)
     drain_seconds: float = _setting(10.0, "at shutdown, runs under way may finish for so long")

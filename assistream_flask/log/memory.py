@@ -16,7 +16,8 @@ from .thread_buffer import ThreadBuffer, ThreadBuffers
 
 
 class MemoryLog:
-    """Keeps at most ``max_events`` and ``max_bytes`` a thread, none older than ``max_age`` seconds, see :class:`..Log`.
+    """Keeps at most ``max_events`` and ``max_bytes`` a thread, none older than ``max_age`` seconds, see :class:`..Log`;
+    and of all threads together about ``max_memory`` bytes.
 
     ``clock`` gives seconds and is for tests.
     """
@@ -28,11 +29,13 @@ class MemoryLog:
         *,
         max_events: int = 10_000,
         max_bytes: int = 8 << 20,
+        max_memory: int = 256 << 20,
         max_age: float = 600,
         clock: Callable[[], float] = time.monotonic,
         throttle: LogThrottle | None = None,
     ) -> None:
         self._max_events, self._max_bytes, self._max_age = max_events, max_bytes, max_age
+        self._max_memory, self._unlooked = max_memory, 0
         self._threads = ThreadBuffers(lambda: ThreadBuffer(_epoch()), clock, throttle)
 
     def append(self, thread_id: str, events: Sequence[Event], claim: Claim | None = None) -> EventId:
@@ -54,12 +57,30 @@ class MemoryLog:
                     offset += 1
                     told.append((name, key, sse.encode(name, dumps(data), f"{epoch}-{offset}")))
                 buffer.add(self._threads.clock(), told)
+                self._unlooked += sum(len(frame) for *_, frame in told)
                 buffer.trim(1 if is_last else self._max_events, self._max_bytes, 0)
                 buffer.gone, event_id = is_last, buffer.event_id
             buffer.wake()
             return event_id
         finally:
             self._threads.leave(buffer)
+            # To look at all threads each time would cost more than all else.
+            if self._unlooked > self._max_memory // 16:
+                self._unlooked = 0
+                self._shed()
+
+    def _shed(self) -> None:
+        """Drop records where there are too many bytes of them: of threads that nobody uses first, the longest unused
+        before the others. Their viewers come back to a snapshot."""
+        buffers = sorted((buffer for _, buffer in self._threads.all()), key=lambda one: (one.users > 0, one.touched))
+        excess = sum(buffer.size for buffer in buffers) - self._max_memory
+        for buffer in buffers:
+            if excess <= 0:
+                return
+            with buffer.guard:
+                before = buffer.size
+                buffer.trim(self._max_events, max(0, before - excess) if buffer.users else 0, 0)
+                excess -= before - buffer.size
 
     def append_all(self, told: Sequence[AppendRequest]) -> Sequence[EventId | None]:
         # Nobody else can take a lock.

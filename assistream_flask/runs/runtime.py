@@ -23,6 +23,7 @@ from ..platform.log_throttle import LogThrottle
 from ..settings import Settings
 from ..store.leases import Leases
 from ..store.sql import Owner, ThreadStore
+from .byte_budget import ByteBudget
 from .notifier import Listener, Notifier
 from .runner import Runner
 from .shared_snapshots import ReadLimit, SharedSnapshots
@@ -84,6 +85,7 @@ class Runtime:
         )
         self.log.listen(self.runner.attend)
         self.arrivals = ReadLimit()
+        self.budget = ByteBudget(settings.max_bytes)
         self.streams: dict[object, int] = {}
         self.open_streams = 0
         self._left: deque[object] = deque()
@@ -233,6 +235,7 @@ def _log_of(settings: Settings, throttle: LogThrottle) -> Log:
         return MemoryLog(
             max_events=settings.log_events,
             max_bytes=settings.log_bytes,
+            max_memory=settings.log_memory,
             max_age=settings.log_seconds,
             throttle=throttle,
         )

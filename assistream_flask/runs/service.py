@@ -139,6 +139,7 @@ class OwnedThread:
         """
         message = None
         if command.content is not None:
+            self._runtime.budget.take(self.owner, len(command.content.encode()))
             message = events.message(self.id, "user", [events.text_part(command.content)])
         try:
             started = self._runtime.runner.submit(self.owner, self.id, message, command.asked, command.mode, answer)
