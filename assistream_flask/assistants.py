@@ -6,12 +6,15 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-from .errors import ConfigurationError
+from .errors import ConfigurationError, meant
 from .types import AssistantSummary
 from .upstream.dialects import DIALECTS
 
 _ID: Final = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 _OURS: Final = frozenset({"input", "messages", "thread", "stream", "timeout", "conversation", "previous_response_id"})
+_OWN: Final = frozenset(
+    {"model", "instructions", "name", "description", "upstream", "background", "system_role", "max_history"}
+)
 
 
 class Assistant:
@@ -21,7 +24,8 @@ class Assistant:
     ``name`` and ``description`` are public. ``upstream`` is the dialect: ``"responses"``
     (``client.responses.create``), ``"chat"`` (``client.chat.completions.create``) or ``"assistants"``
     (``client.beta.threads.create_and_run``, with ``id`` or ``assistant_id=`` naming the ``asst_…``).
-    Any other keyword is passed on to that call, see the OpenAI API reference.
+    Any other keyword is passed on to that call, see the OpenAI API reference; what only your model server knows goes
+    into ``extra_body={...}``.
 
     ``system_role=False`` is for a model whose chat template has no system role (such as Gemma's): the instructions go
     into the first user's turn. ``max_history`` limits what of a thread it is sent, the oldest messages left out: a
@@ -112,6 +116,21 @@ def _check(
         raise ConfigurationError(f"Assistant {id!r}: tools are not supported yet; remove tools=")
     if taken := sorted(_OURS & arguments.keys()):
         raise ConfigurationError(f"Assistant {id!r}: {', '.join(taken)} is set by assistream for every run; remove it")
+    _check_keywords(id, upstream, arguments)
+
+
+def _check_keywords(id: object, upstream: str, arguments: Mapping[str, Any]) -> None:
+    """Raise where the SDK would refuse an argument, which would else fail each run."""
+    taken = DIALECTS[upstream].keywords() if arguments else None
+    if taken is None:
+        return
+    for name in sorted(arguments.keys() - taken):
+        near = meant(name, (taken | _OWN) - _OURS)
+        raise ConfigurationError(
+            f"Assistant {id!r}: {name}= is no argument of the SDK's call for upstream={upstream!r}: "
+            + (f"write {near}=, or, " if near else "remove it, or, ")
+            + f'where your model server knows it, extra_body={{"{name}": ...}}'
+        )
 
 
 def _check_background(id: object, upstream: str, arguments: Mapping[str, Any]) -> None:

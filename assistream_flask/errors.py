@@ -6,7 +6,9 @@ sentences below, with a stable ``code`` it can act on.
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Collection
 from typing import Final
 
 from .types import ErrorBody, LastError
@@ -64,6 +66,11 @@ class RunError(AssistreamError):
     def public(self) -> LastError:
         """Give ``{"code", "message"}``, the shape of ``run.last_error`` in the Assistants v2 API."""
         return {"code": self.code, "message": str(self)}
+
+
+def meant(word: str, known: Collection[str], likeness: float = 0.65) -> str:
+    """Give the one of ``known`` that ``word`` most likely was to be, "" where none is like it."""
+    return next(iter(difflib.get_close_matches(word, known, 1, likeness)), "")
 
 
 def masked(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -87,6 +88,31 @@ class _Signals:
                     self._throttle.error(_log, error, "a receiver of the signal %s failed", notice.kind)
 
 
+_ASYNC: Final = (
+    "client= is an openai.AsyncOpenAI, and answers are read without asyncio: give an openai.OpenAI, or a callable "
+    "that makes one"
+)
+
+
+def _check_callable(name: str, given: object, count: int, or_else: str = "") -> None:
+    """Raise :class:`ConfigurationError` where what create_blueprint was ``given`` can't be called with so many
+    arguments, which would else fail each request."""
+    fix = f"give {or_else}a callable that takes " + (f"{count} arguments" if count else "no argument")
+    if not callable(given):
+        raise ConfigurationError(f"create_blueprint({name}=...) got {type(given).__name__}: {fix}")
+    if inspect.iscoroutinefunction(given):
+        raise ConfigurationError(f"create_blueprint({name}=...) got an async function, which nobody awaits: {fix}")
+    try:
+        signature = inspect.signature(given)
+    # A proxy asks what it stands for, which may be anything, or nothing yet.
+    except Exception:
+        return
+    try:
+        signature.bind(*[None] * count)
+    except TypeError as error:
+        raise ConfigurationError(f"create_blueprint({name}=...) cannot be called ({error}): {fix}") from None
+
+
 class Registration:
     """One blueprint as it is registered in an app: its assistants, owner and client."""
 
@@ -97,6 +123,16 @@ class Registration:
         client: Client | None,
         adopt: Adopt | None,
     ) -> None:
+        if not hasattr(assistants, "__iter__"):
+            _check_callable("assistants", assistants, 0, "a list, or ")
+        if owner is not None:
+            _check_callable("owner", owner, 0)
+        if adopt is not None:
+            _check_callable("adopt", adopt, 2)
+        if isinstance(client, openai.AsyncOpenAI) or client is openai.AsyncOpenAI:
+            raise ConfigurationError(_ASYNC)
+        if client is not None and not isinstance(client, openai.OpenAI):
+            _check_callable("client", client, 0, "an openai.OpenAI, or ")
         self._assistants = assistants
         self._adopt = adopt
         self.owner = owner
@@ -125,7 +161,10 @@ class Registration:
         if self._client is None or isinstance(self._client, openai.OpenAI):
             return new_client()
         with self.app.app_context():
-            return self._client()
+            made = self._client()
+        if isinstance(made, openai.AsyncOpenAI):
+            raise ConfigurationError(_ASYNC)
+        return made
 
     def listed(self, owner: Owner, assistant_ids: Sequence[str]) -> list[RunRequest | None]:
         """Find assistants for the caller of a route: those of the current request, and no other."""

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Final
 
-from .errors import ConfigurationError
+from .errors import ConfigurationError, meant
+
+_log = logging.getLogger(__name__)
+
+_PREFIX: Final = "ASSISTREAM_"
 
 
 def _setting(default: Any, doc: str, minimum: float = 0) -> Any:
@@ -59,7 +64,7 @@ class Settings:
         """Take ``app.config``; numbers may be strings. Raises :class:`ConfigurationError`."""
         found: dict[str, Any] = {}
         for setting in fields(cls):
-            name = f"ASSISTREAM_{setting.name.upper()}"
+            name = _PREFIX + setting.name.upper()
             value = config.get(name)
             if value is None or value == "":
                 continue
@@ -81,3 +86,24 @@ class Settings:
                 "ASSISTREAM_REDIS_URL is set, and its client is not installed: pip install 'assistream-flask[redis]'"
             )
         return settings
+
+
+def check_names(config: Mapping[str, Any]) -> None:
+    """Raise :class:`ConfigurationError` for a name in ``app.config`` that is like a setting's and is none's: it would
+    change nothing, in silence. One that is like none, which may be the app's own, is only told in the log."""
+    known = {setting.name.upper() for setting in fields(Settings)}
+    for name in config:
+        wide = name.upper()
+        ours = wide.startswith(_PREFIX)
+        if name.startswith(_PREFIX) and name.removeprefix(_PREFIX) in known:
+            continue
+        # All of an app's settings are there: of another's only a slip in the prefix is ours to find.
+        near = (
+            meant(wide.removeprefix(_PREFIX), known)
+            if ours
+            else meant(wide, {_PREFIX + one for one in known}, 0.93).removeprefix(_PREFIX)
+        )
+        if near:
+            raise ConfigurationError(f"{name} in app.config is no setting of assistream: write {_PREFIX}{near}")
+        if ours:
+            _log.warning("%s in app.config is no setting of assistream, and changes nothing: remove it", name)

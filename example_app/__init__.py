@@ -34,7 +34,9 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
         PERMANENT_SESSION_LIFETIME=365 * 24 * 3600,
         SESSION_REFRESH_EACH_REQUEST=False,
     )
-    app.config.update({name: value for name, value in os.environ.items() if name.startswith("ASSISTREAM_")})
+    # One of them is for this app alone.
+    ours = (name for name in os.environ if name.startswith("ASSISTREAM_") and name != "ASSISTREAM_UPSTREAM")
+    app.config.update({name: os.environ[name] for name in ours})
     app.config.update(config or {})
     app.secret_key = app.secret_key or os.environ.get("SECRET_KEY") or _kept_secret(Path(app.instance_path))
 

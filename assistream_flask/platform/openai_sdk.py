@@ -1,7 +1,8 @@
-"""What is known of the OpenAI SDK beyond what it promises: where a request is seen before it is sent."""
+"""What is known of the OpenAI SDK beyond what it promises: where a request can be seen, and what a call takes."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -30,3 +31,14 @@ def on_request(client: openai.OpenAI, call: Callable[[httpx2.Request], None]) ->
         call(request)
 
     client._prepare_request = prepared  # type: ignore[method-assign]
+
+
+def keywords(call: Callable[..., Any]) -> frozenset[str] | None:
+    """Name what a method of the SDK takes; ``None`` where that is anything, or cannot be told."""
+    try:
+        parameters = inspect.signature(call).parameters
+    except (TypeError, ValueError):
+        return None
+    if any(one.kind in (one.VAR_KEYWORD, one.VAR_POSITIONAL) for one in parameters.values()):
+        return None
+    return frozenset(parameters) - {"self"}

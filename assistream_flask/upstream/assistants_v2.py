@@ -12,6 +12,7 @@ import openai
 
 from ..errors import RunError
 from ..events import Json
+from ..platform import openai_sdk
 from .deltas import Delta, End, Failed, Slots, as_object, indexed, inner, listed, reason, usage
 from .errors import failure, tells_failure
 from .protocol import ModelRequest
@@ -107,6 +108,13 @@ class Assistants:
     # An assistant of the server has one.
     needs_model: ClassVar[bool] = False
     can_resume: ClassVar[bool] = False
+
+    def keywords(self) -> frozenset[str] | None:
+        """Name what ``client.beta.threads.create_and_run`` takes."""
+        # The SDK imports it when it is first asked for.
+        from openai.resources.beta.threads import Threads
+
+        return openai_sdk.keywords(Threads.create_and_run)
 
     def create(self, client: openai.OpenAI, request: ModelRequest) -> Any:
         """Start a run on a thread of its own that holds the history, and give the SDK's stream."""

@@ -12,6 +12,7 @@ import openai
 
 from ..errors import RunError
 from ..events import Json
+from ..platform import openai_sdk
 from ..types import Usage
 from .deltas import STOP, TOOLS, Cut, Delta, End, Failed, Slots, inner, is_said, listed, meaning, usage
 from .errors import failure, tells_failure
@@ -237,6 +238,13 @@ class Chat:
     name: ClassVar[str] = "chat"
     needs_model: ClassVar[bool] = True
     can_resume: ClassVar[bool] = False
+
+    def keywords(self) -> frozenset[str] | None:
+        """Name what ``client.chat.completions.create`` takes."""
+        # The SDK imports it when it is first asked for.
+        from openai.resources.chat import Completions
+
+        return openai_sdk.keywords(Completions.create)
 
     def create(self, client: openai.OpenAI, request: ModelRequest) -> Any:
         """Start a completion, and give the SDK's stream."""

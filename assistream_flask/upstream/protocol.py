@@ -65,6 +65,10 @@ class Dialect(Protocol):
     """Whether an answer can go on in the background and be asked for again, as ``Assistant(background=True)`` wants
     it. True only for the Responses API so far, whose translator :mod:`.background` uses."""
 
+    def keywords(self) -> frozenset[str] | None:
+        """Name what the SDK's call takes, so that a misspelt argument is found; ``None`` where that is anything."""
+        ...
+
     def create(self, client: openai.OpenAI, request: ModelRequest) -> Any:
         """Ask the server, once, and give the SDK's stream. Raise whatever the SDK raises."""
         ...

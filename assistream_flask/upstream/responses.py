@@ -13,6 +13,7 @@ import openai
 
 from ..errors import RunError
 from ..events import Json
+from ..platform import openai_sdk
 from .deltas import Cut, Delta, End, Failed, Slots, as_object, indexed, inner, listed, reason, usage, words
 from .errors import failure, tells_failure
 from .event_reader import unpadded
@@ -351,6 +352,13 @@ class Responses:
     name: ClassVar[str] = "responses"
     needs_model: ClassVar[bool] = True
     can_resume: ClassVar[bool] = True
+
+    def keywords(self) -> frozenset[str] | None:
+        """Name what ``client.responses.create`` takes."""
+        # The SDK imports it when it is first asked for.
+        from openai.resources.responses import Responses as Resource
+
+        return openai_sdk.keywords(Resource.create)
 
     def create(self, client: openai.OpenAI, request: ModelRequest) -> Any:
         """Start a response, and give the SDK's stream."""

@@ -17,7 +17,7 @@ from ..extension import Adopt, Assistants, Assistream, Client, Registration, cur
 from ..fast import switches
 from ..log.protocol import LogUnavailableError
 from ..platform import gunicorn
-from ..settings import Settings
+from ..settings import Settings, check_names
 from ..store import database
 from . import answers, doctor, routes_events, routes_runs, routes_threads
 from .auth import Call, check_server, route
@@ -77,6 +77,7 @@ def _register(setup: BlueprintSetupState, part: Registration) -> None:
         )
     state = register(app, f"{setup.name_prefix}.{setup.name}".lstrip("."), part)
     # What cannot work is told now, not to the first visitor.
+    check_names(app.config)
     settings = Settings.read(app.config)
     switches.wanted(settings.fast)
     if settings.database_url:

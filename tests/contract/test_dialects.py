@@ -149,6 +149,9 @@ class Letters:
     needs_model: ClassVar[bool] = False
     can_resume: ClassVar[bool] = False
 
+    def keywords(self) -> frozenset[str] | None:
+        return None
+
     def create(self, client: openai.OpenAI, request: ModelRequest) -> Any:
         return iter([{"type": "letter", "letter": letter} for letter in request.turns[-1].text] + [{"type": "last"}])
 

@@ -9,6 +9,7 @@ import threading
 import time
 from typing import Any
 
+import openai
 import pytest
 from flask import Blueprint, Flask
 from flask.testing import FlaskClient
@@ -707,3 +708,86 @@ def test_a_system_that_does_not_say_what_it_is_serves_nevertheless(
     monkeypatch.setattr(platform, "platform", fail)
     app = make_app()
     assert [app.test_client().post("/assistream/threads").status_code for _ in range(2)] == [201, 201]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("ASSISTREAM_MAX_RUN", "ASSISTREAM_MAX_RUNS"),
+        ("ASSISTREAM_DATABASE_URI", "ASSISTREAM_DATABASE_URL"),
+        ("ASSISTREAM_REDIS", "ASSISTREAM_REDIS_URL"),
+        ("assistream_redis_url", "ASSISTREAM_REDIS_URL"),
+        ("ASISTREAM_REDIS_URL", "ASSISTREAM_REDIS_URL"),
+        ("ASSISTREAMREDIS_URL", "ASSISTREAM_REDIS_URL"),
+    ],
+)
+def test_a_misspelt_setting_is_refused_at_registration_with_the_one_that_was_meant(wrong: str, right: str) -> None:
+    app = Flask("settings")
+    app.config.update({"SECRET_KEY": "only for tests", wrong: "1"})
+    with pytest.raises(ConfigurationError, match=f"{wrong} in app.config is no setting of assistream: write {right}$"):
+        app.register_blueprint(create_blueprint([]))
+
+
+def test_of_a_name_that_is_like_no_setting_the_log_tells_and_an_apps_own_are_let_be(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    app = Flask("settings")
+    app.config.update(SECRET_KEY="only for tests", ASSISTREAM_TENANTS=3, ASSISTANT_REDIS_URL="r", DATABASE_URL="d")
+    app.register_blueprint(create_blueprint([]))
+    told = [record.getMessage() for record in caplog.records if record.name == "assistream_flask.settings"]
+    assert told == ["ASSISTREAM_TENANTS in app.config is no setting of assistream, and changes nothing: remove it"]
+
+
+async def _async_name() -> str:
+    return "me"
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"owner": "me"}, r"owner=.* got str: give a callable that takes no argument"),
+        ({"owner": lambda request: "me"}, r"owner=.* cannot be called .*request.*: give a callable that takes no arg"),
+        ({"owner": _async_name}, r"owner=.* got an async function, which nobody awaits: give a callable"),
+        ({"adopt": {"tutor": None}}, r"adopt=.* got dict: give a callable that takes 2 arguments"),
+        ({"adopt": lambda assistant_id: None}, r"adopt=.* cannot be called .*: give a callable that takes 2 arguments"),
+        ({"client": openai.AsyncOpenAI}, "AsyncOpenAI, and answers are read without asyncio: give an openai.OpenAI"),
+        ({"client": "sk-1"}, "client=.* got str: give an openai.OpenAI, or a callable that takes no argument"),
+        ({"client": lambda key: None}, "client=.* cannot be called"),
+        ({"assistants": Assistant("tutor", model="m")}, "assistants=.* got Assistant: give a list, or a callable"),
+        ({"assistants": None}, "assistants=.* got NoneType: give a list, or a callable"),
+        ({"assistants": lambda request: []}, "assistants=.* cannot be called"),
+    ],
+)
+def test_what_cannot_be_called_or_is_of_another_kind_is_refused_at_registration(
+    given: dict[str, Any], says: str
+) -> None:
+    app = Flask("given")
+    app.secret_key = "only for tests"
+    with pytest.raises(ConfigurationError, match=says):
+        app.register_blueprint(create_blueprint(**{"assistants": ASSISTANTS, **given}))
+
+
+def test_an_async_client_is_refused_also_where_a_callable_makes_it(
+    make_app: MakeApp, caplog: pytest.LogCaptureFixture
+) -> None:
+    with_it = create_blueprint(ASSISTANTS, client=openai.AsyncOpenAI(api_key="k"))  # type: ignore[arg-type]
+    app = Flask("given")
+    app.secret_key = "only for tests"
+    with pytest.raises(ConfigurationError, match="AsyncOpenAI, and answers are read without asyncio"):
+        app.register_blueprint(with_it)
+    caller = Caller(make_app(client=lambda: openai.AsyncOpenAI(api_key="k")))  # type: ignore[arg-type, return-value]
+    caller.run("tutor")
+    assert caller.wait()[-1]["run"]["last_error"]["code"] == "server_error"
+    assert "AsyncOpenAI, and answers are read without asyncio" in caplog.text
+
+
+def test_what_cannot_be_looked_at_is_taken_as_it_is(make_app: MakeApp) -> None:
+    class Hidden:
+        @property
+        def __signature__(self) -> str:
+            raise RuntimeError("a proxy for nothing yet")
+
+        def __call__(self) -> str:
+            return "me"
+
+    assert make_app(owner=Hidden()).test_client().get("/assistream/threads").status_code == 200

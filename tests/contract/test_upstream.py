@@ -14,6 +14,7 @@ import pytest
 
 from assistream_flask import Assistant, ConfigurationError, types
 from assistream_flask.errors import RUN_ERRORS, RunError
+from assistream_flask.platform import openai_sdk
 from assistream_flask.testing import FAULTS, OfflineServer, Reply
 from assistream_flask.upstream import answer_stream
 from assistream_flask.upstream.deltas import Annotation, End, Reasoning, Refusal, Text
@@ -303,8 +304,44 @@ def test_an_assistant_of_the_assistants_api_may_be_named_apart(server: OfflineSe
     assert server.requests[0].body["model"] == "m2"
 
 
-def test_an_argument_that_the_call_does_not_know_fails_the_run(client: openai.OpenAI, dialect: str) -> None:
-    assert ask(client, dialect, temprature=0.5).code == "server_error"
+@pytest.mark.parametrize(
+    ("argument", "says"),
+    [
+        (
+            "temprature",
+            r"temprature= is no argument of .*: write temperature=, or, .*extra_body=\{\"temprature\": \.\.\.\}",
+        ),
+        ("instruction", "write instructions=, or"),
+        ("max_histroy", "write max_history=, or"),
+        ("grammar", "remove it, or, where your model server knows it, extra_body="),
+    ],
+)
+def test_an_argument_that_the_call_does_not_know_is_refused_with_the_fix(
+    dialect: str, argument: str, says: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=says):
+        assistant(dialect, **{argument: 0.5})
+
+
+def test_what_the_sdk_takes_for_each_call_may_be_given(client: openai.OpenAI, dialect: str) -> None:
+    more: dict[str, Any] = {
+        "extra_body": {"grammar": "g"},
+        "extra_headers": {"X-A": "b"},
+        "extra_query": {"q": "1"},
+        "metadata": {},
+    }
+    assert ask(client, dialect, temperature=0.5, **more).code is None
+
+
+def test_where_the_sdks_call_takes_anything_so_does_an_assistant(dialect: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai_sdk, "keywords", lambda _: None)
+    assert assistant(dialect, temprature=0.5).arguments == {"temprature": 0.5}
+    monkeypatch.undo()
+
+    def anything(**more: object) -> None:
+        """Take what an instrumented client passes on."""
+
+    assert openai_sdk.keywords(anything) is None
 
 
 @pytest.mark.parametrize(
