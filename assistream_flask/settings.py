@@ -23,7 +23,9 @@ def _setting(default: Any, doc: str, minimum: float = 0) -> Any:
 class Settings:
     """All settings with their defaults. Seconds are seconds; a limit is per caller where it says so."""
 
-    database_url: str = _setting("", "SQLAlchemy URL; default: an SQLite file in the app's instance folder")
+    database_url: str = _setting(
+        "", "SQLAlchemy URL of an SQLite or PostgreSQL database; default: an SQLite file in the app's instance folder"
+    )
     database_pool: int = _setting(10, "connections that a worker may have open to PostgreSQL", 1)
     redis_url: str = _setting("", "URL of the Redis that has the event log; unset: it is in memory, for one worker")
     max_message_chars: int = _setting(100_000, "longest message, in characters", 1)

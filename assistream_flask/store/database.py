@@ -110,9 +110,28 @@ def _parsed(url: str) -> URL:
         raise _unusable(error) from error
     if parsed.drivername in ("postgres", "postgresql"):
         parsed = parsed.set(drivername=_PSYCOPG)
+    if parsed.get_backend_name() not in ("sqlite", "postgresql"):
+        # Locks and clocks differ from one to the next, and the statements are tried on these two only.
+        raise ConfigurationError(
+            f"ASSISTREAM_DATABASE_URL names a {parsed.get_backend_name()} database, and threads are kept in SQLite or "
+            "PostgreSQL only: give sqlite:////var/lib/app/assistream.sqlite3 or "
+            "postgresql://user:password@host/database; the app's own tables stay where they are"
+        )
+    if parsed.drivername != _PSYCOPG and _is_async(parsed):
+        raise ConfigurationError(
+            f"ASSISTREAM_DATABASE_URL names the driver {parsed.get_driver_name()}, which is for asyncio: "
+            f"give {parsed.get_backend_name()}:// without a driver"
+        )
     if parsed.drivername == _PSYCOPG and importlib.util.find_spec("psycopg") is None:
         raise _no_psycopg()
     return parsed
+
+
+def _is_async(url: URL) -> bool:
+    try:
+        return url.get_dialect().is_async
+    except sa.exc.NoSuchModuleError as error:
+        raise _unusable(error) from error
 
 
 def is_private(url: str) -> bool:

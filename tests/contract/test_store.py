@@ -158,6 +158,26 @@ def test_a_url_that_cannot_work_is_refused_with_what_to_do(bad: str) -> None:
             use(bad)
 
 
+@pytest.mark.parametrize("use", [ThreadStore, database.check])
+@pytest.mark.parametrize("name", ["mysql", "mysql+pymysql", "mariadb", "mariadb+pymysql", "oracle", "mssql+pyodbc"])
+def test_a_database_of_another_kind_is_refused_with_those_that_there_are(
+    name: str, use: Callable[[str], object]
+) -> None:
+    kind = name.partition("+")[0]
+    says = f"names a {kind} database, and threads are kept in SQLite or PostgreSQL only: give sqlite:///.* or postgresql://"
+    with pytest.raises(ConfigurationError, match=says) as error:
+        use(f"{name}://user:pa55@host/database")
+    assert "pa55" not in str(error.value)
+
+
+@pytest.mark.parametrize("use", [ThreadStore, database.check])
+@pytest.mark.parametrize("name", ["sqlite+aiosqlite", "postgresql+asyncpg", "postgresql+psycopg_async"])
+def test_a_driver_for_asyncio_is_refused_with_what_to_give(name: str, use: Callable[[str], object]) -> None:
+    backend, _, driver = name.partition("+")
+    with pytest.raises(ConfigurationError, match=f"the driver {driver}, which is for asyncio: give {backend}://"):
+        use(f"{name}://host/database")
+
+
 def test_stores_that_open_a_new_database_at_once_agree_on_its_schema(lasting: str) -> None:
     stores = at_once(8, lambda _: ThreadStore(lasting))
     assert [store for store in stores if not isinstance(store, ThreadStore)] == []
