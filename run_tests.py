@@ -9,8 +9,8 @@
     WRITE_STATIC=1 python3 run_tests.py -k helper  writes anew what is made from assistream.js, beside it
 
 Needs Python 3.11+ and nothing else. Everything goes into .venv, .venv-lowest and node_modules, all ignored by git.
-Caddy, Chromium, lighttpd, nginx, PostgreSQL and Redis are taken from the machine, or installed where this is Debian and
-we are root; their tests are skipped where they can't be had, but never when CI is set.
+Caddy, Chromium, lighttpd, nginx, PgBouncer, PostgreSQL and Redis are taken from the machine, or installed where this is
+Debian and we are root; their tests are skipped where they can't be had, but never when CI is set.
 """
 
 from __future__ import annotations
@@ -116,6 +116,7 @@ def install_programs() -> None:
         "lighttpd-mod-deflate": next(Path("/usr").glob("lib*/lighttpd/mod_deflate.so"), None),
         "redis-server": shutil.which("redis-server"),
         "nginx-light": shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin"),
+        "pgbouncer": shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin"),
         # Debian has it beside the PATH.
         "postgresql": shutil.which("initdb") or next(Path("/usr/lib/postgresql").glob("*/bin/initdb"), None),
     }

@@ -71,15 +71,19 @@ PATIENCE: Final = 15.0
 _POSTGRES_ARGUMENTS: Final = {
     "keepalives_count": 3,
     "client_encoding": "utf8",
+    # A pooler between, such as PgBouncer in transaction mode, gives each transaction to another server's session, which
+    # knows none of the statements that were prepared in the last one.
+    "prepare_threshold": None,
 }
 # The operator's own limits stay. Not as connection options: PgBouncer refuses those.
 _POSTGRES_LIMITS: Final = """
-SELECT set_config(name, value, false)
+SELECT set_config(name, value, {local})
 FROM (VALUES
-    ('statement_timeout', '{:.0f}'), ('lock_timeout', '{:.0f}'), ('idle_in_transaction_session_timeout', '30s')
+    ('statement_timeout', '{all:.0f}'), ('lock_timeout', '{lock:.0f}'), ('idle_in_transaction_session_timeout', '30s')
 ) AS ours (name, value)
 WHERE current_setting(name) = '0'
 """
+_POOLED: Final = "assistream_pooled"
 
 T = TypeVar("T")
 
@@ -173,8 +177,9 @@ def _engine(url: URL, pool: int, patience: float) -> Engine:
         sa.event.listen(engine, "connect", _sqlite_connect)
         sa.event.listen(engine, "begin", _sqlite_begin)
     elif url.drivername == _PSYCOPG:
-        limits = _POSTGRES_LIMITS.format(patience * 1000, patience * 1000 / 3)
-        sa.event.listen(engine, "connect", partial(_postgres_connect, limits))
+        limits = partial(_POSTGRES_LIMITS.format, all=patience * 1000, lock=patience * 1000 / 3)
+        sa.event.listen(engine, "connect", partial(_postgres_connect, limits(local="false")))
+        sa.event.listen(engine, "begin", partial(_postgres_begin, limits(local="true")))
     return engine
 
 
@@ -204,9 +209,19 @@ def _check_psycopg() -> None:
         )
 
 
-def _postgres_connect(limits: str, connection: Any, _: object) -> None:
-    connection.execute(limits)
+def _postgres_connect(limits: str, connection: Any, record: Any) -> None:
+    # A pooler tells a process id of its own making, as it has none of one server's.
+    (server,) = connection.execute("SELECT pg_backend_pid()").fetchone()
+    record.info[_POOLED] = server != connection.info.backend_pid
+    if not record.info[_POOLED]:
+        connection.execute(limits)
     connection.commit()
+
+
+def _postgres_begin(limits: str, connection: Connection) -> None:
+    # Set for good, the limits would go to whoever has that server's session next, and not with this transaction.
+    if connection.info[_POOLED]:
+        connection.exec_driver_sql(limits)
 
 
 class OneWriter(AbstractContextManager[None]):
