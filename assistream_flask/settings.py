@@ -78,16 +78,26 @@ class Settings:
             if kind is not str and not setting.metadata["minimum"] <= found[setting.name] < float("inf"):
                 raise ConfigurationError(f"{name} is {value!r}: give at least {setting.metadata['minimum']}")
         settings = cls(**found)
-        if settings.redis_url and not settings.redis_url.startswith(("redis://", "rediss://", "unix://")):
-            # Not the URL itself: it may have a password.
-            raise ConfigurationError(
-                "ASSISTREAM_REDIS_URL is no URL of a Redis: give redis://host:6379/0, or rediss://"
-            )
-        if settings.redis_url and importlib.util.find_spec("redis") is None:
-            raise ConfigurationError(
-                "ASSISTREAM_REDIS_URL is set, and its client is not installed: pip install 'assistream-flask[redis]'"
-            )
+        if settings.redis_url:
+            _check_redis(settings.redis_url)
         return settings
+
+
+def _check_redis(url: str) -> None:
+    # The messages don't have the URL itself: it may have a password.
+    scheme = url.partition("://")[0].lower()
+    for kind in ("Sentinel", "Cluster"):
+        if kind.lower() in scheme:
+            raise ConfigurationError(
+                f"ASSISTREAM_REDIS_URL names a Redis {kind}, which assistream cannot use: give one Redis that runs by "
+                "itself, redis://host:6379/0, or an address that leads to the primary wherever that is"
+            )
+    if scheme not in ("redis", "rediss", "unix") or "://" not in url:
+        raise ConfigurationError("ASSISTREAM_REDIS_URL is no URL of a Redis: give redis://host:6379/0, or rediss://")
+    if importlib.util.find_spec("redis") is None:
+        raise ConfigurationError(
+            "ASSISTREAM_REDIS_URL is set, and its client is not installed: pip install 'assistream-flask[redis]'"
+        )
 
 
 def check_names(config: Mapping[str, Any]) -> None:

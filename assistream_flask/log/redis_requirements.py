@@ -53,6 +53,11 @@ _ADVICE: Final[Sequence[tuple[str, str]]] = (
     (r"^OutOfMemoryError", "it is full: raise its maxmemory, or lower ASSISTREAM_LOG_SECONDS"),
     (r": MISCONF", "it cannot save to its disk, and takes no writes: run it with `--save ''`, or make room there"),
     (
+        "certificate verify failed",
+        "its certificate is of no authority that is known here: add ?ssl_ca_certs=/path/of/ca.pem to "
+        "ASSISTREAM_REDIS_URL",
+    ),
+    (
         r"^Authentication\w*Error",
         "it refuses the user or the password: correct ASSISTREAM_REDIS_URL and the password in it",
     ),

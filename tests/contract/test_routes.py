@@ -685,6 +685,24 @@ def test_a_setting_that_cannot_work_fails_the_registration(name: str, value: str
         app.register_blueprint(create_blueprint([]))
 
 
+@pytest.mark.parametrize(
+    ("scheme", "kind"),
+    [
+        ("redis+sentinel", "Sentinel"),
+        ("rediss+sentinel", "Sentinel"),
+        ("sentinel", "Sentinel"),
+        ("redis+cluster", "Cluster"),
+    ],
+)
+def test_a_url_of_a_redis_that_cannot_be_used_is_refused_with_what_can(scheme: str, kind: str) -> None:
+    app = Flask("settings")
+    app.config.update(SECRET_KEY="only for tests", ASSISTREAM_REDIS_URL=f"{scheme}://:pa55@a:26379,b:26379/mymaster/0")
+    says = f"names a Redis {kind}, which assistream cannot use: give one Redis that runs by itself, redis://"
+    with pytest.raises(ConfigurationError, match=says) as error:
+        app.register_blueprint(create_blueprint([]))
+    assert "pa55" not in str(error.value)
+
+
 def test_a_posts_own_stream_sends_no_ping_for_the_events_of_other_runs(
     make_app: MakeApp, server: OfflineServer
 ) -> None:

@@ -23,9 +23,10 @@ from assistream_flask.log.protocol import LogUnavailableError
 from assistream_flask.log.redis import RedisLog
 from tests.conftest import Caller, MakeApp, wait_until
 from tests.deploy.test_doctor import examine, failures
-from tests.programs import free_port
+from tests.programs import free_port, listening, program
 from tests.redis_server import DOCUMENTED, RedisServer, running_redis
 
+CERTIFICATE = Path(__file__).resolve().parent.parent / "localhost.pem"
 THREAD = "thread_" + "a" * 32
 RIGHTS = [right for right in DOCUMENTED.split() if right[0] in "+~&" and right != "-@all"]
 CLUSTER = "it is a Redis Cluster, or a Sentinel, which assistream cannot use: in ASSISTREAM_REDIS_URL give one Redis"
@@ -33,6 +34,7 @@ REPLICA = "it is a replica, which takes no writes: in ASSISTREAM_REDIS_URL give 
 SCRIPTS = "it lacks commands that are needed: in ASSISTREAM_REDIS_URL give a Redis that runs Lua scripts"
 FULL = "it is full: raise its maxmemory, or lower ASSISTREAM_LOG_SECONDS"
 DISK = "it cannot save to its disk, and takes no writes: run it with `--save ''`, or make room there"
+UNKNOWN = "its certificate is of no authority that is known here: add ?ssl_ca_certs="
 PASSWORD = "it refuses the user or the password: correct ASSISTREAM_REDIS_URL and the password in it"
 
 
@@ -157,6 +159,29 @@ def test_a_redis_cluster_is_named_and_what_to_do(
         error = answer.get_json()["error"]
         assert error["code"] == "log_unavailable"
         assert error["message"].startswith(f"The event log cannot be used: {CLUSTER}")
+
+
+def test_a_redis_sentinel_is_named_and_what_to_do(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    port = free_port()
+    file = tmp_path / "sentinel.conf"
+    file.write_text(f"port {port}\nbind 127.0.0.1\n")
+    with listening(tmp_path, port, program("redis-server"), file, "--sentinel"):
+        check_said(f"redis://127.0.0.1:{port}/0", CLUSTER, caplog)
+
+
+def test_a_user_with_the_documented_rights_works_over_tls_and_an_unknown_certificate_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    port = free_port()
+    options = ["--tls-port", str(port), "--tls-auth-clients", "no"]
+    for kind in ("cert", "key"):
+        options += [f"--tls-{kind}-file", str(CERTIFICATE)]
+    with running_redis(tmp_path, *options) as server:
+        plain = server.url_of(DOCUMENTED, 3)
+        url = plain.replace("redis://", "rediss://").replace(f"127.0.0.1:{server.port}", f"localhost:{port}")
+        with logging_to(f"{url}?ssl_ca_certs={CERTIFICATE}") as log:
+            wait_until(lambda: works(log))
+        check_said(url, UNKNOWN, caplog)
 
 
 def test_a_replica_is_named_and_works_once_it_is_the_primary(
