@@ -34,7 +34,9 @@ class Settings:
     max_runs: int = _setting(50, "runs a caller may have waiting or under way", 1)
     max_bytes: int = _setting(10_000_000, "bytes of messages a caller may write in a minute", 1)
     max_streams: int = _setting(50, "event streams a caller may have open in a worker", 1)
-    worker_streams: int = _setting(0, "event streams a worker has open at most; 0: nine tenths of its connections")
+    worker_streams: int = _setting(
+        0, "event streams a worker has open at most; 0: nine tenths of its connections, or of its server's threads"
+    )
     worker_runs: int = _setting(900, "answers a worker has under way; more wait, and callers take turns", 1)
     max_assistants: int = _setting(16, "assistants that one POST may ask", 1)
     stall_seconds: float = _setting(60.0, "a run fails when the model server sends no byte for so long", 0.1)
@@ -53,7 +55,9 @@ class Settings:
     )
     log_seconds: float = _setting(600.0, "a thread's log is kept so long after its last event or viewer", 1)
     slow_seconds: float = _setting(8.0, "a viewer is cut off that takes nothing for so long", 0.1)
-    drain_seconds: float = _setting(10.0, "at shutdown, runs under way may finish for so long")
+    drain_seconds: float = _setting(
+        10.0, "at shutdown, runs under way may finish for so long; none where Werkzeug's reloader ends it"
+    )
     fast: str = _setting(
         "on",
         "what is there only for speed: `on`, `off`, or what is to be off, each with a minus: `-chunk_reader`, "

@@ -53,6 +53,7 @@ APART = (
     "test_pace",
     "test_runner",
     "test_runtime",
+    "test_threaded",
     "test_worker_restart",
 )
 

@@ -18,7 +18,7 @@ from ..events import new_id
 from ..fast.install import install
 from ..log.memory import MemoryLog
 from ..log.protocol import Log
-from ..platform import gunicorn
+from ..platform import gunicorn, threaded
 from ..platform.log_throttle import LogThrottle
 from ..settings import Settings
 from ..store.leases import Leases
@@ -149,7 +149,8 @@ class Runtime:
         self._begin_stop()
         with self._stop_guard:
             if not self._stopped.is_set():
-                self.runner.shutdown.stop(self.settings.drain_seconds)
+                # Who develops waits for the next process, and not for answers.
+                self.runner.shutdown.stop(0 if threaded.is_reloaded() else self.settings.drain_seconds)
                 # Only now: while runs drain, they are this worker's, and their text is stored.
                 self._stopped.set()
                 until = time.monotonic() + 5
@@ -206,10 +207,14 @@ class Runtime:
         self._count_out()
         return allowed
 
-    def full(self) -> bool:
-        """Tell whether the worker has as many streams as it can, so that commands still find a connection."""
-        most = self.settings.worker_streams or (gunicorn.setting("worker_connections") or 1_000_000) * 9 // 10
-        return self.open_streams >= most
+    def full(self, server: threaded.ThreadedServer | None = None, entered: int = 0) -> bool:
+        """Tell whether the worker has as many streams as it can, beside those just ``entered``, so that commands still
+        find a connection, or one of the threads of a ``server`` that has few."""
+        wanted = self.settings.worker_streams
+        most = wanted or (gunicorn.setting("worker_connections") or 1_000_000) * 9 // 10
+        if server is not None:
+            most = min(most, server.most_streams(wanted))
+        return self.open_streams - entered >= most
 
     def leave_stream(self, caller: object) -> None:
         """Count a stream out."""

@@ -13,7 +13,7 @@ from flask import Response, current_app, request, session
 
 from ..errors import RequestError
 from ..extension import SESSION_KEY, Registration, current_assistream
-from ..platform import gunicorn
+from ..platform import gunicorn, threaded
 from ..runs.runtime import Runtime
 from ..runs.service import Service
 from ..store.sql import Owner
@@ -61,7 +61,8 @@ def route(view: Callable[..., Response], *, is_crowded: bool = False) -> Callabl
 
 def check_server() -> None:
     """Refuse what would fail in silence, and say so in the log too."""
-    fix = gunicorn.unfit(request.environ, bool(current_app.config.get("ASSISTREAM_REDIS_URL")))
+    shared = bool(current_app.config.get("ASSISTREAM_REDIS_URL"))
+    fix = gunicorn.unfit(request.environ, shared) or threaded.unfit(request.environ)
     if fix is not None:
         throttle().warn(_log, "assistream cannot serve as the server runs: %s", fix[1], level=logging.ERROR)
         # Not 503: trying again does not help.

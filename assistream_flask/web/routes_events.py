@@ -11,6 +11,7 @@ from .. import sse
 from ..errors import RequestError
 from ..fast import direct_send
 from ..log.protocol import EventId
+from ..platform import threaded
 from ..runs.service import OwnedThread
 from . import event_streams
 from .answers import argument
@@ -33,12 +34,18 @@ def streamed(call: Call, start: Callable[[event_streams.Send], event_streams.Fra
         return Response(headers=sse.HEADERS)
     if runtime.stopping.is_set():
         raise RequestError(503, "shutting_down", "The server restarts. Try again.", retry_after=1)
-    if runtime.full():
-        raise RequestError(503, "server_full", "The server has too many event streams open. Try again.", retry_after=5)
+    server = threaded.server(request.environ)
+    if server is not None:
+        threaded.warn(server, server.most_streams(settings.worker_streams))
+    if runtime.full(server):
+        raise _full(server)
     if not runtime.enter_stream(call.owner):
         fix = f"You may have {settings.max_streams} event streams open. Close one, such as a tab."
         raise RequestError(429, "too_many_streams", fix, retry_after=5)
     try:
+        # Of several that came at once each may have found room for one.
+        if server is not None and runtime.full(server, 1):
+            raise _full(server)
         # Closed when a heartbeat stays unacknowledged for nine tenths of the interval: before the second one after it.
         peer = direct_send.ViewerConnection(request.environ, settings.slow_seconds, 0.9 * settings.heartbeat_seconds)
         stream = start(peer.send)
@@ -48,6 +55,16 @@ def streamed(call: Call, start: Callable[[event_streams.Send], event_streams.Fra
         raise
     g.assistream_body = direct_send.Body(first, stream, peer, lambda: runtime.leave_stream(call.owner))
     return _Streamed(g.assistream_body, headers=sse.HEADERS)
+
+
+def _full(server: threaded.ThreadedServer | None) -> RequestError:
+    said = "The server has too many event streams open. Try again."
+    if server is not None:
+        said = (
+            f"The server answers {server.requests} requests at once, and as many of them are event streams as may be. "
+            f"Try again. If that is too few: {server.fix}."
+        )
+    return RequestError(503, "server_full", said, retry_after=5)
 
 
 def let_go(error: BaseException | None) -> None:
