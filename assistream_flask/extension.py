@@ -30,6 +30,7 @@ from .runs.thread_history import RunRequest
 from .settings import Settings
 from .store.sql import Owner
 from .types import Entry, Run, Thread
+from .upstream.as_given import as_given
 from .upstream.items import Names
 
 _log = logging.getLogger(__name__)
@@ -122,6 +123,7 @@ class Registration:
         owner: Callable[[], str | None] | None,
         client: Client | None,
         adopt: Adopt | None,
+        read: str = "bytes",
     ) -> None:
         if not hasattr(assistants, "__iter__"):
             _check_callable("assistants", assistants, 0, "a list, or ")
@@ -133,6 +135,12 @@ class Registration:
             raise ConfigurationError(_ASYNC)
         if client is not None and not isinstance(client, openai.OpenAI):
             _check_callable("client", client, 0, "an openai.OpenAI, or ")
+        if read not in ("bytes", "sdk"):
+            raise ConfigurationError(f'create_blueprint(read={read!r}): give "bytes" or "sdk"')
+        self._is_as_given = read == "sdk"
+        if self._is_as_given and isinstance(client, openai.OpenAI):
+            # What it refuses is told now.
+            as_given(client)
         self._assistants = assistants
         self._adopt = adopt
         self.owner = owner
@@ -155,11 +163,13 @@ class Registration:
 
     def client(self) -> openai.OpenAI:
         """Give the client, made when it is first needed: in the worker, never before a fork."""
-        return self._client if isinstance(self._client, openai.OpenAI) else self._made.get()
+        found = self._client if isinstance(self._client, openai.OpenAI) else self._made.get()
+        return as_given(found) if self._is_as_given else found
 
     def _make(self) -> openai.OpenAI:
         if self._client is None or isinstance(self._client, openai.OpenAI):
-            return new_client()
+            made = new_client()
+            return made.with_options(max_retries=0) if self._is_as_given else made
         with self.app.app_context():
             made = self._client()
         if isinstance(made, openai.AsyncOpenAI):

@@ -30,6 +30,7 @@ def create_blueprint(
     client: Client | None = None,
     adopt: Adopt | None = None,
     name: str = "assistream",
+    read: str = "bytes",
 ) -> Blueprint:
     """Give the blueprint to register in an app, under any ``url_prefix``.
 
@@ -41,11 +42,15 @@ def create_blueprint(
     context but without a request, where it goes on with another worker's run, for an id that no list has. Registered
     under two names, the two share nothing.
 
+    ``read="sdk"`` asks with the client as it is given, and iterates over the SDK's own streams, so that tracing that is
+    wrapped around a client or the SDK, as OpenTelemetry's is, sees whole answers; that costs many times what reading
+    their bytes does. The client must not try again by itself: ``OpenAI(max_retries=0)``.
+
     Raises :class:`ConfigurationError`, here or at registration.
     """
     blueprint = Blueprint(name, __name__, cli_group="assistream")
     blueprint.cli.command("doctor")(doctor.command(lambda: _patient(current_assistream)))
-    blueprint.record(lambda setup: _register(setup, Registration(assistants, owner, client, adopt)))
+    blueprint.record(lambda setup: _register(setup, Registration(assistants, owner, client, adopt, read)))
     blueprint.register_error_handler(RequestError, answers.request_error)
     blueprint.register_error_handler(HTTPException, answers.http_error)
     blueprint.register_error_handler(SQLAlchemyError, answers.store_error)
