@@ -114,6 +114,30 @@ def _check_callable(name: str, given: object, count: int, or_else: str = "") -> 
         raise ConfigurationError(f"create_blueprint({name}=...) cannot be called ({error}): {fix}") from None
 
 
+def _check_given(assistants: object, owner: object, client: object, adopt: object, read: str) -> None:
+    """Raise :class:`ConfigurationError` for what create_blueprint was given and cannot work."""
+    if callable(assistants) or not hasattr(assistants, "__iter__"):
+        _check_callable("assistants", assistants, 0, "a list, or ")
+    if isinstance(owner, LocalProxy):
+        raise ConfigurationError(
+            "create_blueprint(owner=...) got a proxy, such as current_user: give a callable, such as "
+            "lambda: current_user.get_id()"
+        )
+    if owner is not None:
+        _check_callable("owner", owner, 0)
+    if adopt is not None:
+        _check_callable("adopt", adopt, 2)
+    if isinstance(client, openai.AsyncOpenAI) or client is openai.AsyncOpenAI:
+        raise ConfigurationError(_ASYNC)
+    if client is not None and not isinstance(client, openai.OpenAI):
+        _check_callable("client", client, 0, "an openai.OpenAI, or ")
+    if read not in ("bytes", "sdk"):
+        raise ConfigurationError(f'create_blueprint(read={read!r}): give "bytes" or "sdk"')
+    if read == "sdk" and isinstance(client, openai.OpenAI):
+        # What it refuses is told now.
+        as_given(client)
+
+
 class Registration:
     """One blueprint as it is registered in an app: its assistants, owner and client."""
 
@@ -125,22 +149,8 @@ class Registration:
         adopt: Adopt | None,
         read: str = "bytes",
     ) -> None:
-        if not hasattr(assistants, "__iter__"):
-            _check_callable("assistants", assistants, 0, "a list, or ")
-        if owner is not None:
-            _check_callable("owner", owner, 0)
-        if adopt is not None:
-            _check_callable("adopt", adopt, 2)
-        if isinstance(client, openai.AsyncOpenAI) or client is openai.AsyncOpenAI:
-            raise ConfigurationError(_ASYNC)
-        if client is not None and not isinstance(client, openai.OpenAI):
-            _check_callable("client", client, 0, "an openai.OpenAI, or ")
-        if read not in ("bytes", "sdk"):
-            raise ConfigurationError(f'create_blueprint(read={read!r}): give "bytes" or "sdk"')
+        _check_given(assistants, owner, client, adopt, read)
         self._is_as_given = read == "sdk"
-        if self._is_as_given and isinstance(client, openai.OpenAI):
-            # What it refuses is told now.
-            as_given(client)
         self._assistants = assistants
         self._adopt = adopt
         self.owner = owner

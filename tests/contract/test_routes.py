@@ -13,6 +13,7 @@ import openai
 import pytest
 from flask import Blueprint, Flask
 from flask.testing import FlaskClient
+from werkzeug.local import LocalProxy
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.test import Client
@@ -765,6 +766,7 @@ async def _async_name() -> str:
     [
         ({"owner": "me"}, r"owner=.* got str: give a callable that takes no argument"),
         ({"owner": lambda request: "me"}, r"owner=.* cannot be called .*request.*: give a callable that takes no arg"),
+        ({"owner": LocalProxy(lambda: "me")}, r"owner=.* got a proxy, .*: give a callable, .* current_user.get_id\(\)"),
         ({"owner": _async_name}, r"owner=.* got an async function, which nobody awaits: give a callable"),
         ({"adopt": {"tutor": None}}, r"adopt=.* got dict: give a callable that takes 2 arguments"),
         ({"adopt": lambda assistant_id: None}, r"adopt=.* cannot be called .*: give a callable that takes 2 arguments"),

@@ -200,5 +200,5 @@ def test_the_client_that_is_made_where_none_is_given_asks_once_too(
 def test_another_way_to_read_is_refused_with_those_that_there_are() -> None:
     app = Flask("read")
     app.secret_key = "only for tests"
-    with pytest.raises(ConfigurationError, match='read=\'events\'.*: give "bytes" or "sdk"'):
+    with pytest.raises(ConfigurationError, match=r"read='events'.*: give .bytes. or .sdk."):
         app.register_blueprint(create_blueprint([], read="events"))
