@@ -51,6 +51,8 @@ def create_blueprint(
     blueprint.register_error_handler(SQLAlchemyError, answers.store_error)
     blueprint.register_error_handler(LogUnavailableError, answers.log_error)
     blueprint.register_error_handler(Exception, answers.unexpected)
+    # For what answers.json_answer has not made: Flask's own OPTIONS, what has no body, and an app's abort(response).
+    blueprint.after_request(answers.private)
     blueprint.teardown_request(routes_events.let_go)
     for endpoint, file in (("helper", "assistream.js"), ("helper_min", "assistream.min.js")):
         blueprint.add_url_rule(f"/{file}", endpoint, _helper, defaults={"file": file})
@@ -94,7 +96,6 @@ def _register(setup: BlueprintSetupState, part: Registration) -> None:
 def _helper(file: str, **_: str) -> Response:
     response = send_from_directory(os.path.join(os.path.dirname(os.path.dirname(__file__)), "static"), file)
     response.mimetype = "text/javascript"
-    response.headers["X-Content-Type-Options"] = "nosniff"
     return response
 
 

@@ -154,6 +154,20 @@ def test_a_caller_without_a_name_gets_401_on_every_route_but_the_helper_files(ma
                 refused(someone.open(method, world.filled(rule), body), 401, "unauthenticated")
 
 
+@pytest.mark.parametrize("who", ["owner", "nobody"])
+def test_nothing_but_the_helper_may_be_kept_and_nothing_taken_for_another_type(
+    app: Flask, world: World, who: str
+) -> None:
+    someone: Someone = getattr(world, who)
+    for method, rule, body in [*verbs(app), ("GET", f"{P}/nowhere", None), ("PUT", f"{P}/threads", None)]:
+        for accept in ("*/*", "text/event-stream"):
+            answer = someone.open(method, world.filled(rule), body, Accept=accept)
+            kept = rule in HELPER and method != "OPTIONS"
+            assert ("no-store" in answer.headers["Cache-Control"]) is not kept, (method, rule, answer.headers)
+            assert answer.headers["X-Content-Type-Options"] == "nosniff", (method, rule, answer.headers)
+            answer.close()
+
+
 def test_a_thread_of_another_and_one_that_does_not_exist_are_answered_alike(app: Flask, world: World) -> None:
     compared = 0
     for method, rule, body in verbs(app):
