@@ -124,7 +124,7 @@ def _kept_secret(folder: Path) -> str:
     """Give the key in the instance folder; made by whichever worker comes first, then read by all."""
     kept = folder / "secret_key"
     if not kept.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(0o700, parents=True, exist_ok=True)
         mine = folder / f".secret_key.{os.getpid()}.{secrets.token_hex(4)}"
         with open(os.open(mine, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_hex(32))

@@ -14,6 +14,7 @@ from flask import Flask, request
 from werkzeug.test import Client, TestResponse
 
 from assistream_flask import Assistant, ConfigurationError, create_blueprint
+from assistream_flask.runs.runtime import default_database
 from assistream_flask.testing import OfflineServer
 from tests.conftest import MakeApp, wait_until
 from tests.http_helpers import P, named, read, refused
@@ -299,6 +300,21 @@ def test_the_owners_own_refusal_is_the_apps_answer(make_app: MakeApp) -> None:
 def test_what_apps_give_for_nobody_is_nobody(make_app: MakeApp, nobody: Any) -> None:
     client = make_app(owner=lambda: nobody).test_client()
     assert client.post(f"{P}/threads", json={}).status_code == 401
+
+
+def test_folders_and_keys_that_are_made_for_an_app_are_its_users_alone(tmp_path: Path) -> None:
+    from example_app import _kept_secret
+
+    makers: list[Callable[[Path], str]] = [_kept_secret, lambda folder: default_database(str(folder))]
+    for at, make in enumerate(makers):
+        folder = tmp_path / "instances" / str(at)
+        make(folder)
+        assert folder.stat().st_mode & 0o777 == 0o700
+        assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} <= {0o600}
+        folder.chmod(0o750)
+        make(folder)
+        assert folder.stat().st_mode & 0o777 == 0o750
+    assert (tmp_path / "instances" / "0" / "secret_key").exists()
 
 
 def test_a_deleted_threads_text_is_nowhere_in_the_database(make_app: MakeApp, tmp_path: Path) -> None:
