@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dotenv import load_dotenv
-from flask import Flask, Response, make_response, render_template, session
+from flask import Flask, Response, make_response, render_template, request, session
+from flask.sessions import SecureCookieSessionInterface
 from openai import OpenAI
 
 from assistream_flask import Assistant, create_blueprint
@@ -21,11 +22,18 @@ CONTENT_SECURITY_POLICY = (
 )
 
 
+class _Sessions(SecureCookieSessionInterface):
+    def get_cookie_secure(self, app: Flask) -> bool:
+        # Whoever tries it out over plain HTTP would have no session else; a proxy that ends TLS says so to gunicorn.
+        return request.is_secure or super().get_cookie_secure(app)
+
+
 def create_app(config: Mapping[str, Any] | None = None) -> Flask:
     load_dotenv(Path.cwd() / ".env")
     offline = not (os.environ.get("OPENAI_API_KEY") or os.environ.get("OPENAI_BASE_URL"))
 
     app = Flask(__name__)
+    app.session_interface = _Sessions()
     app.config.update(
         SESSION_COOKIE_NAME="assistream_example",
         SESSION_COOKIE_SAMESITE="Lax",
