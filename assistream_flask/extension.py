@@ -108,10 +108,20 @@ class Registration:
 
     def caller(self) -> str | None:
         """Give the name of the current request's caller, ``None`` for nobody."""
-        if self.owner is not None:
-            return values.owner_name(self.owner())
-        name = session.get(SESSION_KEY)
-        return name if isinstance(name, str) else None
+        if self.owner is None:
+            name = session.get(SESSION_KEY)
+            return name if isinstance(name, str) else None
+        named = self.owner()
+        try:
+            name = values.owner_name(named)
+        except ValueError as error:
+            raise ConfigurationError(f"owner= gave {error}") from None
+        if isinstance(named, str) and named.startswith(values.HASHED):
+            raise ConfigurationError(
+                f"owner= gave a name that begins with {values.HASHED!r}, as names do that are too long to be stored: "
+                "give ids of the app's own that begin otherwise"
+            )
+        return name
 
     def assistants(self) -> dict[str, Assistant]:
         """Give the assistants of the current request."""
@@ -313,7 +323,11 @@ class Commands:
         return service.open(who, thread_id)
 
     def _open(self, owner: str) -> tuple[Service, Owner]:
-        name, scope = values.owner_name(owner), self._name()
+        scope = self._name()
+        try:
+            name = values.owner_name(owner)
+        except ValueError as error:
+            raise values.invalid(f"'owner' is {error}.") from None
         if name is None:
             raise values.invalid("'owner' must be the name of a user, as owner= of create_blueprint gives it.")
         return Service(self._runtime_of(), self._parts[scope].known), Owner(scope, name)
