@@ -76,8 +76,15 @@ def _caller(part: Registration, scope: str) -> Owner | None:
 
 
 def someone(call: Call) -> Owner:
-    """Give the caller, who is given a name where the session is to have one."""
+    """Give the caller, who is given a name where the session is to have one. Raise :class:`RequestError` where a link,
+    or another site's page, asks."""
     if call.owner is not None:
         return call.owner
+    if request.headers.get("Sec-Fetch-Mode") == "navigate" or request.headers.get("Sec-Fetch-Site") == "cross-site":
+        # No cookie that is SameSite=Strict comes along: a new session would take the place of the user's, and sign
+        # them out.
+        raise RequestError(
+            401, "unauthenticated", "This address is for the app's own pages to ask. Open the app's page, not this one."
+        )
     session[SESSION_KEY] = secrets.token_hex(16)
-    return Owner(request.blueprint or "", session[SESSION_KEY])
+    return Owner(request.blueprint or "", call.part.caller() or "")

@@ -105,7 +105,8 @@ def _assistants(call: Call) -> Response:
 
 def _patient(state: Assistream) -> doctor.Patient:
     """Give what the doctor looks at."""
-    return doctor.Patient(state.settings(), state.parts, current_app.secret_key, state.patched)
+    has_logins = hasattr(current_app, "login_manager")
+    return doctor.Patient(state.settings(), state.parts, current_app.secret_key, state.patched, has_logins=has_logins)
 
 
 def _doctor(**_: str) -> Response:
