@@ -34,12 +34,13 @@ def create_blueprint(
     """Give the blueprint to register in an app, under any ``url_prefix``.
 
     ``assistants`` is a list, or a callable that gives the list for the current request. ``owner`` names the
-    caller of the current request (``None``: nobody, answered 401); without it a random id in Flask's signed
-    session does, which needs ``SECRET_KEY``. ``client`` is an ``openai.OpenAI``, or a callable that makes one in
-    the worker; without it ``OpenAI()``, so ``OPENAI_API_KEY`` and ``OPENAI_BASE_URL`` count. ``adopt`` takes the id of
-    an assistant and the name of a thread's owner, and give the assistant, or ``None``: a worker asks it, in the app's
-    context but without a request, where it goes on with another worker's run, for an id that no list has. Registered
-    under two names, the two share nothing.
+    caller of the current request by a text, a whole number or a UUID (``None``: nobody, answered 401), and is asked
+    again while an event stream is open; without it a random id in Flask's signed session does, which needs
+    ``SECRET_KEY``. ``client`` is an ``openai.OpenAI``, or a callable that makes one in the worker; without it
+    ``OpenAI()``, so ``OPENAI_API_KEY`` and ``OPENAI_BASE_URL`` count. ``adopt`` takes the id of an assistant and the
+    name of a thread's owner, and give the assistant, or ``None``: a worker asks it, in the app's context but without a
+    request, where it goes on with another worker's run, for an id that no list has. Registered under two names, the two
+    share nothing.
 
     Raises :class:`ConfigurationError`, here or at registration.
     """
