@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import logging
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, Final, TypeVar
@@ -43,6 +45,8 @@ T = TypeVar("T")
 EXTENSION: Final = "assistream"
 SESSION_KEY: Final = "assistream_owner"
 """Where Flask's session has the caller's name, where the app gives none."""
+_HOLDER_KEY: Final = "assistream_holder"
+"""Where it has which of the app's users that name is."""
 
 _SIGNALS: Final = Namespace()
 
@@ -60,6 +64,30 @@ run_ended: NamedSignal = _SIGNALS.signal(
     """Sent when the end of a run was stored, with ``run`` and its whole ``message``. A run that is deleted with its
     thread has none.""",
 )
+
+
+def _session_name() -> str | None:
+    """Give the name that Flask's session has for the caller, ``None`` where it has none.
+
+    Where the app has Flask-Login, the name is the user's who signs in first. For whoever comes after them in the same
+    browser, signed in or not, another is made of it, which is the same when they come again.
+    """
+    name = session.get(SESSION_KEY)
+    if not isinstance(name, str):
+        return None
+    user, holder = _signed_in(), session.get(_HOLDER_KEY)
+    # Of the user no more than this: the cookie can be read by the next one.
+    theirs = hashlib.sha256(f"{name} {user!r}".encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    if holder is None and user is not None:
+        session[_HOLDER_KEY] = holder = theirs
+    return name if holder in (None, theirs) else theirs
+
+
+def _signed_in() -> str | None:
+    """Give the id of Flask-Login's user, ``None`` where nobody is signed in or the app has no Flask-Login."""
+    login = sys.modules.get("flask_login") if hasattr(current_app, "login_manager") else None
+    user = getattr(login, "current_user", None)
+    return str(user.get_id()) if user is not None and user.is_authenticated else None
 
 
 class _Signals:
@@ -162,10 +190,19 @@ class Registration:
 
     def caller(self) -> str | None:
         """Give the name of the current request's caller, ``None`` for nobody."""
-        if self.owner is not None:
-            return values.owner_name(self.owner())
-        name = session.get(SESSION_KEY)
-        return name if isinstance(name, str) else None
+        if self.owner is None:
+            return _session_name()
+        named = self.owner()
+        try:
+            name = values.owner_name(named)
+        except ValueError as error:
+            raise ConfigurationError(f"owner= gave {error}") from None
+        if isinstance(named, str) and named.startswith(values.HASHED):
+            raise ConfigurationError(
+                f"owner= gave a name that begins with {values.HASHED!r}, as names do that are too long to be stored: "
+                "give ids of the app's own that begin otherwise"
+            )
+        return name
 
     def assistants(self) -> dict[str, Assistant]:
         """Give the assistants of the current request."""
@@ -372,7 +409,11 @@ class Commands:
         return service.open(who, thread_id)
 
     def _open(self, owner: str) -> tuple[Service, Owner]:
-        name, scope = values.owner_name(owner), self._name()
+        scope = self._name()
+        try:
+            name = values.owner_name(owner)
+        except ValueError as error:
+            raise values.invalid(f"'owner' is {error}.") from None
         if name is None:
             raise values.invalid("'owner' must be the name of a user, as owner= of create_blueprint gives it.")
         return Service(self._runtime_of(), self._parts[scope].known), Owner(scope, name)

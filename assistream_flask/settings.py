@@ -42,6 +42,9 @@ class Settings:
     stall_seconds: float = _setting(60.0, "a run fails when the model server sends no byte for so long", 0.1)
     run_seconds: float = _setting(600.0, "a run fails when it takes longer", 0.1)
     heartbeat_seconds: float = _setting(15.0, "a `ping` goes out when nothing else did for so long", 0.05)
+    stream_seconds: float = _setting(
+        900.0, "a thread's event stream ends after so long at most, and the page comes back as who it is then", 1
+    )
     pace_seconds: float = _setting(
         0.033, "with more than 20 answers or viewers, an answer is told so often; 0: as it comes"
     )

@@ -11,7 +11,8 @@ from typing import Final, NamedTuple
 
 HEADERS: Final[dict[str, str]] = {
     "Content-Type": "text/event-stream; charset=utf-8",
-    "Cache-Control": "no-cache, no-transform",
+    "Cache-Control": "no-cache, no-store, no-transform",
+    "X-Content-Type-Options": "nosniff",
     # The one switch that stops nginx from buffering a response; no-transform does not.
     "X-Accel-Buffering": "no",
 }

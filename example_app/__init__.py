@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dotenv import load_dotenv
-from flask import Flask, Response, make_response, render_template, session
+from flask import Flask, Response, make_response, render_template, request, session
+from flask.sessions import SecureCookieSessionInterface
 from openai import OpenAI
 
 from assistream_flask import Assistant, create_blueprint
@@ -21,11 +22,18 @@ CONTENT_SECURITY_POLICY = (
 )
 
 
+class _Sessions(SecureCookieSessionInterface):
+    def get_cookie_secure(self, app: Flask) -> bool:
+        # Whoever tries it out over plain HTTP would have no session else; a proxy that ends TLS says so to gunicorn.
+        return request.is_secure or super().get_cookie_secure(app)
+
+
 def create_app(config: Mapping[str, Any] | None = None) -> Flask:
     load_dotenv(Path.cwd() / ".env")
     offline = not (os.environ.get("OPENAI_API_KEY") or os.environ.get("OPENAI_BASE_URL"))
 
     app = Flask(__name__)
+    app.session_interface = _Sessions()
     app.config.update(
         SESSION_COOKIE_NAME="assistream_example",
         SESSION_COOKIE_SAMESITE="Lax",
@@ -126,7 +134,7 @@ def _kept_secret(folder: Path) -> str:
     """Give the key in the instance folder; made by whichever worker comes first, then read by all."""
     kept = folder / "secret_key"
     if not kept.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(0o700, parents=True, exist_ok=True)
         mine = folder / f".secret_key.{os.getpid()}.{secrets.token_hex(4)}"
         with open(os.open(mine, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_hex(32))

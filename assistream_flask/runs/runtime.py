@@ -257,7 +257,7 @@ def _log_of(settings: Settings, throttle: LogThrottle) -> Log:
 
 
 def default_database(instance_path: str) -> str:
-    """Give the URL of the SQLite file in the app's instance folder, which is created."""
+    """Give the URL of the SQLite file in the app's instance folder, which is created, for this user alone."""
     folder = Path(instance_path)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(0o700, parents=True, exist_ok=True)
     return f"sqlite:///{folder / 'assistream.sqlite3'}"

@@ -62,7 +62,7 @@ class Service:
         """Give ``owner``'s threads that are older than the thread ``before``, newest first, and whether there are
         more. Raises :class:`RequestError` for a ``limit`` beyond 1 to 200, :class:`NotFoundError` where ``before`` is
         none of them."""
-        found = self.runtime.store.threads(owner, values.limit(limit), _an_id(before))
+        found = self.runtime.store.threads(self._met(owner), values.limit(limit), _an_id(before))
         if found is None:
             raise NotFoundError("thread_not_found", "'before' must be the id of one of your threads.")
         return found
@@ -70,7 +70,7 @@ class Service:
     def open(self, owner: Owner | None, thread_id: str) -> OwnedThread:
         """Give ``owner``'s thread, for all that is done with it. Raises :class:`NotFoundError` where there is none, or
         it is another's, or nobody asks."""
-        if not (owner and values.ID.fullmatch(thread_id) and self.runtime.store.owns(owner, thread_id)):
+        if not (owner and values.ID.fullmatch(thread_id) and self.runtime.store.owns(self._met(owner), thread_id)):
             raise no_thread()
         return OwnedThread(self.runtime, self._find, owner, thread_id)
 
@@ -78,6 +78,7 @@ class Service:
         """Delete all that is stored of ``owner``: threads with their messages and runs, which are stopped, the events
         in their logs, and the answers that are remembered for Idempotency-Keys."""
         store = self.runtime.store
+        self._met(owner)
         while True:
             found = store.threads(owner, values.MOST_ENTRIES, None)
             threads = found[0] if found else []
@@ -86,6 +87,13 @@ class Service:
             for thread in threads:
                 self.runtime.runner.delete(thread["id"])
         store.forget_owner(owner)
+
+    def _met(self, owner: Owner) -> Owner:
+        """Give ``owner``, who has what an earlier release stored under their hash alone."""
+        former = values.former_name(owner.name)
+        if former is not None:
+            self.runtime.store.rename_owner(Owner(owner.scope, former), owner)
+        return owner
 
 
 class OwnedThread:

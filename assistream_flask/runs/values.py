@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from typing import Final
+from uuid import UUID
 
 from .. import events
 from ..errors import RequestError
@@ -12,6 +13,8 @@ from ..events import Json
 
 ID: Final = re.compile(r"(thread|msg|run)_[0-9a-f]{32}")
 """Ids as :func:`..events.new_id` makes them. What is none is nobody's, and not for every database to read."""
+HASHED: Final = "assistream-sha256:"
+"""What a hashed name begins with, and no name that an app gives: that one could be another's hash."""
 MOST_ENTRIES: Final = 200
 """Entries, or threads, that a page may have."""
 
@@ -27,16 +30,27 @@ def storable(text: str) -> bool:
 
 
 def owner_name(named: object) -> str | None:
-    """Give the name that the store has for who the app says is the caller; ``None`` for nobody.
+    """Give the name that the store has for who the app says is the caller; ``None`` for nobody. Raises ``ValueError``,
+    which says what to give, for what is no id.
 
     A name is an id: one that the store's column cannot hold is hashed, as one that is cut could be another's.
     """
     # Apps give "" and False for nobody too, and all nobodies would share such a name.
-    if named is None or named == "" or isinstance(named, bool):
+    if named is None or isinstance(named, bool) or (isinstance(named, str) and not named):
         return None
+    if isinstance(named, int) and not named:
+        raise ValueError("0, which many apps mean nobody by: give None for nobody, else the user's id as a text")
+    # What other objects say of themselves can change, or be the same for two.
+    if not isinstance(named, (str, int, UUID)):
+        raise ValueError(f"a {type(named).__name__}: give the user's id, a text or a whole number, and None for nobody")
     name = str(named)
     fits = len(name) <= 255 and storable(name)
-    return name if fits else hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
+    return name if fits else HASHED + hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def former_name(name: str) -> str | None:
+    """Give the name that earlier releases stored for an owner whose ``name`` is hashed, ``None`` for any other."""
+    return name.removeprefix(HASHED) if name.startswith(HASHED) else None
 
 
 def content(value: object, limit: int) -> str:

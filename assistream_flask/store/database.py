@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sqlite3
 import sys
 import threading
@@ -94,8 +95,11 @@ def open_engine(url: str, pool: int, patience: float = PATIENCE) -> Engine:
 
     Raises :class:`ConfigurationError` for a URL that cannot work.
     """
-    engine = _engine(_parsed(url), pool, patience)
+    parsed = _parsed(url)
+    engine = _engine(parsed, pool, patience)
     _check_psycopg()
+    if parsed.get_backend_name() == "sqlite" and not _in_memory(parsed):
+        _make_private(str(parsed.database))
     return engine
 
 
@@ -141,6 +145,19 @@ def _is_async(url: URL) -> bool:
 def is_private(url: str) -> bool:
     """Tell whether no other process can see the database: it is in this one's memory."""
     return _in_memory(_parsed(url))
+
+
+def _make_private(file: str) -> None:
+    """Create a new SQLite file for this user alone: conversations are in it. What SQLite puts beside it has its mode.
+
+    A file that is there keeps the mode that the operator gave it, and one that is named by a URI is SQLite's to create.
+    """
+    if file.startswith("file:"):
+        return
+    # A folder that is not there, or not to be written to, is told by SQLite itself. Only what nobody has open yet is
+    # opened here: to close a file is to give up all locks that this process has on it.
+    with suppress(OSError):
+        os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
 
 
 def _in_memory(url: URL) -> bool:

@@ -602,6 +602,16 @@ class ThreadStore:
         except sa.exc.IntegrityError as error:
             raise AnsweredBefore from error
 
+    def rename_owner(self, former: Owner, owner: Owner) -> None:
+        """Give ``owner`` the threads of ``former``; where there are any, forget the answers ``former`` was given."""
+        theirs = [(table.c.scope == former.scope, table.c.owner == former.name) for table in (threads, answers)]
+        with self._read() as connection:
+            if connection.execute(sa.select(threads.c.number).where(*theirs[0]).limit(1)).first() is None:
+                return
+        with self._write() as connection:
+            connection.execute(threads.update().where(*theirs[0]).values(owner=owner.name))
+            connection.execute(answers.delete().where(*theirs[1]))
+
     def forget_owner(self, owner: Owner) -> None:
         """Drop all answers that ``owner`` was given."""
         with self._write() as connection:

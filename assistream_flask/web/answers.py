@@ -28,8 +28,13 @@ NOTHING: Final = "There is nothing at this address. assistream's README says whe
 
 def json_answer(value: object, status: int = 200) -> Response:
     """Answer with ``value`` as JSON, which nothing on the way may keep."""
-    response = Response(events.dumps(value) + "\n", status, mimetype="application/json")
-    response.headers["Cache-Control"] = "no-store"
+    return private(Response(events.dumps(value) + "\n", status, mimetype="application/json"))
+
+
+def private(response: Response) -> Response:
+    """Have nobody keep ``response``, or take it for another type, where it does not say otherwise itself."""
+    response.headers.setdefault("Cache-Control", "no-store")
+    response.headers.setdefault("X-Content-Type-Options", "nosniff")
     return response
 
 

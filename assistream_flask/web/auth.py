@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import secrets
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import wraps
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from flask import Response, current_app, request, session
+from sqlalchemy.exc import SQLAlchemyError
+from werkzeug.exceptions import HTTPException
 
 from ..errors import RequestError
 from ..extension import SESSION_KEY, Registration, current_assistream
@@ -21,6 +24,11 @@ from . import validation
 from .answers import throttle
 
 _log = logging.getLogger(__name__)
+
+
+# The first request's own: what reads its body and what was made of it.
+_NOT_AGAIN: Final = {"wsgi.input", "werkzeug.request", "werkzeug.socket", "gunicorn.socket"}
+_NO_ANSWER: Final = {429, 502, 503, 504}
 
 
 class Call(NamedTuple):
@@ -76,9 +84,47 @@ def _caller(part: Registration, scope: str) -> Owner | None:
     return None if name is None else Owner(scope, name)
 
 
+def asking_again(call: Call) -> Callable[[], bool]:
+    """Give what asks the app once more, as the present request did, whether ``call.owner`` is who calls.
+
+    The app's ``before_request`` functions and ``owner=`` are asked, in a request of their own with the present one's
+    headers. What is away then is no answer, and leaves things as they are.
+    """
+    app, scope, complaints = call.part.app, request.blueprint or "", throttle()
+    environ = {key: value for key, value in request.environ.items() if key not in _NOT_AGAIN}
+
+    def ask() -> bool:
+        try:
+            with app.request_context({**environ, "wsgi.input": io.BytesIO(), "CONTENT_LENGTH": "0"}):
+                given = app.preprocess_request()
+                if given is None:
+                    return _caller(call.part, scope) == call.owner
+                status = app.make_response(given).status_code
+        except HTTPException as error:
+            status = error.get_response().status_code
+        except RequestError as error:
+            status = error.status
+        except (OSError, SQLAlchemyError) as error:
+            complaints.error(_log, error, "it could not be asked who looks at an event stream")
+            return True
+        except Exception as error:
+            complaints.error(_log, error, "an event stream ended, as asking who looks at it failed")
+            return False
+        return status in _NO_ANSWER
+
+    return ask
+
+
 def someone(call: Call) -> Owner:
-    """Give the caller, who is given a name where the session is to have one."""
+    """Give the caller, who is given a name where the session is to have one. Raise :class:`RequestError` where a link,
+    or another site's page, asks."""
     if call.owner is not None:
         return call.owner
+    if request.headers.get("Sec-Fetch-Mode") == "navigate" or request.headers.get("Sec-Fetch-Site") == "cross-site":
+        # No cookie that is SameSite=Strict comes along: a new session would take the place of the user's, and sign
+        # them out.
+        raise RequestError(
+            401, "unauthenticated", "This address is for the app's own pages to ask. Open the app's page, not this one."
+        )
     session[SESSION_KEY] = secrets.token_hex(16)
-    return Owner(request.blueprint or "", session[SESSION_KEY])
+    return Owner(request.blueprint or "", call.part.caller() or "")

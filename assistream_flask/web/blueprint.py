@@ -35,12 +35,13 @@ def create_blueprint(
     """Give the blueprint to register in an app, under any ``url_prefix``.
 
     ``assistants`` is a list, or a callable that gives the list for the current request. ``owner`` names the
-    caller of the current request (``None``: nobody, answered 401); without it a random id in Flask's signed
-    session does, which needs ``SECRET_KEY``. ``client`` is an ``openai.OpenAI``, or a callable that makes one in
-    the worker; without it ``OpenAI()``, so ``OPENAI_API_KEY`` and ``OPENAI_BASE_URL`` count. ``adopt`` takes the id of
-    an assistant and the name of a thread's owner, and give the assistant, or ``None``: a worker asks it, in the app's
-    context but without a request, where it goes on with another worker's run, for an id that no list has. Registered
-    under two names, the two share nothing.
+    caller of the current request by a text, a whole number or a UUID (``None``: nobody, answered 401), and is asked
+    again while an event stream is open; without it a random id in Flask's signed session does, which needs
+    ``SECRET_KEY``. ``client`` is an ``openai.OpenAI``, or a callable that makes one in the worker; without it
+    ``OpenAI()``, so ``OPENAI_API_KEY`` and ``OPENAI_BASE_URL`` count. ``adopt`` takes the id of an assistant and the
+    name of a thread's owner, and give the assistant, or ``None``: a worker asks it, in the app's context but without a
+    request, where it goes on with another worker's run, for an id that no list has. Registered under two names, the two
+    share nothing.
 
     ``read="sdk"`` asks with the client as it is given, and iterates over the SDK's own streams, so that tracing that is
     wrapped around a client or the SDK, as OpenTelemetry's is, sees whole answers; that costs many times what reading
@@ -56,6 +57,8 @@ def create_blueprint(
     blueprint.register_error_handler(SQLAlchemyError, answers.store_error)
     blueprint.register_error_handler(LogUnavailableError, answers.log_error)
     blueprint.register_error_handler(Exception, answers.unexpected)
+    # For what answers.json_answer has not made: Flask's own OPTIONS, what has no body, and an app's abort(response).
+    blueprint.after_request(answers.private)
     blueprint.teardown_request(routes_events.let_go)
     for endpoint, file in (("helper", "assistream.js"), ("helper_min", "assistream.min.js")):
         blueprint.add_url_rule(f"/{file}", endpoint, _helper, defaults={"file": file})
@@ -100,7 +103,6 @@ def _register(setup: BlueprintSetupState, part: Registration) -> None:
 def _helper(file: str, **_: str) -> Response:
     response = send_from_directory(os.path.join(os.path.dirname(os.path.dirname(__file__)), "static"), file)
     response.mimetype = "text/javascript"
-    response.headers["X-Content-Type-Options"] = "nosniff"
     return response
 
 
@@ -110,7 +112,8 @@ def _assistants(call: Call) -> Response:
 
 def _patient(state: Assistream) -> doctor.Patient:
     """Give what the doctor looks at."""
-    return doctor.Patient(state.settings(), state.parts, current_app.secret_key, state.patched)
+    has_logins = hasattr(current_app, "login_manager")
+    return doctor.Patient(state.settings(), state.parts, current_app.secret_key, state.patched, has_logins=has_logins)
 
 
 def _doctor(**_: str) -> Response:

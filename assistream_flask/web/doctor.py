@@ -133,13 +133,14 @@ class Health(NamedTuple):
 
 class Patient(NamedTuple):
     """The app. ``patched`` is what :func:`.gunicorn.patched` gave when its first blueprint was registered; ``health``
-    is for a worker to say."""
+    is for a worker to say; ``has_logins`` says whether the app has Flask-Login."""
 
     settings: Settings
     parts: Mapping[str, Part]
     secret_key: str | bytes | None
     patched: bool
     health: Health | None = None
+    has_logins: bool = False
 
 
 def command(patient: Callable[[], Patient]) -> Callable[[str | None], None]:
@@ -170,12 +171,7 @@ def _examine(patient: Callable[[], Patient], url: str | None) -> Iterator[Findin
         yield _misconfigured(error)
         return
     yield Finding("ok", "settings are valid")
-    if len(app.secret_key or b"") < 16 and not all(part.owner for part in app.parts.values()):
-        yield Finding(
-            "warn",
-            "SECRET_KEY is short: who guesses it can take any caller's threads",
-            "make one with `python -c 'import secrets; print(secrets.token_hex())'`",
-        )
+    yield from _callers(app)
     if url is None:
         yield from _fast(app.settings, in_worker=False)
     if app.settings.redis_url:
@@ -200,6 +196,23 @@ def _examine(patient: Callable[[], Patient], url: str | None) -> Iterator[Findin
             "FAIL",
             f"database {_database(at)} cannot be used: {_why(getattr(error, 'orig', None) or error, at.password)}",
             "start it, or correct ASSISTREAM_DATABASE_URL",
+        )
+
+
+def _callers(app: Patient) -> Iterator[Finding]:
+    by_session = [name for name, part in app.parts.items() if part.owner is None]
+    if by_session and len(app.secret_key or b"") < 16:
+        yield Finding(
+            "warn",
+            "SECRET_KEY is short: who guesses it can take any caller's threads",
+            "make one with `python -c 'import secrets; print(secrets.token_hex())'`",
+        )
+    if by_session and app.has_logins:
+        yield Finding(
+            "warn",
+            f"the app has logins, and {by_session[0]!r} knows browsers, not users: a user's threads stay behind in the "
+            "browser where they began",
+            "pass create_blueprint(..., owner=lambda: current_user.get_id()), which Flask-Login gives None for nobody",
         )
 
 

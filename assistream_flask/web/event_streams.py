@@ -5,6 +5,8 @@ Both read the log; what the log can't prove they replace by a snapshot. Knows no
 
 from __future__ import annotations
 
+import math
+import random
 import time
 from collections.abc import Callable, Generator
 from typing import Final
@@ -24,13 +26,16 @@ Frames = Generator[bytes, None, None]
 """The frames of an event stream. An empty one lets the body finish what ``send`` wrote in part."""
 Send = Callable[[bytes], Receipt]
 """Sends frames to the viewer without waiting, or not, while nothing else is sent."""
+AskAgain = Callable[[], bool]
+"""Tells whether who asked for a stream is still who they were."""
 
 
 class _Reader:
     """A subscription that is taken when it is first read, and let go of when the log can't prove its place.
 
     ``frames_of`` gives what the viewer is to see of records, which is sent as soon as they come; ``None`` where they
-    are for :meth:`read`.
+    are for :meth:`read`. ``ask_again`` is asked once a heartbeat or more often, and after ``seconds`` the stream is
+    over whatever it says.
     """
 
     def __init__(
@@ -40,12 +45,19 @@ class _Reader:
         event_id: EventId | None,
         send: Send,
         frames_of: Callable[[list[Record]], bytes | None],
+        ask_again: AskAgain,
+        seconds: float = math.inf,
     ) -> None:
         self._runtime, self._thread_id, self._event_id = runtime, thread_id, event_id
         self._send, self._frames_of = send, frames_of
         self._subscription: Subscription | None = None
         self._heartbeat = runtime.settings.heartbeat_seconds
-        self._due = time.monotonic() + self._heartbeat
+        self._ask_again = ask_again
+        now = time.monotonic()
+        self._due = now + self._heartbeat
+        # A crowd that came at once is neither to be asked about at once nor to come back so.
+        self._ask_at = now + self._heartbeat * random.uniform(0.5, 1)
+        self._end_at = now + seconds * random.uniform(0.9, 1)
         # The runs of the last snapshot, and how each was.
         self.seen: dict[str, str] = {}
 
@@ -57,10 +69,12 @@ class _Reader:
             self._subscription = self._runtime.log.subscribe(self._thread_id, self._event_id)
 
     def read(self) -> list[Record]:
-        """Give the next records, none when a heartbeat is due. Raises :class:`PositionExpiredError`."""
+        """Give the next records, none when a heartbeat is due, or :meth:`is_over` is to be asked. Raises
+        :class:`PositionExpiredError`."""
         self.open()
         assert self._subscription is not None
-        return self._subscription.read(max(0.0, self._due - time.monotonic()), self._take)
+        until = min(self._due, self._ask_at, self._end_at)
+        return self._subscription.read(max(0.0, until - time.monotonic()), self._take)
 
     def _take(self, records: list[Record]) -> Receipt:
         data = None if self._runtime.stopping.is_set() else self._frames_of(records)
@@ -79,6 +93,16 @@ class _Reader:
         self._due = now + self._heartbeat
         return data or sse.PING
 
+    def is_over(self) -> bool:
+        """Tell whether the viewer is to come back, as somebody else or as nobody maybe."""
+        now = time.monotonic()
+        if now >= self._end_at:
+            return True
+        if now < self._ask_at:
+            return False
+        self._ask_at = now + self._heartbeat * random.uniform(0.5, 1)
+        return not self._ask_again()
+
     def snapshot(self) -> bytes | None:
         """Give the frame of a snapshot, ``None`` when the thread is gone; reading goes on from there."""
         self.close()
@@ -95,18 +119,19 @@ class _Reader:
             self._subscription = None
 
 
-def view(runtime: Runtime, thread_id: str, event_id: EventId | None, send: Send) -> Frames:
+def view(runtime: Runtime, thread_id: str, event_id: EventId | None, send: Send, ask_again: AskAgain) -> Frames:
     """Give the thread's events after ``event_id``, without an end; a snapshot first where that can't be proven.
 
-    Ends when the thread is deleted, the server shuts down or, once it has begun, log or store are away: the viewer
-    comes back then. Raises what says so before its first frame, for the answer.
+    Ends when the thread is deleted, the server shuts down, ``ask_again`` says no, the stream is old or, once it has
+    begun, log or store are away: the viewer comes back then. Raises what says so before its first frame, for the
+    answer.
     """
 
     def frames_of(records: list[Record]) -> bytes | None:
         found, gone = _until_deleted(records)
         return None if gone else _joined(found)
 
-    reader = _Reader(runtime, thread_id, event_id, send, frames_of)
+    reader = _Reader(runtime, thread_id, event_id, send, frames_of, ask_again, runtime.settings.stream_seconds)
     first = sse.RETRY
     try:
         while True:
@@ -127,7 +152,7 @@ def view(runtime: Runtime, thread_id: str, event_id: EventId | None, send: Send)
             stopping = runtime.stopping.is_set()
             if records or not stopping:
                 yield reader.beat(_joined(records))
-            if gone or stopping:
+            if gone or stopping or reader.is_over():
                 return
     except _AWAY:
         if first:
@@ -137,22 +162,28 @@ def view(runtime: Runtime, thread_id: str, event_id: EventId | None, send: Send)
 
 
 def follow(
-    runtime: Runtime, thread_id: str, message_id: str | None, runs: set[str], event_id: EventId | None, send: Send
+    runtime: Runtime,
+    thread_id: str,
+    message_id: str | None,
+    runs: set[str],
+    event_id: EventId | None,
+    send: Send,
+    ask_again: AskAgain,
 ) -> Frames:
     """Give the events of ``runs`` and of the user's message after ``event_id``, then ``done``.
 
-    At a shutdown, or when log or store are away, it ends without ``done``: the runs go on.
+    At a shutdown, when ``ask_again`` says no, or when log or store are away, it ends without ``done``: the runs go on.
     """
 
     def frames_of(records: list[Record]) -> bytes | None:
         return None if first else _frames_of(records, runs)
 
-    reader = _Reader(runtime, thread_id, event_id, send, frames_of)
+    reader = _Reader(runtime, thread_id, event_id, send, frames_of, ask_again)
     waiting = set(runs)
     first = sse.RETRY
     try:
         while waiting:
-            if runtime.stopping.is_set():
+            if runtime.stopping.is_set() or reader.is_over():
                 return
             try:
                 records, gone = _until_deleted(reader.read())

@@ -15,15 +15,18 @@ from ..platform import threaded
 from ..runs.service import OwnedThread
 from . import event_streams
 from .answers import argument
-from .auth import Call
+from .auth import Call, asking_again
 from .event_response import relay
 
 
 def events(call: Call, thread: OwnedThread) -> Response:
     """``GET /threads/<id>/events``: all that happens in a thread from the asked-for place on."""
     asked = request.headers.get("Last-Event-ID") or argument("last_event_id")
+    ask_again = asking_again(call)
     return streamed(
-        call, lambda send: event_streams.view(call.runtime, thread.id, EventId.parse(asked), send), begin=True
+        call,
+        lambda send: event_streams.view(call.runtime, thread.id, EventId.parse(asked), send, ask_again),
+        begin=True,
     )
 
 

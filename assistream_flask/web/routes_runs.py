@@ -10,7 +10,7 @@ from ..runs.service import OwnedThread
 from ..store.sql import AnsweredBefore, StoredAnswer
 from . import event_streams
 from .answers import json_answer, read_body
-from .auth import Call
+from .auth import Call, asking_again
 from .idempotency import Once, start
 from .routes_events import streamed
 
@@ -28,7 +28,8 @@ def create_runs(call: Call, thread: OwnedThread) -> Response:
         message = given.body["message"]
         runs = {run["id"] for run in given.body["runs"]}
         message_id = message["message"]["id"] if message else None
-        return event_streams.follow(call.runtime, thread.id, message_id, runs, EventId.parse(given.event_id), send)
+        place = EventId.parse(given.event_id)
+        return event_streams.follow(call.runtime, thread.id, message_id, runs, place, send, asking_again(call))
 
     if any(kind.lower() == "text/event-stream" and quality for kind, quality in request.accept_mimetypes):
         return streamed(call, follow)

@@ -23,8 +23,14 @@ def client() -> OpenAI:
 
 
 app = Flask(__name__)
-# It signs the cookie that says whose threads these are.
-app.secret_key = os.environ.get("SECRET_KEY", "only to try it out")
+secret = os.environ.get("SECRET_KEY")
+app.config.update(
+    # It signs the cookie that says whose threads these are.
+    SECRET_KEY=secret or "only to try it out",
+    SESSION_COOKIE_SAMESITE="Lax",
+    # Where it is only tried out there is no HTTPS, and Safari would not take the cookie.
+    SESSION_COOKIE_SECURE=secret is not None,
+)
 app.register_blueprint(
     create_blueprint([Assistant("tutor", model="gpt-6-luna", instructions="Explain step by step.")], client=client),
     url_prefix="/assistream",

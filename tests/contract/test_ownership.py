@@ -14,6 +14,7 @@ from flask import Flask, request
 from werkzeug.test import Client, TestResponse
 
 from assistream_flask import Assistant, ConfigurationError, create_blueprint
+from assistream_flask.runs.runtime import default_database
 from assistream_flask.testing import OfflineServer
 from tests.conftest import MakeApp, wait_until
 from tests.http_helpers import P, named, read, refused
@@ -154,6 +155,20 @@ def test_a_caller_without_a_name_gets_401_on_every_route_but_the_helper_files(ma
                 refused(someone.open(method, world.filled(rule), body), 401, "unauthenticated")
 
 
+@pytest.mark.parametrize("who", ["owner", "nobody"])
+def test_nothing_but_the_helper_may_be_kept_and_nothing_taken_for_another_type(
+    app: Flask, world: World, who: str
+) -> None:
+    someone: Someone = getattr(world, who)
+    for method, rule, body in [*verbs(app), ("GET", f"{P}/nowhere", None), ("PUT", f"{P}/threads", None)]:
+        for accept in ("*/*", "text/event-stream"):
+            answer = someone.open(method, world.filled(rule), body, Accept=accept)
+            kept = rule in HELPER and method != "OPTIONS"
+            assert ("no-store" in answer.headers["Cache-Control"]) is not kept, (method, rule, answer.headers)
+            assert answer.headers["X-Content-Type-Options"] == "nosniff", (method, rule, answer.headers)
+            answer.close()
+
+
 def test_a_thread_of_another_and_one_that_does_not_exist_are_answered_alike(app: Flask, world: World) -> None:
     compared = 0
     for method, rule, body in verbs(app):
@@ -285,6 +300,21 @@ def test_the_owners_own_refusal_is_the_apps_answer(make_app: MakeApp) -> None:
 def test_what_apps_give_for_nobody_is_nobody(make_app: MakeApp, nobody: Any) -> None:
     client = make_app(owner=lambda: nobody).test_client()
     assert client.post(f"{P}/threads", json={}).status_code == 401
+
+
+def test_folders_and_keys_that_are_made_for_an_app_are_its_users_alone(tmp_path: Path) -> None:
+    from example_app import _kept_secret
+
+    makers: list[Callable[[Path], str]] = [_kept_secret, lambda folder: default_database(str(folder))]
+    for at, make in enumerate(makers):
+        folder = tmp_path / "instances" / str(at)
+        make(folder)
+        assert folder.stat().st_mode & 0o777 == 0o700
+        assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} <= {0o600}
+        folder.chmod(0o750)
+        make(folder)
+        assert folder.stat().st_mode & 0o777 == 0o750
+    assert (tmp_path / "instances" / "0" / "secret_key").exists()
 
 
 def test_a_deleted_threads_text_is_nowhere_in_the_database(make_app: MakeApp, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
 import sys
@@ -130,6 +131,26 @@ def test_a_file_is_in_wal_mode_with_foreign_keys_on(tmp_path: Path) -> None:
     store.close()
 
 
+def mode(path: Path) -> int:
+    return path.stat().st_mode & 0o777
+
+
+def test_a_new_file_and_those_beside_it_are_this_users_alone(tmp_path: Path) -> None:
+    with contextlib.closing(ThreadStore(f"sqlite:///{tmp_path / 'a.sqlite3'}")) as store:
+        new_thread(store)
+        assert {path.name: mode(path) for path in tmp_path.iterdir()} == dict.fromkeys(
+            ("a.sqlite3", "a.sqlite3-shm", "a.sqlite3-wal"), 0o600
+        )
+
+
+def test_a_file_that_is_there_keeps_the_mode_that_the_operator_gave_it(tmp_path: Path) -> None:
+    file = tmp_path / "a.sqlite3"
+    file.touch()
+    file.chmod(0o660)
+    ThreadStore(f"sqlite:///{file}").close()
+    assert mode(file) == 0o660
+
+
 def test_the_schema_is_created_at_first_use_and_its_version_recorded_once(lasting: str) -> None:
     for _ in range(2):
         ThreadStore(lasting).close()
@@ -236,6 +257,23 @@ def test_deleting_a_thread_deletes_all_that_is_in_it_and_nothing_else(store: Thr
     assert len(entries(store, keep)) == 2
     assert [held.run["thread_id"] for held in store.held()] == [keep]
     store.delete_thread(gone)
+
+
+def test_no_stored_answer_says_what_a_deleted_threads_words_were(store: ThreadStore) -> None:
+    title = {"title": "Nobody may read this"}
+    thread = thread_object({"id": events.new_id("thread"), "created_at": events.now(), "metadata": title})
+    store.create_thread(ME, thread, StoredAnswer("made", "print", 201, thread, thread_id=thread["id"]))
+    said = user(thread["id"], "Nor this")
+    store.add(ME, thread["id"], said, answer=StoredAnswer("said", "print", 201, said, thread_id=thread["id"]))
+    other = new_thread(store, metadata=title)
+    store.remember(ME, StoredAnswer("other", "print", 201, other, thread_id=other["id"]))
+    store.delete_thread(thread["id"])
+    # The creation's key is not to create it once more.
+    assert store.answer(ME, "made") == StoredAnswer("made", "print", 201, {**thread, "metadata": {}})
+    assert store.answer(ME, "said") is None
+    kept = store.answer(ME, "other")
+    assert kept is not None
+    assert kept.body == other
 
 
 def test_the_database_itself_deletes_what_hangs_on_a_thread(store: ThreadStore) -> None:

@@ -19,8 +19,10 @@ from typing import Any
 
 import pytest
 from flask import Flask
+from werkzeug.test import TestResponse
 
 import assistream_flask
+import example_app
 from assistream_flask.errors import RUN_ERRORS
 from assistream_flask.settings import Settings
 from assistream_flask.testing import FAULTS, OfflineServer
@@ -89,13 +91,36 @@ def test_the_helpers_page_tells_every_function_of_it() -> None:
     assert [name for name in exported if f"`{name}(" not in told] == []
 
 
+def assert_safe(answer: TestResponse) -> None:
+    """Check that the session's cookie goes over HTTPS only, and to the site's own pages."""
+    assert {"Secure", "HttpOnly", "SameSite=Lax"} <= set(answer.headers["Set-Cookie"].split("; "))
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/guides/existing-app.md"])
 def test_the_flask_example_makes_an_app(page: str) -> None:
     names: dict[str, Any] = {"__name__": __name__}
     exec(code("python", page)[0], names)
     names["app"].config["ASSISTREAM_DATABASE_URL"] = "sqlite://"
+    assert_safe(names["app"].test_client().get("/assistream/threads", base_url="https://example.org"))
     found = names["app"].test_client().get("/assistream/assistants").get_json()
     assert found == {"data": [{"id": "tutor", "name": "tutor", "description": ""}]}
+    names["app"].extensions["assistream"].close()
+
+
+def test_the_examples_that_are_deployed_have_safe_cookies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SECRET_KEY", "long enough for a test")
+    database = {"ASSISTREAM_DATABASE_URL": "sqlite://"}
+    minimal = runpy.run_path(str(ROOT / "examples/minimal/app.py"))["app"]
+    minimal.config.update(database)
+    example = example_app.create_app(database)
+    for app in (minimal, example):
+        assert_safe(app.test_client().get("/assistream/threads", base_url="https://example.org"))
+        app.extensions["assistream"].close()
+    names: dict[str, Any] = {"__name__": __name__}
+    exec(code("python", "docs/tutorial/first-app.md")[0], names)
+    names["app"].config.update(database)
+    assert_safe(names["app"].test_client().get("/assistream/threads", base_url="https://example.org"))
     names["app"].extensions["assistream"].close()
 
 

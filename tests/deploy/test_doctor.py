@@ -359,12 +359,13 @@ def examine(
     *,
     url: str | None = None,
     secret_key: str = "long enough for a test",
+    has_logins: bool = False,
     **settings: Any,
 ) -> str:
     """Give what the command says of an app with these ``settings``, which are taken unread."""
     settings.setdefault("database_url", "sqlite://")
     parts = {"assistream": _Part(client)} if client else {}
-    patient = doctor.Patient(Settings(**settings), parts, secret_key, True)
+    patient = doctor.Patient(Settings(**settings), parts, secret_key, True, has_logins=has_logins)
     result = CliRunner().invoke(click.command()(doctor.command(lambda: patient)), ["--url", url] if url else [])
     assert result.exit_code == bool(failures(result.output))
     assert "pa55" not in result.output
@@ -442,6 +443,15 @@ def test_a_short_key_for_sessions_is_warned_of(server: OfflineServer) -> None:
     output = examine(server.client, secret_key="dev")
     assert failures(output) == []
     assert "warn SECRET_KEY is short" in output
+
+
+def test_logins_without_an_owner_are_warned_of(server: OfflineServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = examine(server.client, has_logins=True)
+    assert failures(output) == []
+    assert "warn the app has logins, and 'assistream' knows browsers, not users" in output
+    assert "owner=lambda: current_user.get_id()" in output
+    monkeypatch.setattr(_Part, "owner", lambda: "me")
+    assert "logins" not in examine(server.client, has_logins=True)
 
 
 def test_two_blueprints_of_one_app_share_the_command(server: OfflineServer, tmp_path: Path) -> None:

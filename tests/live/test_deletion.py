@@ -60,9 +60,9 @@ class Watcher:
     ) -> None:
         runtime, self._choose, self._said = choose.choice(workers.all), choose, b""
         if runs is None:
-            self._frames = event_streams.view(runtime, thread_id, event_id, self._send)
+            self._frames = event_streams.view(runtime, thread_id, event_id, self._send, lambda: True)
         else:
-            self._frames = event_streams.follow(runtime, thread_id, None, runs, event_id, self._send)
+            self._frames = event_streams.follow(runtime, thread_id, None, runs, event_id, self._send, lambda: True)
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 

@@ -202,6 +202,22 @@ def _view_with_cuts(live: Gunicorn, thread: str, chance: random.Random, stop: th
     return viewer, cuts
 
 
+def test_a_stream_that_is_old_ends_whole_and_the_next_one_goes_on(tmp_path: Path) -> None:
+    with running(tmp_path, delay=0.05, stream_seconds=1, heartbeat_seconds=0.5) as live:
+        thread, viewer, streams = live.thread(), Viewer(), 0
+        live.run(thread, "responses", "chat")
+        live.run(thread, "responses")
+        while not viewer.settled(5):
+            # It raises where the answer has no end.
+            for event in stream(live, f"{thread}/events", last=viewer.ids[-1] if viewer.ids else None):
+                viewer.take(event)
+            streams += 1
+        assert viewer.entries == live.entries(thread)
+    assert streams > 2
+    offsets = [int(id.partition("-")[2]) for id in viewer.ids]
+    assert offsets == list(range(offsets[0], offsets[0] + len(offsets)))
+
+
 def test_1000_cuts_under_load_lose_repeat_and_reorder_nothing(tmp_path: Path) -> None:
     with running(tmp_path, delay=0.01, max_runs=1000, max_streams=1000, log_events=100_000) as live:
         threads = [live.thread() for _ in range(8)]

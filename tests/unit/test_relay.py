@@ -124,7 +124,8 @@ def test_the_headers_keep_caches_and_proxies_out_of_it() -> None:
     response = event_response(iter([END]))
     assert response.status_code == 200
     assert response.headers["Content-Type"] == "text/event-stream; charset=utf-8"
-    assert response.headers["Cache-Control"] == "no-cache, no-transform"
+    assert response.headers["Cache-Control"] == "no-cache, no-store, no-transform"
+    assert response.headers["X-Content-Type-Options"] == "nosniff"
     assert response.headers["X-Accel-Buffering"] == "no"
     assert {"Connection", "Content-Length", "Transfer-Encoding", "Keep-Alive"}.isdisjoint(response.headers.keys())
     response.close()

@@ -83,7 +83,8 @@ def test_ping_and_done_are_these_bytes() -> None:
 def test_the_headers_are_these() -> None:
     assert sse.HEADERS == {
         "Content-Type": "text/event-stream; charset=utf-8",
-        "Cache-Control": "no-cache, no-transform",
+        "Cache-Control": "no-cache, no-store, no-transform",
+        "X-Content-Type-Options": "nosniff",
         "X-Accel-Buffering": "no",
     }
 
