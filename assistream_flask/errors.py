@@ -28,6 +28,9 @@ RUN_ERRORS: Final[dict[str, str]] = {
     "upstream_cut": "The connection to the model server broke in mid-answer. Try again.",
     "upstream_ended_early": "The model server stopped without finishing its answer. Try again.",
     "upstream_malformed": "The model server sent something unreadable. Try again.",
+    "upstream_redirected": "The model server's address leads to another one. "
+    "The app's operator must check OPENAI_BASE_URL; the log has the details.",
+    "answer_too_long": "The model server sent more at once than this app takes. Ask for something shorter.",
     "upstream_stalled": "The model server went silent. Try again.",
     "run_time_limit": "The answer took longer than this app allows. Ask for something shorter.",
     "tools_not_supported": "The model asked for a tool, and this app has none. Ask for an answer without tools.",

@@ -22,6 +22,9 @@ class Settings:
     database_pool: int = _setting(10, "connections that a worker may have open to PostgreSQL", 1)
     redis_url: str = _setting("", "URL of the Redis that has the event log; unset: it is in memory, for one worker")
     max_message_chars: int = _setting(100_000, "longest message, in characters", 1)
+    max_answer_chars: int = _setting(
+        1_000_000, "characters of an answer, the model's reasoning included; it is cut there, and ends `incomplete`", 1
+    )
     max_history_chars: int = _setting(1_000_000, "characters of a thread that a model is sent, the newest messages", 1)
     max_history_messages: int = _setting(1_000, "messages of a thread that a model is sent, the newest", 1)
     max_runs: int = _setting(50, "runs a caller may have waiting or under way", 1)

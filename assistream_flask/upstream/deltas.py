@@ -20,6 +20,10 @@ _log = logging.getLogger(__name__)
 _TEXTS: Final = ("text", "content", "value", "reasoning", "thinking", "summary")
 _PIECES: Final = 64
 """So many are added up at a time."""
+_PARTS: Final = 1_000
+"""So many texts and thoughts an answer may have: each that is told once more is looked for among all."""
+_LOOKS: Final = 5_000_000
+"""So many may be looked at for that, in one answer."""
 
 Cut: TypeAlias = Literal["max_tokens", "content_filter"]
 """Why an answer is not complete."""
@@ -161,7 +165,7 @@ class Slots:
 
     def __init__(self) -> None:
         self._slots: dict[tuple[str, object], _Slot] = {}
-        self._next = 0
+        self._next = self._looks = 0
         self._has_unread = False
 
     def state(self) -> list[list[Any]]:
@@ -251,6 +255,9 @@ class Slots:
         if not isinstance(value, str):
             self.unread(value)
             return keys[0], ""
+        self._looks += len(self._slots)
+        if self._looks > _LOOKS:
+            raise RunError("answer_too_long", said=f"{len(self._slots)} parts are told again and again")
         # Half a pair at its end is no text.
         whole = clean(re.sub("[\ud800-\udbff]$", "", value)).replace("\0", "\ufffd")
         free = {
@@ -295,6 +302,8 @@ class Slots:
     def _slot(self, kind: str, key: object) -> _Slot:
         slot = self._slots.get((kind, key))
         if slot is None:
+            if len(self._slots) >= _PARTS:
+                raise RunError("answer_too_long", said=f"an answer has more than {_PARTS} parts")
             slot = self._slots[kind, key] = _Slot()
         return slot
 
