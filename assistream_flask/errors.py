@@ -71,9 +71,14 @@ class RunError(AssistreamError):
 
 def masked(text: str) -> str:
     """Give ``text`` for the log: on one line, at most 500 characters, and without what may be a key or a password."""
-    text = _SECRET.sub(lambda found: found[0][: len(found[0]) - len(found[found.lastindex or 0])] + "***", text[:5000])
+    text = unsecret(text[:5000])
     text = text.encode("unicode_escape").decode() if re.search("[\x00-\x1f\x7f\u2028\u2029]", text) else text
     return text if len(text) <= 500 else text[:499] + "…"
+
+
+def unsecret(text: str) -> str:
+    """Give ``text`` without what may be a key or a password."""
+    return _SECRET.sub(lambda found: found[0][: len(found[0]) - len(found[found.lastindex or 0])] + "***", text)
 
 
 # The last group of each is what is left out.
@@ -84,8 +89,9 @@ _SECRET: Final = re.compile(
     r"|(?i:(?:api[-_ ]?key|token|secret|password|authorization)[\\\"']*\s*[=:]\s*[\\\"']*)"
     r"(?!(?i:bearer|basic|api-key)\b)(?P<named>[^\s\\\"',;&}]{6,})"
     r"|(?i:api key provided:?\s*)(?P<provided>[^\s\"',;&}]{6,})"
-    r"|[?&](?i:key|token|api_key)=(?P<query>[^\s&\"']+)"
-    r"|://(?P<user>[^/\s:@]*:[^/\s@]+)(?=@)"
+    r"|[?&](?i:key|token|api_key|secret|pwd|\w*pass(?:word|wd)?)=(?P<query>[^\s&\"']+)"
+    # A password may have a slash or an @ that nobody encoded.
+    r"|://(?P<user>[^/\s:@\"']*:[^\s\"'<>]+|[^/\s:@\"']+)(?=@)"
     r"|\b(?P<hex>[0-9a-fA-F]{32,})\b"
 )
 

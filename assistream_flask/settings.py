@@ -6,21 +6,27 @@ import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
+from urllib.parse import urlsplit
 
 from .errors import ConfigurationError
 
 
-def _setting(default: Any, doc: str, minimum: float = 0) -> Any:
-    return field(default=default, metadata={"doc": doc, "minimum": minimum})
+def _setting(default: Any, doc: str, minimum: float = 0, *, is_secret: bool = False) -> Any:
+    # A URL has a password, and whoever prints all settings prints it.
+    return field(default=default, repr=not is_secret, metadata={"doc": doc, "minimum": minimum})
 
 
 @dataclass(frozen=True)
 class Settings:
     """All settings with their defaults. Seconds are seconds; a limit is per caller where it says so."""
 
-    database_url: str = _setting("", "SQLAlchemy URL; default: an SQLite file in the app's instance folder")
+    database_url: str = _setting(
+        "", "SQLAlchemy URL; default: an SQLite file in the app's instance folder", is_secret=True
+    )
     database_pool: int = _setting(10, "connections that a worker may have open to PostgreSQL", 1)
-    redis_url: str = _setting("", "URL of the Redis that has the event log; unset: it is in memory, for one worker")
+    redis_url: str = _setting(
+        "", "URL of the Redis that has the event log; unset: it is in memory, for one worker", is_secret=True
+    )
     max_message_chars: int = _setting(100_000, "longest message, in characters", 1)
     max_answer_chars: int = _setting(
         1_000_000, "characters of an answer, the model's reasoning included; it is cut there, and ends `incomplete`", 1
@@ -74,13 +80,23 @@ class Settings:
             if kind is not str and not setting.metadata["minimum"] <= found[setting.name] < float("inf"):
                 raise ConfigurationError(f"{name} is {value!r}: give at least {setting.metadata['minimum']}")
         settings = cls(**found)
-        if settings.redis_url and not settings.redis_url.startswith(("redis://", "rediss://", "unix://")):
+        if settings.redis_url and not _is_redis_url(settings.redis_url):
             # Not the URL itself: it may have a password.
             raise ConfigurationError(
-                "ASSISTREAM_REDIS_URL is no URL of a Redis: give redis://host:6379/0, or rediss://"
+                "ASSISTREAM_REDIS_URL is no URL of a Redis: give redis://host:6379/0, or rediss://, and of a password "
+                "write / as %2F, # as %23, ? as %3F and @ as %40"
             )
         if settings.redis_url and importlib.util.find_spec("redis") is None:
             raise ConfigurationError(
                 "ASSISTREAM_REDIS_URL is set, and its client is not installed: pip install 'assistream-flask[redis]'"
             )
         return settings
+
+
+def _is_redis_url(url: str) -> bool:
+    try:
+        # A password with a slash makes a part of itself the port, which whoever reads it would say in an error.
+        urlsplit(url).port  # noqa: B018
+    except ValueError:
+        return False
+    return url.startswith(("redis://", "rediss://", "unix://"))

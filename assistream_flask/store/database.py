@@ -107,7 +107,12 @@ def _parsed(url: str) -> URL:
     try:
         parsed = sa.make_url(url)
     except (sa.exc.ArgumentError, ValueError) as error:
-        raise _unusable(error) from error
+        # From none: what could not be read may be of the password, and stands in that error's own words.
+        raise _unusable(error) from None
+    if "@" in (parsed.host or ""):
+        raise ConfigurationError(
+            "ASSISTREAM_DATABASE_URL cannot be used, as its host has an @: of a password write @ as %40, and / as %2F"
+        )
     if parsed.drivername in ("postgres", "postgresql"):
         parsed = parsed.set(drivername=_PSYCOPG)
     if parsed.drivername == _PSYCOPG and importlib.util.find_spec("psycopg") is None:
