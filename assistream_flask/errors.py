@@ -30,6 +30,9 @@ RUN_ERRORS: Final[dict[str, str]] = {
     "upstream_cut": "The connection to the model server broke in mid-answer. Try again.",
     "upstream_ended_early": "The model server stopped without finishing its answer. Try again.",
     "upstream_malformed": "The model server sent something unreadable. Try again.",
+    "upstream_redirected": "The model server's address leads to another one. "
+    "The app's operator must check OPENAI_BASE_URL; the log has the details.",
+    "answer_too_long": "The model server sent more at once than this app takes. Ask for something shorter.",
     "upstream_stalled": "The model server went silent. Try again.",
     "run_time_limit": "The answer took longer than this app allows. Ask for something shorter.",
     "tools_not_supported": "The model asked for a tool, and this app has none. Ask for an answer without tools.",
@@ -75,9 +78,14 @@ def meant(word: str, known: Collection[str], likeness: float = 0.65) -> str:
 
 def masked(text: str) -> str:
     """Give ``text`` for the log: on one line, at most 500 characters, and without what may be a key or a password."""
-    text = _SECRET.sub(lambda found: found[0][: len(found[0]) - len(found[found.lastindex or 0])] + "***", text[:5000])
+    text = unsecret(text[:5000])
     text = text.encode("unicode_escape").decode() if re.search("[\x00-\x1f\x7f\u2028\u2029]", text) else text
     return text if len(text) <= 500 else text[:499] + "…"
+
+
+def unsecret(text: str) -> str:
+    """Give ``text`` without what may be a key or a password."""
+    return _SECRET.sub(lambda found: found[0][: len(found[0]) - len(found[found.lastindex or 0])] + "***", text)
 
 
 # The last group of each is what is left out.
@@ -88,8 +96,9 @@ _SECRET: Final = re.compile(
     r"|(?i:(?:api[-_ ]?key|token|secret|password|authorization)[\\\"']*\s*[=:]\s*[\\\"']*)"
     r"(?!(?i:bearer|basic|api-key)\b)(?P<named>[^\s\\\"',;&}]{6,})"
     r"|(?i:api key provided:?\s*)(?P<provided>[^\s\"',;&}]{6,})"
-    r"|[?&](?i:key|token|api_key)=(?P<query>[^\s&\"']+)"
-    r"|://(?P<user>[^/\s:@]*:[^/\s@]+)(?=@)"
+    r"|[?&](?i:key|token|api_key|secret|pwd|\w*pass(?:word|wd)?)=(?P<query>[^\s&\"']+)"
+    # A password may have a slash or an @ that nobody encoded.
+    r"|://(?P<user>[^/\s:@\"']*:[^\s\"'<>]+|[^/\s:@\"']+)(?=@)"
     r"|\b(?P<hex>[0-9a-fA-F]{32,})\b"
 )
 

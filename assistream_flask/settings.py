@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 from .errors import ConfigurationError, meant
 
@@ -15,8 +16,9 @@ _log = logging.getLogger(__name__)
 _PREFIX: Final = "ASSISTREAM_"
 
 
-def _setting(default: Any, doc: str, minimum: float = 0) -> Any:
-    return field(default=default, metadata={"doc": doc, "minimum": minimum})
+def _setting(default: Any, doc: str, minimum: float = 0, *, is_secret: bool = False) -> Any:
+    # A URL has a password, and whoever prints all settings prints it.
+    return field(default=default, repr=not is_secret, metadata={"doc": doc, "minimum": minimum})
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,18 @@ class Settings:
     """All settings with their defaults. Seconds are seconds; a limit is per caller where it says so."""
 
     database_url: str = _setting(
-        "", "SQLAlchemy URL of an SQLite or PostgreSQL database; default: an SQLite file in the app's instance folder"
+        "",
+        "SQLAlchemy URL of an SQLite or PostgreSQL database; default: an SQLite file in the app's instance folder",
+        is_secret=True,
     )
     database_pool: int = _setting(10, "connections that a worker may have open to PostgreSQL", 1)
-    redis_url: str = _setting("", "URL of the Redis that has the event log; unset: it is in memory, for one worker")
+    redis_url: str = _setting(
+        "", "URL of the Redis that has the event log; unset: it is in memory, for one worker", is_secret=True
+    )
     max_message_chars: int = _setting(100_000, "longest message, in characters", 1)
+    max_answer_chars: int = _setting(
+        1_000_000, "characters of an answer, the model's reasoning included; it is cut there, and ends `incomplete`", 1
+    )
     max_history_chars: int = _setting(1_000_000, "characters of a thread that a model is sent, the newest messages", 1)
     max_history_messages: int = _setting(1_000, "messages of a thread that a model is sent, the newest", 1)
     max_runs: int = _setting(50, "runs a caller may have waiting or under way", 1)
@@ -99,8 +108,11 @@ def _check_redis(url: str) -> None:
                 f"ASSISTREAM_REDIS_URL names a Redis {kind}, which assistream cannot use: give one Redis that runs by "
                 "itself, redis://host:6379/0, or an address that leads to the primary wherever that is"
             )
-    if scheme not in ("redis", "rediss", "unix") or "://" not in url:
-        raise ConfigurationError("ASSISTREAM_REDIS_URL is no URL of a Redis: give redis://host:6379/0, or rediss://")
+    if not _is_redis_url(url):
+        raise ConfigurationError(
+            "ASSISTREAM_REDIS_URL is no URL of a Redis: give redis://host:6379/0, or rediss://, and of a password "
+            "write / as %2F, # as %23, ? as %3F and @ as %40"
+        )
     if importlib.util.find_spec("redis") is None:
         raise ConfigurationError(
             "ASSISTREAM_REDIS_URL is set, and its client is not installed: pip install 'assistream-flask[redis]'"
@@ -126,3 +138,12 @@ def check_names(config: Mapping[str, Any]) -> None:
             raise ConfigurationError(f"{name} in app.config is no setting of assistream: write {_PREFIX}{near}")
         if ours:
             _log.warning("%s in app.config is no setting of assistream, and changes nothing: remove it", name)
+
+
+def _is_redis_url(url: str) -> bool:
+    try:
+        # A password with a slash makes a part of itself the port, which whoever reads it would say in an error.
+        urlsplit(url).port  # noqa: B018
+    except ValueError:
+        return False
+    return url.startswith(("redis://", "rediss://", "unix://"))

@@ -66,7 +66,8 @@ class AnnotatedFile(TypedDict, total=False):
 
 
 class Annotation(TypedDict, total=False):
-    """A citation in a text, as the model server sent it: these keys where it has them, and any others of its own.
+    """A citation in a text, as the model server sent it: these keys where it has them, and any others of its own. One
+    with a URL that is neither ``http:`` nor ``https:`` is left out.
 
     ``type`` says what it is: ``file_citation`` and ``file_path`` (Assistants API, where ``text`` is what stands in the
     text for it), ``url_citation`` with ``url`` and ``title``, or ``file_citation`` with ``file_id`` and ``filename``

@@ -56,10 +56,12 @@ def lean(client: httpx2.Client) -> httpx2.Client:
 
 
 def new_client() -> openai.OpenAI:
-    """Make the client of who names none: with the SDK's settings from the environment, and lean."""
+    """Make the client of who names none: with the SDK's settings from the environment, lean, and without following
+    redirects: a 307 would have it send the thread's history wherever the answer says."""
     # A server of one's own often wants no key, the SDK insists on one.
     own = os.environ.get("OPENAI_BASE_URL") and not os.environ.get("OPENAI_API_KEY")
-    return openai.OpenAI(api_key="none" if own else None, http_client=lean(openai.DefaultHttpxClient()))
+    http_client = openai.DefaultHttpxClient(follow_redirects=False)
+    return openai.OpenAI(api_key="none" if own else None, http_client=lean(http_client))
 
 
 def missing() -> reliances.Missing | None:
@@ -108,7 +110,15 @@ def body(response: Any, gate: ReadGate | None) -> Iterable[bytes]:
     ):
         timeout = response.request.extensions.get("timeout", {}).get("read")
         return chain(connection.chunks(timeout, gate), response.iter_bytes())
-    return map(b"".join, through(response.iter_bytes(), gate))
+    return map(b"".join, through(_parted(response.iter_bytes()), gate))
+
+
+def _parted(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Give the same in pieces of a read: what is decompressed comes a megabyte at a time, all of whose events would be
+    told before anything else has its turn."""
+    for piece in pieces:
+        for at in range(0, len(piece), READ_BYTES):
+            yield piece if len(piece) <= READ_BYTES else piece[at : at + READ_BYTES]
 
 
 def _whole(data: bytes) -> list[bytes]:

@@ -13,6 +13,8 @@ from .switches import SWITCHES
 
 READ_BYTES: Final = 65_536
 _TURN_SECONDS: Final = 0.01
+_AHEAD: Final = 256
+"""So many reads may wait for a stream that is fed: those of sixteen megabytes."""
 
 
 def in_use(gate: ReadGate | None) -> ReadGate | None:
@@ -54,6 +56,8 @@ class ReadGate:
         self.data: bytes | None = None
         self.source: Iterator[Any] | None = None
         self.is_fed = False
+        self.is_left = False
+        """Whether nobody takes what is fed any more."""
         # How much of the source the stream took last.
         self.taken = 0
         self._fed: deque[Any] = deque()
@@ -129,6 +133,9 @@ class ReadGate:
             for item in self.source:
                 self._give(item)
                 turn.share()
+                # A model server may send faster than all of it is told.
+                while len(self._fed) >= _AHEAD and not self.is_left:
+                    time.sleep(_TURN_SECONDS)
         except Exception as error:
             self.stop(error)
         else:

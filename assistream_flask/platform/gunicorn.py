@@ -15,7 +15,7 @@ from typing import Any, Final, TypeVar
 
 from gevent import monkey
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, masked
 
 _log = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ def _begin(worker: Any, start: Callable[[], object]) -> None:
                 return
         except Exception as error:
             if not told:
-                _log.warning("assistream could not begin with its worker, and tries again: %s", error)
+                _log.warning("assistream could not begin with its worker, and tries again: %s", masked(str(error)))
             told = True
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from typing import Final
 
 from gevent import monkey
 
-from ..errors import masked
+from ..errors import masked, unsecret
 
 _EVERY_SECONDS: Final = 60.0
 
@@ -41,7 +42,9 @@ class LogThrottle:
 
     def warn(self, log: logging.Logger, message: str, *arguments: object, level: int = logging.WARNING) -> None:
         """Say it without a traceback."""
-        more, seconds = self._count((log, message, tuple(map(type, arguments)), None), arguments)
+        kind = log, message, tuple(map(type, arguments)), None
+        arguments = tuple(_Told(one) if isinstance(one, BaseException) else one for one in arguments)
+        more, seconds = self._count(kind, arguments)
         if more == 0:
             log.log(level, message, *arguments)
         elif more is not None:
@@ -51,7 +54,7 @@ class LogThrottle:
         """Say that ``error`` was met, the first time with its traceback."""
         more, seconds = self._count((log, message, type(error), _raised(error)), arguments)
         if more == 0:
-            log.error(message, *arguments, exc_info=error)
+            _write(log, error, message, arguments)
         elif more is not None:
             # Of a database's error that is the reason, without the statement and what users wrote.
             newest = masked(repr(error))
@@ -91,6 +94,31 @@ class LogThrottle:
             if kind.count > 1:
                 seconds = kind.last - kind.began
                 log.warning("over, after %d times in %d s: %s", kind.count, seconds, masked(kind.newest))
+
+
+class _Told:
+    """An error as the log is to have it."""
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    def __str__(self) -> str:
+        return masked(str(self._error))
+
+    def __repr__(self) -> str:
+        return masked(repr(self._error))
+
+
+def _write(log: logging.Logger, error: BaseException, message: str, arguments: tuple[object, ...]) -> None:
+    """Write ``message`` with the traceback of ``error``, whose words may have a key or a password."""
+    if not log.isEnabledFor(logging.ERROR):
+        return
+    file, line, function, _ = log.findCaller()
+    about = type(error), error, error.__traceback__
+    record = log.makeRecord(log.name, logging.ERROR, file, line, message, arguments, about, function)
+    # Formatters take this where it is there.
+    record.exc_text = unsecret("".join(traceback.format_exception(error))).rstrip("\n")
+    log.handle(record)
 
 
 def _raised(error: BaseException) -> object:

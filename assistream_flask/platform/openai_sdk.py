@@ -1,15 +1,22 @@
-"""What is known of the OpenAI SDK beyond what it promises: where a request can be seen, and what a call takes."""
+"""What is known of the OpenAI SDK beyond what it promises: where requests are seen and sent, and what calls take."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import httpx2
 import openai
 
+from ..errors import RunError
 from . import reliances
+
+LONGEST_BODY: Final = 16 << 20
+"""So many bytes an answer may have that is no stream: as many as one event of a stream."""
+_LONGEST_ERROR: Final = 1 << 20
+# What a body's bytes no longer are, once they were read.
+_OF_BODY: Final = ("content-encoding", "content-length", "transfer-encoding")
 
 
 def on_request(client: openai.OpenAI, call: Callable[[httpx2.Request], None]) -> None:
@@ -42,3 +49,53 @@ def keywords(call: Callable[..., Any]) -> frozenset[str] | None:
     if any(one.kind in (one.VAR_KEYWORD, one.VAR_POSITIONAL) for one in parameters.values()):
         return None
     return frozenset(parameters) - {"self"}
+
+
+def bound(client: openai.OpenAI) -> None:
+    """Have ``client``, a copy that nobody else uses, read no more than so many bytes of an answer that is no stream,
+    an error's included: the SDK reads those whole, however long they are, and whatever they are decompressed to.
+
+    An error's body is cut there. Where another's is longer the request raises :class:`RunError`. The SDK has no bound,
+    and hooks of the HTTP client below, or another in its place, would be for the app's other requests too.
+    """
+    send: Any = getattr(client, "_send_request", None)
+    if send is None:
+        if isinstance(client, openai.OpenAI):
+            missing = reliances.Missing("openai", "OpenAI._send_request")
+            reliances.miss("bounded_bodies", missing, "the body of an error is read whole, however long it is")
+        return
+
+    def sent(request: httpx2.Request, *, stream: bool, **more: Any) -> httpx2.Response:
+        response: httpx2.Response = send(request, stream=True, **more)
+        return response if stream and response.is_success else _whole(response)
+
+    client._send_request = sent  # type: ignore[method-assign]
+
+
+def _whole(response: httpx2.Response) -> httpx2.Response:
+    """Give ``response`` with its body read."""
+    body, most = bytearray(), LONGEST_BODY if response.is_success else _LONGEST_ERROR
+    try:
+        # The HTTP client decompresses in pieces.
+        for piece in response.iter_bytes():
+            body += piece
+            if len(body) > most:
+                break
+    except Exception:
+        # Of an error the status is known, whatever becomes of its body.
+        if response.is_success:
+            raise
+    finally:
+        response.close()
+    if len(body) > most and response.is_success:
+        raise RunError("answer_too_long", said=f"a body of more than {most} bytes")
+    headers = [pair for pair in response.headers.multi_items() if pair[0].lower() not in _OF_BODY]
+    # The class too: the SDK also takes clients of httpx, which is another library.
+    return type(response)(
+        response.status_code,
+        headers=headers,
+        content=bytes(body[:most]),
+        request=response.request,
+        extensions=response.extensions,
+        history=response.history,
+    )

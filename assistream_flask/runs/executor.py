@@ -166,7 +166,7 @@ class Executor:
         """Have the answer's beginning arrive, or what is missing of one that goes on in the background."""
         assistant, client, names, _ = _request(active)
         own = list(dict.fromkeys((names.get(assistant.id, assistant.id), assistant.id)))
-        stall = self._worker.settings.stall_seconds
+        stall, most = self._worker.settings.stall_seconds, self._worker.settings.max_answer_chars
 
         def ask() -> answer_stream.AnswerStream:
             try:
@@ -175,9 +175,9 @@ class Executor:
                 raise RunError("upstream_unauthorized", said=f"no client could be made: {error}") from error
             if active.resume_state is not None:
                 return answer_stream.resume(
-                    ours, assistant, active.resume_state, stall, names=own, shown=active.shown()
+                    ours, assistant, active.resume_state, stall, names=own, shown=active.shown(), most=most
                 )
-            return answer_stream.open(ours, assistant, turns, stall, own, key)
+            return answer_stream.open(ours, assistant, turns, stall, own, key, most)
 
         active.close()
         active.read(active.waits.wait(ask))
@@ -193,6 +193,9 @@ class Executor:
                 self._checkpointer.store(active)
             if isinstance(deltas[-1], End):
                 return deltas[-1]
+            # Here too: a flood of deltas leaves the housekeeper little time to look.
+            if (late := active.overdue()) is not None:
+                raise late
         raise RunError("upstream_ended_early")
 
     def _next(self, active: ActiveRun) -> Sequence[Delta] | None:

@@ -35,6 +35,7 @@ class RunReader:
 
     def close(self) -> None:
         """Close the connection to the model server. Idempotent, from any thread."""
+        self.slot.is_left = True
         self._stream.close()
         if self._feeding is not None:
             self._feeding.interrupt()

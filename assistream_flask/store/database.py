@@ -115,7 +115,12 @@ def _parsed(url: str) -> URL:
     try:
         parsed = sa.make_url(url)
     except (sa.exc.ArgumentError, ValueError) as error:
-        raise _unusable(error) from error
+        # From none: what could not be read may be of the password, and stands in that error's own words.
+        raise _unusable(error) from None
+    if "@" in (parsed.host or ""):
+        raise ConfigurationError(
+            "ASSISTREAM_DATABASE_URL cannot be used, as its host has an @: of a password write @ as %40, and / as %2F"
+        )
     if parsed.drivername in ("postgres", "postgresql"):
         parsed = parsed.set(drivername=_PSYCOPG)
     if parsed.get_backend_name() not in ("sqlite", "postgresql"):

@@ -12,6 +12,7 @@ from typing import Final
 from gevent import get_hub, monkey
 from sqlalchemy.exc import SQLAlchemyError
 
+from ..errors import masked
 from ..platform.log_throttle import LogThrottle
 from . import database
 from .sql import ThreadStore
@@ -131,5 +132,5 @@ class Leases:
             if self._is_clean:
                 store.retire(self._worker)
         except SQLAlchemyError as error:
-            _log.warning("this worker is known until it is forgotten: %s", error)
+            _log.warning("this worker is known until it is forgotten: %s", masked(str(error)))
         store.close()

@@ -17,12 +17,13 @@ import openai
 
 from ..assistants import Assistant
 from ..errors import RunError
-from ..events import Json
+from ..events import Json, dumps
 from ..fast.read_gate import ReadGate
+from ..platform import openai_sdk
 from . import background, event_reader, stale_connection
 from .background import cancel
 from .delivered import Delivered, Shown
-from .deltas import Begun, Delta, End, Failed
+from .deltas import Annotation, Begun, Delta, End, Failed, Reasoning, Refusal, Text
 from .dialects import DIALECTS
 from .errors import failure, of_exception, tells_failure
 from .items import Turn, Unmark, closed
@@ -35,6 +36,7 @@ _log = logging.getLogger(__name__)
 LATE_SECONDS: Final = 2.0
 """So long a connection may be silent, but for heartbeats, behind the last word of an answer."""
 _TRIES: Final = 3
+NO_LIMIT: Final = float("inf")
 
 
 class AnswerStream:
@@ -42,7 +44,9 @@ class AnswerStream:
     :class:`.deltas.End`. Raises :class:`RunError` when the answer fails, a missing end included.
 
     Go on iterating after the end: it reads the connection empty, so that it can be used again. ``unmark`` takes a mark
-    off the answer's beginning. ``resumed`` is there where another stream told the first of the answer.
+    off the answer's beginning. ``resumed`` is there where another stream told the first of the answer. An answer of
+    more than ``most`` characters is cut there: it ends as one does that its server cut for its length, and nothing more
+    is read.
     """
 
     def __init__(
@@ -53,8 +57,12 @@ class AnswerStream:
         poll: background.Poll | None = None,
         unmark: Unmark | None = None,
         resumed: _Resumed | None = None,
+        most: float = NO_LIMIT,
     ) -> None:
         self._stream, self._translator, self._place, self._poll = stream, translator, place, poll
+        # How many characters may still come, and whether more came.
+        self._room = max(0, most - resumed.delivered.characters) if resumed is not None else most
+        self._is_full = False
         self._unmark, self._resumed = unmark, resumed
         self._delivered = resumed.delivered if resumed is not None else None
         self._update_state()
@@ -125,13 +133,15 @@ class AnswerStream:
             if not batch:
                 yield []
                 continue
+            texts = None
             if joined and self._unmark is None and self._translator is not None:
                 texts = self._translator.texts(batch)
-                if texts is not None:
-                    if texts:
-                        yield texts
-                    continue
-            yield from self._told(batch)
+            if texts is None:
+                yield from self._told(batch)
+            elif texts:
+                yield self._limited(texts)
+            if self._is_full:
+                return
 
     def _told(self, batch: list[tuple[str, Json]]) -> Iterator[list[Delta]]:
         """Give what a read says. Raises the error of an answer that failed once all before it was given."""
@@ -156,10 +166,10 @@ class AnswerStream:
             deltas = deltas[:-1]
         if self._delivered is not None:
             deltas = self._delivered.rest(deltas)
-        self._over = bool(deltas) and isinstance(deltas[-1], End)
-        if self._over or self._end() is not None:
-            # Some servers send a finish reason with every piece: of those the last word is known later.
-            self._expire(LATE_SECONDS if self._over or not deltas else 3 * LATE_SECONDS)
+        deltas = self._limited(deltas)
+        if self._is_full:
+            failed = None
+        self._note_end(deltas)
         # Also where all was held back, or had been delivered: what comes next is behind that.
         self._update_state()
         if deltas:
@@ -167,6 +177,26 @@ class AnswerStream:
             yield deltas
         if failed is not None:
             raise failed
+
+    def _note_end(self, deltas: Sequence[Delta]) -> None:
+        self._over = bool(deltas) and isinstance(deltas[-1], End)
+        if self._over or self._end() is not None:
+            # Some servers send a finish reason with every piece: of those the last word is known later.
+            self._expire(LATE_SECONDS if self._over or not deltas else 3 * LATE_SECONDS)
+
+    def _limited(self, deltas: list[Delta]) -> list[Delta]:
+        """Give the same as far as there is room, and then the answer's end."""
+        self._room -= sum(map(_length, deltas))
+        if self._room >= 0:
+            return deltas
+        while self._room < 0:
+            last = deltas.pop()
+            self._room += _length(last)
+        if isinstance(last, Text | Refusal | Reasoning) and self._room:
+            deltas.append(last._replace(value=last.value[: int(self._room)]))
+        self._over = self._is_full = True
+        _log.warning("an answer is cut that is longer than ASSISTREAM_MAX_ANSWER_CHARS allows")
+        return [*deltas, End("max_tokens", None)]
 
     def _unmarked(self, deltas: list[Delta]) -> list[Delta]:
         if self._unmark is not None:
@@ -263,10 +293,12 @@ def open(
     stall: float,
     names: Sequence[str] = (),
     key: str = "",
+    most: float = NO_LIMIT,
 ) -> AnswerStream:
     """Ask ``assistant`` for the next message after ``turns``. ``stall`` is in seconds without a byte; ``names`` are
     the assistant's own, a mark with which is taken off its answer. A background response is asked for under ``key``:
-    a server that knows an ``Idempotency-Key`` gives the same one again to whoever asks with it.
+    a server that knows an ``Idempotency-Key`` gives the same one again to whoever asks with it. It is cut behind
+    ``most`` characters.
 
     Raises :class:`RunError`.
     """
@@ -282,7 +314,7 @@ def open(
     dialect = DIALECTS[assistant.upstream]
     try:
         # The SDK would retry a POST that has no idempotency key: a run generated, and paid, twice.
-        quick = client.with_options(max_retries=0, default_headers=_once(assistant, key))
+        quick = _quick(client, _once(assistant, key))
         watch = stale_connection.RequestWatch(quick)
         tries = 0
         while True:
@@ -299,8 +331,19 @@ def open(
     unmark = Unmark(names) if names else None
     if assistant.background:
         place = background.ResumePoint(limit=assistant.most_tokens)
-        return AnswerStream(stream, place.translator, place, unmark=unmark)
-    return AnswerStream(stream, dialect.translator(assistant.most_tokens), unmark=unmark)
+        return AnswerStream(stream, place.translator, place, unmark=unmark, most=most)
+    return AnswerStream(stream, dialect.translator(assistant.most_tokens), unmark=unmark, most=most)
+
+
+def _quick(client: openai.OpenAI, headers: dict[str, str]) -> openai.OpenAI:
+    """Give a copy that asks once, for an answer that nobody compressed, and whose whole bodies are bounded."""
+    # A few hundred kilobytes of gzip are hundreds of megabytes; and a stream that is compressed comes in lumps. What
+    # the app's client says of it stays.
+    if not any(name.lower() == "accept-encoding" for name in getattr(client, "default_headers", ())):
+        headers = {**headers, "Accept-Encoding": "identity"}
+    quick = client.with_options(max_retries=0, default_headers=headers)
+    openai_sdk.bound(quick)
+    return quick
 
 
 def _once(assistant: Assistant, key: str) -> dict[str, str]:
@@ -317,6 +360,7 @@ def resume(
     every: float = 2.0,
     names: Sequence[str] = (),
     shown: Shown | None = None,
+    most: float = NO_LIMIT,
 ) -> AnswerStream:
     """Go on with a background response behind ``state``, which :meth:`AnswerStream.state` gave in any process.
 
@@ -330,7 +374,7 @@ def resume(
     Raises :class:`RunError`: ``worker_lost`` when the server does not know the response (any more). ``stall`` is in
     seconds without a byte.
     """
-    quick = client.with_options(max_retries=0)
+    quick = _quick(client, {})
     try:
         stream = background.retrieve(quick, state, stall)
     except RunError:
@@ -346,11 +390,12 @@ def resume(
         delivered.from_start(state)
     unmark = _unmark(names, state, from_start=from_start)
     resumed = _Resumed(state, delivered, from_start, names)
-    return AnswerStream(stream, place.translator, place, poll, unmark, resumed)
+    return AnswerStream(stream, place.translator, place, poll, unmark, resumed, most)
 
 
-def translate(stream: Any) -> AnswerStream:
-    """Take any OpenAI stream: the SDK's ``Stream`` of the three dialects, or an iterator of its events.
+def translate(stream: Any, most: float = NO_LIMIT) -> AnswerStream:
+    """Take any OpenAI stream: the SDK's ``Stream`` of the three dialects, or an iterator of its events. It is cut
+    behind ``most`` characters.
 
     Raises ``TypeError`` for what cannot be iterated, such as an async stream.
     """
@@ -361,7 +406,14 @@ def translate(stream: Any) -> AnswerStream:
             "client.chat.completions.create(..., stream=True) or an Assistants run with stream=True gives "
             "(the synchronous client's)"
         )
-    return AnswerStream(stream)
+    return AnswerStream(stream, most=most)
+
+
+def _length(delta: Delta) -> int:
+    """Count the characters that a delta brings, an annotation's as it is told."""
+    if isinstance(delta, Text | Refusal | Reasoning):
+        return len(delta.value)
+    return len(dumps(delta.value)) if isinstance(delta, Annotation) else 0
 
 
 def _translator(kind: str, data: Json) -> Translator | None:

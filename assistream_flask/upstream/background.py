@@ -13,6 +13,7 @@ import openai
 
 from ..errors import RunError, masked
 from ..events import Json
+from ..platform import openai_sdk
 from . import event_reader
 from .responses import ResponsesTranslator
 
@@ -141,6 +142,8 @@ def retrieve(client: openai.OpenAI, state: Json, stall: float) -> Any:
 def cancel(client: openai.OpenAI, state: Json) -> None:
     """Have the server end a response, if it has not ended. Raises nothing; the log has what failed."""
     try:
-        client.responses.cancel(state["response_id"], timeout=_QUICK_SECONDS)
+        quick = client.with_options()
+        openai_sdk.bound(quick)
+        quick.responses.cancel(state["response_id"], timeout=_QUICK_SECONDS)
     except Exception as error:
         _log.warning("the response %s was not cancelled: %s", state["response_id"], masked(repr(error)))

@@ -64,6 +64,8 @@ class Delivered:
         self._all = shown.counts() if shown is not None else counted.copy()
         self._left = self._all.copy()
         self._left.subtract(counted)
+        self.characters = sum(count for where, count in self._all.items() if not isinstance(where, tuple))
+        """How many characters were delivered, when the answer was gone on with."""
         self.is_past = False
         """Whether anything new came."""
 

@@ -20,6 +20,10 @@ _log = logging.getLogger(__name__)
 _TEXTS: Final = ("text", "content", "value", "reasoning", "thinking", "summary")
 _PIECES: Final = 64
 """So many are added up at a time."""
+_PARTS: Final = 1_000
+"""So many texts and thoughts an answer may have: each that is told once more is looked for among all."""
+_LOOKS: Final = 5_000_000
+"""So many may be looked at for that, in one answer."""
 
 Cut: TypeAlias = Literal["max_tokens", "content_filter"]
 """Why an answer is not complete."""
@@ -161,7 +165,7 @@ class Slots:
 
     def __init__(self) -> None:
         self._slots: dict[tuple[str, object], _Slot] = {}
-        self._next = 0
+        self._next = self._looks = 0
         self._has_unread = False
 
     def state(self) -> list[list[Any]]:
@@ -210,7 +214,10 @@ class Slots:
         return [Reasoning(whole)] if whole else []
 
     def annotation(self, key: object, value: object) -> list[Delta]:
-        """Give the annotation for the text part that ``key`` names."""
+        """Give the annotation for the text part that ``key`` names; nothing for one that no page may have."""
+        if not _may_leave(value):
+            self.unread(value)
+            return []
         try:
             # As pages and every database can read it.
             whole: Any = json.loads(dumps(value).replace("\\u0000", "\\ufffd"))
@@ -233,7 +240,8 @@ class Slots:
         # Of those that another process gave only the count is known.
         before = max(0, slot.notes - known.total())
         parts: list[Delta] = []
-        for value in values[before:]:
+        # What may not leave was not counted.
+        for value in [value for value in values if _may_leave(value)][before:]:
             identity = _identity(as_object(value))
             if known[identity]:
                 known[identity] -= 1
@@ -251,6 +259,9 @@ class Slots:
         if not isinstance(value, str):
             self.unread(value)
             return keys[0], ""
+        self._looks += len(self._slots)
+        if self._looks > _LOOKS:
+            raise RunError("answer_too_long", said=f"{len(self._slots)} parts are told again and again")
         # Half a pair at its end is no text.
         whole = clean(re.sub("[\ud800-\udbff]$", "", value)).replace("\0", "\ufffd")
         free = {
@@ -295,6 +306,8 @@ class Slots:
     def _slot(self, kind: str, key: object) -> _Slot:
         slot = self._slots.get((kind, key))
         if slot is None:
+            if len(self._slots) >= _PARTS:
+                raise RunError("answer_too_long", said=f"an answer has more than {_PARTS} parts")
             slot = self._slots[kind, key] = _Slot()
         return slot
 
@@ -322,6 +335,23 @@ def _identity(note: Json) -> str:
     # A delta of the Assistants API counts its annotations under this name, which elsewhere is a place.
     place = note.get("start_index", note.get("index"))
     return repr([place, *(note.get(name) for name in ("type", "url", "file_id", "end_index"))])
+
+
+def _may_leave(value: object, name: str = "", deep: int = 8) -> bool:
+    """Tell whether each URL in an annotation is one of http or https, or empty: what a page has as a link would run
+    ``javascript:`` as its own script. URLs are known by their names, such as ``url`` or ``imageUrls``; wherever a text
+    with such a name stands, in whatever is nested."""
+    if isinstance(value, dict):
+        return deep > 0 and all(_may_leave(one, str(key), deep - 1) for key, one in value.items())
+    if isinstance(value, list):
+        return deep > 0 and all(_may_leave(one, name, deep - 1) for one in value)
+    is_url = isinstance(value, str) and value != "" and _URL_NAMES.search(name) is not None
+    # As it begins: browsers pass over blanks and line ends before and within a scheme.
+    return not is_url or _WEB.match(str(value)) is not None
+
+
+_URL_NAMES: Final = re.compile(r"(?i)(url|uri|href|link|src)s?$")
+_WEB: Final = re.compile(r"(?i)https?://")
 
 
 def words(value: Any) -> str | None:

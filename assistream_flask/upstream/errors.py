@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import repeat
 from typing import Any, Final
 
 import httpx2
@@ -20,6 +21,7 @@ from ..events import Json, dumps
 
 _DEEP: Final = 5
 _LONGEST: Final = 8192
+_MANY: Final = 10_000
 _IDS: Final = ("code", "type", "status", "reason", "error_code", "status_code", "errorcode", "errortype", "__type")
 _WORDS: Final = (
     *("detail", "details", "msg", "err", "err_msg", "error_msg", "error_message", "errormessage", "errors"),
@@ -164,6 +166,12 @@ def of_exception(error: Exception, otherwise: str) -> RunError:
         early = isinstance(error.__cause__, httpx2.ConnectTimeout)
         return RunError("upstream_unreachable" if early else "upstream_stalled", said=said)
     if isinstance(error, openai.APIStatusError):
+        if error.status_code < 400 and (to := error.response.headers.get("Location")):
+            said = (
+                f"HTTP {error.status_code} leads to {to[:300]}, and is not followed, as the thread would go there: "
+                "where that is right, give it as OPENAI_BASE_URL or the client's base_url"
+            )
+            return RunError("upstream_redirected", said=said)
         # Of the body the SDK gives only what it has under "error".
         try:
             body: Any = from_json(error.response.content)
@@ -196,6 +204,7 @@ def _code(error: Any, status: int | None) -> str:
     if isinstance(error, str):
         error = error[:_LONGEST]
     ids = " ".join(re.sub("[^a-z0-9]", "", value.lower()) for value in _values(error, _IDS) if " " not in value)
+    ids = ids[:_LONGEST]
     words = " ".join(_values(error)).lower()[:_LONGEST]
     status = status or _status(error)
     if re.search(r"\b503\b", f"{status} {words}") and re.search(_LOADING, words):
@@ -235,11 +244,25 @@ def _status(error: Any) -> int | None:
     return None
 
 
-def _values(value: Any, names: tuple[str, ...] = (), name: str = "", deep: int = _DEEP) -> Iterator[str]:
-    """Give the texts and numbers in ``value`` as texts, those under ``names`` where there are any."""
-    if isinstance(value, dict | list) and deep:
-        pairs = value.items() if isinstance(value, dict) else ((name, one) for one in value)
-        for key, one in pairs:
-            yield from _values(one, names, str(key).lower(), deep - 1)
-    elif isinstance(value, str | int) and not isinstance(value, bool) and (not names or name in names):
-        yield str(value)
+def _values(value: Any, names: tuple[str, ...] = ()) -> Iterator[str]:
+    """Give the texts and numbers in ``value`` as texts, those under ``names`` where there are any; the first of very
+    many."""
+    levels: list[Iterator[tuple[str, Any]]] = [iter([("", value)])]
+    for _ in range(_MANY):
+        if (found := next(levels[-1], None)) is None:
+            levels.pop()
+            if not levels:
+                return
+            continue
+        name, one = found
+        if isinstance(one, dict | list):
+            if len(levels) <= _DEEP:
+                levels.append(_pairs(one, name))
+        elif isinstance(one, str | int) and not isinstance(one, bool) and (not names or name in names):
+            yield str(one)[:_LONGEST]
+
+
+def _pairs(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        return ((str(key).lower(), one) for key, one in value.items())
+    return zip(repeat(name), value)

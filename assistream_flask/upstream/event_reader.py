@@ -15,10 +15,13 @@ from ..errors import RunError
 from ..events import Json
 from ..fast import chunk_reader, event_template, read_gate
 from ..fast.event_template import EventTemplate
-from ..fast.read_gate import ReadGate
-from ..sse import Decoder
+from ..fast.read_gate import ReadGate, TimeSlice
+from ..sse import Decoder, TooLongError
 from .errors import failure
 
+LONGEST_EVENT: Final = 16 << 20
+"""So many bytes an event may have. The last of a long answer tells it whole, perhaps twice, with escapes of six bytes a
+character and with its annotations: that is a few megabytes."""
 _LONGEST: Final = 1 << 20
 _HEARTBEATS: Final = frozenset({"ping", "heartbeat", "keepalive", "keep-alive", "keep_alive"})
 _SENTENCE: Final = re.compile(r"\[?[A-Za-z][A-Za-z ]{3}")
@@ -39,8 +42,8 @@ def read(stream: Any, gate: ReadGate | None = None, *, joined: bool = False) -> 
     """Give lists of ``(kind, data)``, one list a network read; ``kind`` is the event's type or name. Where they may
     be ``joined``, one event may have the texts of all of a read.
 
-    Give an empty list at the ``gate``. Raises :class:`RunError` for an event that is not JSON, and whatever the
-    transport raises.
+    Give an empty list at the ``gate``. Raises :class:`RunError` for an event that is not JSON or has more than
+    :data:`LONGEST_EVENT` bytes, and whatever the transport raises.
     """
     response: Any = getattr(stream, "response", None)
     gate = read_gate.in_use(gate)
@@ -52,7 +55,10 @@ def read(stream: Any, gate: ReadGate | None = None, *, joined: bool = False) -> 
         template = event_template.for_stream(joined)
     else:
         reads, split, parse = read_gate.through(iter(stream), gate), iter, _from_object  # type: ignore[assignment]
-    yield from _events(reads, split, parse, decoder, template)
+    try:
+        yield from _events(reads, split, parse, decoder, template)
+    except TooLongError as error:
+        raise RunError("answer_too_long", said=str(error)) from None
     if batch := decoder.rest():
         yield batch
 
@@ -64,10 +70,16 @@ def _events(
     decoder: _Decoder,
     template: EventTemplate | None,
 ) -> Iterator[list[tuple[str, Json]]]:
+    turn, is_gated = TimeSlice(), False
     for some in reads:
         if not some:
+            is_gated = True
             yield []
             continue
+        if not is_gated:
+            # Nobody hears of what says nothing, such as heartbeats: a flood of those would keep all others waiting.
+            turn.share()
+        is_gated = False
         if template is not None and decoder.between and (known := template.read(some)):
             yield [known]
             continue
@@ -94,7 +106,7 @@ class _Decoder(Decoder):
     llama.cpp wrote, and an object by itself, on one line or on several, as gateways and frameworks answer with."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(LONGEST_EVENT)
         # The lines of an object that is not whole yet.
         self._object: list[bytes] = []
         self._size = 0
@@ -120,7 +132,7 @@ class _Decoder(Decoder):
 
     def rest(self) -> list[tuple[str, Json]]:
         """Give those events that the last lines stand for, behind which no line end came."""
-        lines = (self._rest + b"".join(self._more)).splitlines()
+        lines = bytes(self._rest).splitlines()
         frames = list(self._lines(lines))
         if self._object and _is_object(whole := b"\n".join(self._object)):
             frames.append((b"", whole))

@@ -30,10 +30,10 @@ from gevent import monkey
 from sqlalchemy.exc import SQLAlchemyError
 
 from .. import sse
-from ..errors import ConfigurationError, RequestError
+from ..errors import ConfigurationError, RequestError, RunError, masked
 from ..fast import install
 from ..log import redis_requirements
-from ..platform import gunicorn, reliances
+from ..platform import gunicorn, openai_sdk, reliances
 from ..settings import Settings
 from ..store import tables
 from ..store.leases import SKEW_SECONDS
@@ -334,13 +334,18 @@ def _model_server(name: str, part: Part) -> Finding:
     try:
         client = part.client()
         label += f" at {client.base_url.host}"
-        client.with_options(max_retries=0, timeout=10).models.list()
+        quick = client.with_options(max_retries=0, timeout=10)
+        openai_sdk.bound(quick)
+        quick.models.list()
     except openai.APIStatusError as error:
         # What it says may repeat the key.
         status = error.status_code
         if status in (401, 403):
             fix = "set OPENAI_API_KEY, or the client's api_key, to a key of that server that may list models"
             return Finding("FAIL", f"{label} refuses the key ({status})", fix)
+        if status < 400 and (to := error.response.headers.get("Location")):
+            fix = "give the address behind it as OPENAI_BASE_URL, or as the client's base_url"
+            return Finding("FAIL", f"{label} answers {status} and leads to {masked(to)}", fix)
         if status == 429 or status >= 500:
             return Finding("FAIL", f"{label} answers {status}", "look at its status, and at your quota there")
         return Finding("ok", f"{label} answers; it has no list of models to try the key on ({status})")
@@ -352,6 +357,8 @@ def _model_server(name: str, part: Part) -> Finding:
         )
     except openai.OpenAIError:
         return Finding("FAIL", f"{label}: there is no key", "set OPENAI_API_KEY")
+    except RunError as error:
+        return Finding("FAIL", f"{label} answers with {error.said}", "see what stands at that address")
     return Finding("ok", f"{label} takes the key")
 
 

@@ -17,7 +17,7 @@ from ..events import Event
 from ..platform.gunicorn import serving
 from ..platform.interrupt import Interrupted, Interruptible
 from ..runs.message_accumulator import MessageAccumulator, Stop
-from ..upstream.answer_stream import AnswerStream, translate
+from ..upstream.answer_stream import NO_LIMIT, AnswerStream, translate
 from ..upstream.deltas import Delta, End, merged
 
 _log = logging.getLogger(__name__)
@@ -32,8 +32,8 @@ class relay:
     A thread (a greenlet under gevent) reads, so that heartbeats go out while the upstream is silent.
     """
 
-    def __init__(self, stream: Any, heartbeat_seconds: float) -> None:
-        self._upstream: AnswerStream = translate(stream)
+    def __init__(self, stream: Any, heartbeat_seconds: float, most: float = NO_LIMIT) -> None:
+        self._upstream: AnswerStream = translate(stream, most)
         self._waits = Interruptible(self._upstream.close)
         self._heartbeat = heartbeat_seconds
         self._queue: queue.Queue[list[Delta] | RunError] = queue.Queue(_AHEAD)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from flask import Response, g, request
+from flask import Response, current_app, g, has_app_context, request
 
 from .. import sse
 from ..errors import RequestError
@@ -13,6 +13,7 @@ from ..fast import direct_send
 from ..log.protocol import EventId
 from ..platform import threaded
 from ..runs.service import OwnedThread
+from ..settings import Settings
 from . import event_streams
 from .answers import argument
 from .auth import Call, asking_again
@@ -91,8 +92,10 @@ def event_response(stream: Any, *, heartbeat_seconds: float = 15) -> Response:
 
     ``stream`` is what ``client.responses.create(..., stream=True)``, ``client.chat.completions.create(...,
     stream=True)`` or an Assistants run with ``stream=True`` gives, or an iterator of its events. Heartbeats go out
-    while it is silent, it is closed when the client leaves, and the last frame is ``event: done``.
+    while it is silent, it is closed when the client leaves, and the last frame is ``event: done``. It is cut where it
+    is longer than ``ASSISTREAM_MAX_ANSWER_CHARS``.
 
     Raises ``TypeError`` for what is no such iterator, an async one included.
     """
-    return Response(relay(stream, heartbeat_seconds), headers=sse.HEADERS)
+    most = (Settings.read(current_app.config) if has_app_context() else Settings()).max_answer_chars
+    return Response(relay(stream, heartbeat_seconds, most), headers=sse.HEADERS)

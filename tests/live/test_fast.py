@@ -178,6 +178,7 @@ RENAMES = [
         "direct_send",
         "method of its Response for start_response",
     ),
+    (Rename("openai", r"\b_send_request\b", "_send"), "bounded_bodies", "OpenAI._send_request"),
     (Rename("openai", r"\b_prepare_request\b", "_prepare"), "stale_connection", "OpenAI._prepare_request"),
 ]
 

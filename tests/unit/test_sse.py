@@ -176,6 +176,14 @@ def test_any_chunk_boundaries_give_what_the_standard_says(stream: bytes, places:
 
 
 @settings(max_examples=examples(100), deadline=None)
+@given(STREAMS, st.lists(st.integers(0, 200), max_size=8))
+def test_an_event_that_is_long_is_taken_line_by_line_and_is_the_same(stream: bytes, places: list[int]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sse, "_WHOLE_BYTES", 4)
+        assert decoded(cut(stream, places)) == reference(stream)
+
+
+@settings(max_examples=examples(100), deadline=None)
 @given(STREAMS)
 def test_byte_by_byte_gives_what_the_standard_says(stream: bytes) -> None:
     assert decoded([stream[i : i + 1] for i in range(len(stream))]) == reference(stream)
@@ -187,6 +195,26 @@ def test_what_the_encoder_writes_the_decoder_reads_back(told: list[tuple[str, st
     told = [(event, data.encode("utf-8", "replace").decode()) for event, data in told]
     stream = b"".join(sse.encode(event, data, "0a-1") for event, data in told)
     assert decoded([stream]) == [Frame(event, re.sub("\r\n|\r", "\n", data)) for event, data in told]
+
+
+@pytest.mark.parametrize("whole", [4, 100_000])
+@pytest.mark.parametrize(
+    "chunks",
+    [[b"data: " + b"a" * 1_200], [b"data: "] + [b"a"] * 1_200, [b"data: a\n"] * 200, [b"event: a\n"] * 200],
+)
+def test_no_more_is_kept_of_an_event_than_it_may_have(
+    chunks: list[bytes], whole: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sse, "_WHOLE_BYTES", whole)
+    decoder = Decoder(1_000)
+    with pytest.raises(sse.TooLongError):
+        list(map(decoder.feed, chunks))
+    decoder = Decoder(1_000)
+    for _ in range(100):
+        # Whole ones and comments are not kept.
+        assert decoder.feed(b"data: %b\n" % (b"a" * 100)) == []
+        assert decoder.feed(b": %b\n" % (b"a" * 100)) == []
+        assert decoder.feed(b"\n") == [Frame("", "a" * 100)]
 
 
 # The decoder, rule by rule
