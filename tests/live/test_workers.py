@@ -218,7 +218,14 @@ def _scripted(monkeypatch: pytest.MonkeyPatch) -> None:
         return client.connect(None) if isinstance(client, Response) else client
 
     def resume(
-        client: Response, assistant: Assistant, state: Json, stall: float, *, names: Sequence[str], shown: Shown
+        client: Response,
+        assistant: Assistant,
+        state: Json,
+        stall: float,
+        *,
+        names: Sequence[str],
+        shown: Shown,
+        most: float,
     ) -> Any:
         return client.connect(state, Delivered(state, shown))
 
