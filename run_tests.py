@@ -32,7 +32,7 @@ VENV, LOWEST = ROOT / ".venv", ROOT / ".venv-lowest"
 # docs' two snippets with it.
 PACKAGES = ["typescript@7.0.2", "esbuild@0.28.2", "react@19", "react-dom@19", "vue@3.5"]
 # What the unit and contract tests need of the extras "test" and "docs"; the rest looks at the code, or at pages.
-TESTING = ("pytest", "pytest-xdist", "hypothesis", "pyyaml")
+TESTING = ("flask-login", "hypothesis", "pytest", "pytest-xdist", "pyyaml")
 NO_SERVER = "not server and not slow"
 UNIT_AND_CONTRACT = ("tests/unit", "tests/contract")
 # What reads, tells and sends an answer: all that a fast way is on the way of. It is tried once more without them.
