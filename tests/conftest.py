@@ -7,6 +7,7 @@ import functools
 import gc
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -179,6 +180,26 @@ def wait_until(true: Callable[[], object], seconds: float = 10) -> None:
         time.sleep(pause)
         # Most ask a route each time: a hundred requests a second leave little of a core to what is waited for.
         pause = min(pause * 1.5, 0.05)
+
+
+def at_once(count: int, work: Callable[[int], object]) -> list[Any]:
+    """Call ``work(n)`` in ``count`` threads that begin together; give what each gave, or raised."""
+    gate, found = threading.Barrier(count), list[Any]([None] * count)
+
+    def one(n: int) -> None:
+        gate.wait()
+        try:
+            found[n] = work(n)
+        except Exception as error:
+            found[n] = error
+
+    threads = [threading.Thread(target=one, args=(n,)) for n in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    return found
 
 
 class Caller:

@@ -19,18 +19,25 @@ _LONGEST_ERROR: Final = 1 << 20
 _OF_BODY: Final = ("content-encoding", "content-length", "transfer-encoding")
 
 
+def _own(client: openai.OpenAI, name: str, who: str, instead: str) -> Any:
+    """Give a method that is the SDK's own; ``None`` where it has none of that name, which the log says once."""
+    found = getattr(client, name, None)
+    # What an app's tests have in a client's place has none either.
+    if found is None and isinstance(client, openai.OpenAI):
+        reliances.miss(who, reliances.Missing("openai", f"OpenAI.{name}"), instead)
+    return found
+
+
 def on_request(client: openai.OpenAI, call: Callable[[httpx2.Request], None]) -> None:
     """Have ``call`` called with each request of ``client``, a copy that nobody else uses, before it is sent.
 
     The SDK has a method for that, which is its own to call and an app's class to override. The hooks of the HTTP client
     below are no other way: that one is shared by all copies, and which of them a request is of shows nowhere.
     """
-    prepare: Any = getattr(client, "_prepare_request", None)
+    prepare = _own(
+        client, "_prepare_request", "stale_connection", "a request that meets a closed connection fails its run"
+    )
     if prepare is None:
-        # What an app's tests have in its place has none either.
-        if isinstance(client, openai.OpenAI):
-            missing = reliances.Missing("openai", "OpenAI._prepare_request")
-            reliances.miss("stale_connection", missing, "a request that meets a closed connection fails its run")
         return
 
     def prepared(request: httpx2.Request) -> None:
@@ -58,11 +65,8 @@ def bound(client: openai.OpenAI) -> None:
     An error's body is cut there. Where another's is longer the request raises :class:`RunError`. The SDK has no bound,
     and hooks of the HTTP client below, or another in its place, would be for the app's other requests too.
     """
-    send: Any = getattr(client, "_send_request", None)
+    send = _own(client, "_send_request", "bounded_bodies", "the body of an error is read whole, however long it is")
     if send is None:
-        if isinstance(client, openai.OpenAI):
-            missing = reliances.Missing("openai", "OpenAI._send_request")
-            reliances.miss("bounded_bodies", missing, "the body of an error is read whole, however long it is")
         return
 
     def sent(request: httpx2.Request, *, stream: bool, **more: Any) -> httpx2.Response:

@@ -25,6 +25,7 @@ from assistream_flask import Assistant, run_ended
 from assistream_flask.errors import RUN_ERRORS
 from tests.conftest import KEY, Caller, MakeApp
 from tests.http_helpers import request_of
+from tests.socket_server import SocketServer
 
 CASES: list[dict[str, Any]] = [
     case
@@ -37,31 +38,17 @@ class CaseServer:
     """A model server whose model ``m`` answers with what case number ``m`` says."""
 
     def __init__(self) -> None:
-        self._listening = socket.create_server(("127.0.0.1", 0), backlog=512)
-        self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}/v1"
         self._closing = threading.Event()
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._server = SocketServer(self._serve)
+        self.url = self._server.url
 
     def close(self) -> None:
         self._closing.set()
-        self._listening.shutdown(socket.SHUT_RDWR)
-        self._listening.close()
+        self._server.close()
 
-    def _accept(self) -> None:
-        while True:
-            try:
-                peer, _ = self._listening.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(peer,), daemon=True).start()
-
-    def _serve(self, peer: socket.socket) -> None:
-        with peer:
-            asked = json.loads(request_of(peer).partition(b"\r\n\r\n")[2])
-            try:
-                self._answer(peer, CASES[int(asked.get("model") or asked["assistant_id"])])
-            except OSError:
-                pass
+    def _serve(self, peer: socket.socket, _: int) -> None:
+        asked = json.loads(request_of(peer).partition(b"\r\n\r\n")[2])
+        self._answer(peer, CASES[int(asked.get("model") or asked["assistant_id"])])
 
     def _answer(self, peer: socket.socket, case: dict[str, Any]) -> None:
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from typing import Any
 
@@ -12,7 +11,7 @@ from werkzeug.test import TestResponse
 
 from assistream_flask.runs import runtime
 from assistream_flask.testing import OfflineServer, Reply
-from tests.conftest import Caller, MakeApp, text, wait_until
+from tests.conftest import Caller, MakeApp, at_once, text, wait_until
 from tests.http_helpers import Frame, P, read, refused
 
 RUNS: dict[str, Any] = {"assistant_ids": ["tutor", "critic"], "content": "Hi"}
@@ -84,22 +83,6 @@ def test_a_refused_request_does_not_use_its_key_up(caller: Caller) -> None:
     refused(post(caller, url, {**RUNS, "assistant_ids": ["nobody"]}), 404, "assistant_not_found")
     refused(post(caller, f"{caller.url}/runs/run_0/cancel", {}), 404, "run_not_found")
     assert post(caller, url, RUNS).status_code == 202
-
-
-def at_once(count: int, work: Any) -> list[Any]:
-    """Call ``work(n)`` in ``count`` threads that begin together; give what they gave."""
-    gate, found = threading.Barrier(count), [None] * count
-
-    def one(n: int) -> None:
-        gate.wait()
-        found[n] = work(n)
-
-    threads = [threading.Thread(target=one, args=(n,)) for n in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    return found
 
 
 @pytest.mark.parametrize("route", ["messages", "runs"])

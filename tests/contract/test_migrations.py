@@ -17,8 +17,9 @@ from alembic.script import ScriptDirectory
 
 from assistream_flask.store import migrations, tables
 from assistream_flask.store.sql import ThreadStore
+from tests.conftest import at_once
 from tests.contract import schema_1
-from tests.contract.test_store import FUTURE, ME, at_once, entries, new_thread, over, start, user
+from tests.contract.test_store import FUTURE, ME, entries, new_thread, over, start, user
 
 
 @pytest.fixture

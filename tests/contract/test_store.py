@@ -6,7 +6,6 @@ import contextlib
 import re
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -33,6 +32,7 @@ from assistream_flask.store.sql import (
     thread_object,
 )
 from assistream_flask.types import ContentPart, Message, Run, Thread
+from tests.conftest import at_once
 from tests.postgres_server import PostgresServer
 
 LASTING = ["sqlite file", pytest.param("postgresql", marks=pytest.mark.server)]
@@ -98,25 +98,6 @@ def entries(store: ThreadStore, thread_id: str) -> list[Any]:
 
 def over(run: Run, message: Message, status: Any = "completed") -> tuple[Run, Message]:
     return {**run, "status": status, "completed_at": 5}, {**message, "status": "completed", "completed_at": 5}
-
-
-def at_once(count: int, work: Callable[[int], object]) -> list[object]:
-    """Run ``work`` in threads that start together; give what each gave, or raised."""
-    barrier, found = threading.Barrier(count), list[object]([None] * count)
-
-    def one(at: int) -> None:
-        barrier.wait()
-        try:
-            found[at] = work(at)
-        except Exception as error:
-            found[at] = error
-
-    threads = [threading.Thread(target=one, args=(at,)) for at in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    return found
 
 
 # The database
@@ -742,7 +723,7 @@ def test_a_worker_that_died_is_buried_by_one_when_its_runs_are_over_and_its_late
     with store._write() as connection:
         connection.execute(tables.workers.update().where(tables.workers.c.id != "lives").values(seen=5.0))
     found = at_once(4, lambda _: store.bury(60, 1000))
-    assert sorted(found, key=len) == [[], [], [], [late]]  # type: ignore[arg-type]
+    assert sorted(found, key=len) == [[], [], [], [late]]
     assert store.bury(60, 1000) == []
     store.save("busy", {**over(run, message)[0], "completed_at": 2000}, message, [], None)
     assert store.bury(60, 1000) == [busy]

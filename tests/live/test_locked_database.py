@@ -19,8 +19,8 @@ from sqlalchemy.exc import OperationalError, SQLAlchemyError, TimeoutError
 
 from assistream_flask.store import database
 from assistream_flask.store.sql import ThreadStore
-from tests.conftest import wait_until
-from tests.contract.test_store import ME, at_once, new_thread
+from tests.conftest import at_once, wait_until
+from tests.contract.test_store import ME, new_thread
 from tests.gunicorn_server import Gunicorn, running, stream
 from tests.watcher import Watcher, says, settle
 

@@ -15,8 +15,8 @@ import sqlalchemy as sa
 
 from assistream_flask.store.sql import ThreadStore
 from assistream_flask.testing import OfflineServer, Reply
-from tests.conftest import Caller, MakeApp, text
-from tests.contract.test_store import ME, at_once, new_thread, user
+from tests.conftest import Caller, MakeApp, at_once, text
+from tests.contract.test_store import ME, new_thread, user
 from tests.postgres_server import PostgresServer
 from tests.programs import free_port, listening, program
 

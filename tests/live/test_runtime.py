@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +22,10 @@ from assistream_flask import extension
 from assistream_flask.runs.runtime import Runtime
 from assistream_flask.testing import OfflineServer
 from tests.cluster import APP, clustered
-from tests.conftest import Caller, MakeApp, quick_client, wait_until
+from tests.conftest import Caller, MakeApp, at_once, quick_client, wait_until
 from tests.gunicorn_server import ROOT, Gunicorn
 from tests.postgres_server import PostgresServer
 from tests.redis_server import RedisServer
-
-
-def at_once(count: int, work: Callable[[], object]) -> list[Any]:
-    """Give what so many threads got that did it at the same time, errors too."""
-    together, found = threading.Barrier(count), list[Any]()
-
-    def do() -> None:
-        together.wait()
-        try:
-            found.append(work())
-        except Exception as error:
-            found.append(error)
-
-    threads = [threading.Thread(target=do) for _ in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert len(found) == count
-    return found
 
 
 class Slow(Runtime):
@@ -68,7 +47,7 @@ def _counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_many_first_requests_at_once_make_one_runtime_and_all_are_served(make_app: MakeApp) -> None:
     app = make_app()
-    found = at_once(40, lambda: app.test_client().get("/assistream/threads").status_code)
+    found = at_once(40, lambda _: app.test_client().get("/assistream/threads").status_code)
     assert (found, Slow.made) == ([200] * 40, 1)
 
 
@@ -101,7 +80,7 @@ def test_where_no_runtime_can_be_made_all_who_wait_are_told_and_the_next_request
         return app.test_client().get("/assistream/threads").status_code
 
     monkeypatch.setattr(extension, "Runtime", away)
-    assert at_once(40, ask) == [503] * 40
+    assert at_once(40, lambda _: ask()) == [503] * 40
     assert len(tries) == 1
     monkeypatch.setattr(extension, "Runtime", Slow)
     assert (ask(), Slow.made) == (200, 1)
@@ -139,7 +118,7 @@ def test_who_is_stopped_while_it_makes_the_runtime_holds_up_nobody(
     thread = threading.Thread(target=first)
     thread.start()
     begun.wait(10)
-    found = at_once(10, state.runtime)
+    found = at_once(10, lambda _: state.runtime())
     thread.join()
     assert (len(set(map(id, found))), Slow.made) == (1, 1)
 

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import sys
-import threading
 import urllib.error
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from typing import Any
 import pytest
 
 from assistream_flask.platform import threaded
-from tests.conftest import wait_until
+from tests.conftest import at_once, wait_until
 from tests.gunicorn_server import APP, ROOT, Gunicorn, running
 from tests.programs import listening
 
@@ -89,13 +88,8 @@ class Viewer:
 
 def crowd(live: Gunicorn, path: str, count: int) -> list[Viewer]:
     """Give so many who come at once."""
-    found: list[Viewer] = []
-    threads = [threading.Thread(target=lambda: found.append(Viewer(live, path))) for _ in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert len(found) == count
+    found = at_once(count, lambda _: Viewer(live, path))
+    assert all(isinstance(one, Viewer) for one in found)
     return found
 
 

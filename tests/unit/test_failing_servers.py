@@ -23,6 +23,7 @@ from assistream_flask.upstream.deltas import End, Text
 from assistream_flask.upstream.errors import failure
 from tests.conftest import KEY, Caller, MakeApp, quick_client, text, wait_until
 from tests.http_helpers import request_of
+from tests.socket_server import SocketServer
 
 TURNS = [items.Turn("user", "Hi")]
 CHAT = b'data: {"choices":[{"delta":{"content":"fine"},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n'
@@ -37,43 +38,12 @@ def chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-class Server:
-    """Calls ``serve`` with each connection and how many there were before."""
-
-    def __init__(self, serve: Callable[[socket.socket, int], None]) -> None:
-        self._listening = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}/v1"
-        self.connections = 0
-        self._serve = serve
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                peer, _ = self._listening.accept()
-            except OSError:
-                return
-            number, self.connections = self.connections, self.connections + 1
-            threading.Thread(target=self._one, args=(peer, number), daemon=True).start()
-
-    def _one(self, peer: socket.socket, number: int) -> None:
-        with peer:
-            try:
-                self._serve(peer, number)
-            except OSError:
-                pass
-
-    def close(self) -> None:
-        self._listening.shutdown(socket.SHUT_RDWR)
-        self._listening.close()
-
-
 @pytest.fixture
-def serve() -> Iterator[Callable[[Callable[[socket.socket, int], None]], Server]]:
-    servers: list[Server] = []
+def serve() -> Iterator[Callable[[Callable[[socket.socket, int], None]], SocketServer]]:
+    servers: list[SocketServer] = []
 
-    def make(what: Callable[[socket.socket, int], None]) -> Server:
-        servers.append(Server(what))
+    def make(what: Callable[[socket.socket, int], None]) -> SocketServer:
+        servers.append(SocketServer(what))
         return servers[-1]
 
     yield make
@@ -81,7 +51,7 @@ def serve() -> Iterator[Callable[[Callable[[socket.socket, int], None]], Server]
         server.close()
 
 
-Serve = Callable[[Callable[[socket.socket, int], None]], Server]
+Serve = Callable[[Callable[[socket.socket, int], None]], SocketServer]
 
 
 def reset(peer: socket.socket) -> None:

@@ -26,6 +26,7 @@ from assistream_flask import lean
 from assistream_flask.fast import chunk_reader
 from assistream_flask.fast.read_gate import ReadGate
 from assistream_flask.upstream import errors, event_reader
+from tests.socket_server import SocketServer
 
 CERTIFICATE = Path(__file__).parents[1] / "localhost.pem"
 TRIALS = int(os.environ.get("ASSISTREAM_TRIALS", "80")) * 4
@@ -181,50 +182,38 @@ class Wire:
     ) -> None:
         self._extension, self._go = extension, go
         self.context = ssl.create_default_context(cafile=CERTIFICATE)
-        self._stops, self._server = stops, socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._server.getsockname()[1]
+        self._stops, self._server = stops, SocketServer(self._answer)
+        self.port = self._server.port
         self.url = f"{'https' if tls else 'http'}://localhost:{self.port}/v1"
         self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) if tls else None
         if self._tls:
             self._tls.load_cert_chain(CERTIFICATE)
-        self.accepted = 0
-        threading.Thread(target=self._serve, daemon=True).start()
 
-    def _serve(self) -> None:
-        while True:
-            try:
-                peer, _ = self._server.accept()
-            except OSError:
-                return
-            self.accepted += 1
-            threading.Thread(target=self._answer, args=[peer], daemon=True).start()
+    @property
+    def accepted(self) -> int:
+        return self._server.connections
 
-    def _answer(self, peer: socket.socket) -> None:
-        try:
-            with self._tls.wrap_socket(peer, server_side=True) if self._tls else peer as connection:
+    def _answer(self, peer: socket.socket, _: int) -> None:
+        with self._tls.wrap_socket(peer, server_side=True) if self._tls else peer as connection:
+            asked = b""
+            while more := connection.recv(65_536):
+                asked += more
+                if not asked.endswith(b"}"):
+                    continue
                 asked = b""
-                while more := connection.recv(65_536):
-                    asked += more
-                    if not asked.endswith(b"}"):
-                        continue
-                    asked = b""
-                    connection.sendall(HEAD)
-                    for word in ("one", "two", "three"):
-                        if self._go is None:
-                            time.sleep(0.02)
-                        else:
-                            self._go.acquire()
-                        event = b'data: {"type": "response.output_text.delta", "delta": "%b"}\n\n' % word.encode()
-                        extension = self._extension if word == "two" else b""
-                        connection.sendall(b"%x%b\r\n%b\r\n" % (len(event), extension, event))
-                    if self._stops:
-                        connection.sendall(END)
-        except OSError:
-            pass
+                connection.sendall(HEAD)
+                for word in ("one", "two", "three"):
+                    if self._go is None:
+                        time.sleep(0.02)
+                    else:
+                        self._go.acquire()
+                    event = b'data: {"type": "response.output_text.delta", "delta": "%b"}\n\n' % word.encode()
+                    extension = self._extension if word == "two" else b""
+                    connection.sendall(b"%x%b\r\n%b\r\n" % (len(event), extension, event))
+                if self._stops:
+                    connection.sendall(END)
 
     def close(self) -> None:
-        # Ends the accept() that waits, too.
-        self._server.shutdown(socket.SHUT_RDWR)
         self._server.close()
 
 

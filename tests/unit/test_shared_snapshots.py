@@ -17,8 +17,7 @@ from assistream_flask.runs import shared_snapshots
 from assistream_flask.runs.shared_snapshots import ReadLimit, SharedSnapshots
 from assistream_flask.runs.snapshot import Page
 from assistream_flask.store.sql import ThreadStore
-from tests.conftest import Caller, MakeApp, wait_until
-from tests.live.test_runtime import at_once
+from tests.conftest import Caller, MakeApp, at_once, wait_until
 
 
 def started(*works: Callable[[], object]) -> list[threading.Thread]:
@@ -62,7 +61,7 @@ def test_a_crowd_that_comes_to_a_thread_at_once_has_few_pages_read(
         stream.close()
         return b"thread.snapshot" in frame and b"Hello all" in frame
 
-    assert at_once(40, view) == [True] * 40
+    assert at_once(40, lambda _: view()) == [True] * 40
     # The first one's, the crowd's, and that of who came too late for it.
     assert len(reads) <= 4
 
