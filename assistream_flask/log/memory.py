@@ -56,8 +56,9 @@ class MemoryLog:
                 for name, data, key in events:
                     offset += 1
                     told.append((name, key, sse.encode(name, dumps(data), f"{epoch}-{offset}")))
+                before = buffer.size
                 buffer.add(self._threads.clock(), told)
-                self._unlooked += sum(len(frame) for *_, frame in told)
+                self._unlooked += buffer.size - before
                 buffer.trim(1 if is_last else self._max_events, self._max_bytes, 0)
                 buffer.gone, event_id = is_last, buffer.event_id
             buffer.wake()
