@@ -90,7 +90,7 @@ def asking_again(call: Call) -> Callable[[], bool]:
     The app's ``before_request`` functions and ``owner=`` are asked, in a request of their own with the present one's
     headers. What is away then is no answer, and leaves things as they are.
     """
-    app, scope, complaints = call.part.app, request.blueprint or "", throttle()
+    app, scope, log_throttle = call.part.app, request.blueprint or "", throttle()
     environ = {key: value for key, value in request.environ.items() if key not in _NOT_AGAIN}
 
     def ask() -> bool:
@@ -105,10 +105,10 @@ def asking_again(call: Call) -> Callable[[], bool]:
         except RequestError as error:
             status = error.status
         except (OSError, SQLAlchemyError) as error:
-            complaints.error(_log, error, "it could not be asked who looks at an event stream")
+            log_throttle.error(_log, error, "it could not be asked who looks at an event stream")
             return True
         except Exception as error:
-            complaints.error(_log, error, "an event stream ended, as asking who looks at it failed")
+            log_throttle.error(_log, error, "an event stream ended, as asking who looks at it failed")
             return False
         return status in _NO_ANSWER
 

@@ -28,8 +28,8 @@ def create_runs(call: Call, thread: OwnedThread) -> Response:
         message = given.body["message"]
         runs = {run["id"] for run in given.body["runs"]}
         message_id = message["message"]["id"] if message else None
-        place = EventId.parse(given.event_id)
-        return event_streams.follow(call.runtime, thread.id, message_id, runs, place, send, asking_again(call))
+        event_id = EventId.parse(given.event_id)
+        return event_streams.follow(call.runtime, thread.id, message_id, runs, event_id, send, asking_again(call))
 
     if any(kind.lower() == "text/event-stream" and quality for kind, quality in request.accept_mimetypes):
         return streamed(call, follow)
