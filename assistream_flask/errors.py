@@ -9,9 +9,9 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection
-from typing import Final
+from typing import Any, Final
 
-from .types import ErrorBody, LastError
+from .types import ErrorBody, ErrorDetails, LastError
 
 RUN_ERRORS: Final[dict[str, str]] = {
     "rate_limit_exceeded": "The model server is busy. Try again in a moment.",
@@ -36,6 +36,8 @@ RUN_ERRORS: Final[dict[str, str]] = {
     "upstream_stalled": "The model server went silent. Try again.",
     "run_time_limit": "The answer took longer than this app allows. Ask for something shorter.",
     "tools_not_supported": "The model asked for a tool, and this app has none. Ask for an answer without tools.",
+    "too_many_tool_calls": "The assistant called its tools again and again, and gave no answer. "
+    "Put the question differently.",
     "worker_lost": "The server restarted before the answer was whole. Try again.",
     "server_error": "Something failed on the server. Try again.",
 }
@@ -114,24 +116,37 @@ _TYPES: Final[dict[int, str]] = {
 class RequestError(AssistreamError):
     """A request that gets a 4xx or 503. ``message`` is public and states the fix.
 
-    ``retry_after`` is in seconds and becomes the ``Retry-After`` header.
+    ``retry_after`` is in seconds and becomes the ``Retry-After`` header. ``decision`` is how a tool call was answered
+    that is answered again.
     """
 
-    def __init__(self, status: int, code: str, message: str, *, retry_after: int | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        retry_after: int | None = None,
+        decision: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__(message)
         self.status, self.code, self.message, self.retry_after = status, code, message, retry_after
+        self.decision = decision
 
     def body(self) -> ErrorBody:
         """Give ``{"error": {"type", "code", "message"}}``, the shape of OpenAI's own errors."""
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"type": kind, "code": self.code, "message": self.message}}
+        error: ErrorDetails = {"type": kind, "code": self.code, "message": self.message}
+        if self.decision is not None:
+            error["decision"] = self.decision
+        return {"error": error}
 
 
 class NotFoundError(RequestError):
     """There is no such thread, message, run or assistant, or it is another's: that it exists is told to its owner only.
 
-    ``code`` is ``thread_not_found``, ``message_not_found``, ``run_not_found`` or ``assistant_not_found``. A route
-    answers 404 with it.
+    ``code`` is ``thread_not_found``, ``message_not_found``, ``run_not_found``, ``tool_call_not_found`` or
+    ``assistant_not_found``. A route answers 404 with it.
     """
 
     def __init__(self, code: str, message: str) -> None:

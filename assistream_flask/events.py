@@ -24,18 +24,23 @@ from .types import (
     Message,
     MessageDelta,
     PartDelta,
+    ReasoningDetails,
     RefusalPart,
     Run,
     Snapshot,
     Step,
     StepDelta,
+    StepDetails,
     TextPart,
+    ToolCall,
+    ToolCallDelta,
+    ToolCallsDelta,
 )
 
 Json: TypeAlias = dict[str, Any]
 """A JSON object as it comes in, from a model server, a request or a database; what we give has a type of its own, see
 :mod:`.types`."""
-TERMINAL: Final = frozenset({"completed", "incomplete", "failed", "cancelled"})
+TERMINAL: Final = frozenset({"completed", "incomplete", "failed", "cancelled", "expired"})
 RUN_ENDS: Final = frozenset(f"thread.run.{status}" for status in TERMINAL)
 """The names of the events that end a run."""
 
@@ -49,11 +54,16 @@ class Event(NamedTuple):
 
 
 class Said(NamedTuple):
-    """What a model is to know of a message: who spoke (``None``: a user), what, and whether that is whole."""
+    """What a model is to know of a message: who spoke (``None``: a user), what, and whether that is whole.
+
+    ``items`` are what an assistant's run said and did, where there is more than the text, in the words of the Responses
+    API: see :class:`.items.Turn`. Each call among them has its output.
+    """
 
     speaker: str | None
     text: str
     is_whole: bool = True
+    items: Sequence[Json] = ()
 
 
 def text_of(content: Sequence[ContentPart]) -> str:
@@ -145,6 +155,8 @@ def run(thread_id: str, assistant_id: str, model: str | None) -> Run:
         # Nobody else sees the run before it is filled.
         "message_id": cast(str, None),
         "status": "queued",
+        "required_action": None,
+        "expires_at": None,
         "last_error": None,
         "incomplete_details": None,
         "usage": None,
@@ -158,19 +170,43 @@ def run(thread_id: str, assistant_id: str, model: str | None) -> Run:
     }
 
 
-def reasoning_step(run: Run) -> Step:
-    """Give a new run step that holds the model's summary of its reasoning."""
+def reasoning_step(run: Run, content_index: int) -> Step:
+    """Give a new run step that holds the model's summary of its reasoning, behind so many parts of the message."""
+    return _step(run, {"type": "reasoning", "reasoning": {"text": ""}}, content_index)
+
+
+def tool_calls_step(run: Run, content_index: int) -> Step:
+    """Give a new run step that holds tool calls, behind so many parts of the message."""
+    return _step(run, {"type": "tool_calls", "tool_calls": []}, content_index)
+
+
+def _step(run: Run, details: StepDetails, content_index: int) -> Step:
     return {
         "id": new_id("step"),
         "object": "thread.run.step",
         "run_id": run["id"],
         "thread_id": run["thread_id"],
         "assistant_id": run["assistant_id"],
-        "type": "reasoning",
+        "type": details["type"],
         "status": "in_progress",
         "created_at": now(),
         "completed_at": None,
-        "step_details": {"type": "reasoning", "reasoning": {"text": ""}},
+        "content_index": content_index,
+        "step_details": details,
+    }
+
+
+def tool_call(call_id: str, name: str, kind: Literal["server", "page", "hosted"], type: str = "function") -> ToolCall:
+    """Give a new tool call, whose arguments come in."""
+    return {
+        "id": call_id,
+        "type": type,
+        "function": {"name": name, "arguments": "", "output": None},
+        "status": "in_progress",
+        "kind": kind,
+        "error": None,
+        "started_at": None,
+        "completed_at": None,
     }
 
 
@@ -233,20 +269,29 @@ def step_created(step: Step) -> Event:
     return Event("thread.run.step.created", step, step["run_id"])
 
 
-def step_delta(step: Step, value: str) -> Event:
+def reasoning_delta(step: Step, value: str) -> Event:
     """Append ``value`` to the step's reasoning text."""
+    return _step_delta(step, {"type": "reasoning", "reasoning": {"text": value}})
+
+
+def tool_call_delta(step: Step, call: ToolCallDelta) -> Event:
+    """Tell what is new of one of the step's tool calls."""
+    return _step_delta(step, {"type": "tool_calls", "tool_calls": [call]})
+
+
+def _step_delta(step: Step, details: ReasoningDetails | ToolCallsDelta) -> Event:
     data: StepDelta = {
         "id": step["id"],
         "object": "thread.run.step.delta",
         "run_id": step["run_id"],
-        "delta": {"step_details": {"type": "reasoning", "reasoning": {"text": value}}},
+        "delta": {"step_details": details},
     }
     return Event("thread.run.step.delta", data, step["run_id"])
 
 
-def step_completed(step: Step) -> Event:
-    """Tell the whole step in its final state."""
-    return Event("thread.run.step.completed", step, step["run_id"])
+def step_ended(step: Step) -> Event:
+    """Tell the whole step in its final state: ``thread.run.step.completed``, ``.failed`` or ``.cancelled``."""
+    return Event(f"thread.run.step.{step['status']}", step, step["run_id"])
 
 
 def thread_deleted(thread_id: str) -> Event:
@@ -262,14 +307,35 @@ def apply(entry: Entry, event: str, data: EventData | Json) -> None:
     """Add an event of growing text, a delta or one of a step, to ``entry``, in place."""
     if event == "thread.message.delta":
         _extend(entry["message"]["content"], cast(MessageDelta, data))
-    elif event in ("thread.run.step.created", "thread.run.step.completed"):
-        new = cast(Step, data)
-        entry["steps"] = [*(step for step in entry["steps"] if step["id"] != new["id"]), new]
     elif event == "thread.run.step.delta":
         grown = cast(StepDelta, data)
         for step in entry["steps"]:
             if step["id"] == grown["id"]:
-                step["step_details"]["reasoning"]["text"] += grown["delta"]["step_details"]["reasoning"]["text"]
+                _grow(step["step_details"], grown["delta"]["step_details"])
+    elif event.startswith("thread.run.step."):
+        new = cast(Step, data)
+        is_known = any(step["id"] == new["id"] for step in entry["steps"])
+        # Where it stands: a step may end behind one that began later.
+        entry["steps"] = [new if step["id"] == new["id"] else step for step in entry["steps"]] + [new] * (not is_known)
+
+
+def _grow(details: StepDetails, grown: ReasoningDetails | ToolCallsDelta) -> None:
+    if details["type"] == "reasoning":
+        details["reasoning"]["text"] += cast(ReasoningDetails, grown)["reasoning"]["text"]
+        return
+    for delta in cast(ToolCallsDelta, grown)["tool_calls"]:
+        grow_call(details["tool_calls"], delta)
+
+
+def grow_call(calls: list[ToolCall], delta: ToolCallDelta) -> None:
+    """Add what is new of a tool call to ``calls``, in place."""
+    if delta["index"] == len(calls):
+        calls.append(tool_call("", "", "server"))
+    target: Any = calls[delta["index"]]
+    function = delta.get("function", {})
+    target["function"]["arguments"] += function.get("arguments", "")
+    target["function"].update({name: function[name] for name in ("name", "output") if name in function})
+    target.update({name: value for name, value in delta.items() if name not in ("index", "function")})
 
 
 def _extend(content: list[ContentPart], grown: MessageDelta) -> None:

@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, Final, TypeVar
 
 import openai
@@ -20,10 +20,11 @@ from .assistants import Assistant, index
 from .errors import ConfigurationError
 from .events import Json
 from .fast.chunk_reader import new_client
+from .mcp import McpServer
 from .platform import gunicorn
 from .platform.log_throttle import LogThrottle
 from .platform.once import PerProcess
-from .runs import values
+from .runs import mcp_tools, values
 from .runs.notifier import Kind, Notice
 from .runs.run_list import RunList, RunWaiter
 from .runs.runtime import Runtime, default_database
@@ -31,6 +32,7 @@ from .runs.service import OwnedThread, Service
 from .runs.thread_history import RunRequest
 from .settings import Settings
 from .store.sql import Owner
+from .tools import ToolContext
 from .types import Entry, Run, Thread
 from .upstream.as_given import as_given
 from .upstream.items import Names
@@ -63,6 +65,12 @@ run_ended: NamedSignal = _SIGNALS.signal(
     "assistream.run_ended",
     """Sent when the end of a run was stored, with ``run`` and its whole ``message``. A run that is deleted with its
     thread has none.""",
+)
+
+tool_called: NamedSignal = _SIGNALS.signal(
+    "assistream.tool_called",
+    """Sent when the output of a tool that the app executes was stored, with ``run`` and ``call``, which says how it
+    ended.""",
 )
 
 
@@ -99,6 +107,7 @@ class _Signals:
             "message_created": message_created,
             "run_started": run_started,
             "run_ended": run_ended,
+            "tool_called": tool_called,
         }
 
     def wants(self, kind: Kind) -> bool:
@@ -213,6 +222,17 @@ class Registration:
         found = self._client if isinstance(self._client, openai.OpenAI) else self._made.get()
         return as_given(found) if self._is_as_given else found
 
+    def mcp_servers(self) -> list[tuple[McpServer, Callable[[], dict[str, str]]]]:
+        """Give the MCP servers of the assistants that are known without a request, and what gives their headers as of
+        no run."""
+        known = {} if callable(self._assistants) else index(self._assistants)
+        found = {(one.url, one.name): (one, of) for of in known.values() for one in of.mcp}
+        return [(one, partial(self._headers, one, ToolContext("", "", of.id, "", ""))) for one, of in found.values()]
+
+    def _headers(self, server: McpServer, context: ToolContext) -> dict[str, str]:
+        with self.app.app_context():
+            return server.headers(context)
+
     def _make(self) -> openai.OpenAI:
         if self._client is None or isinstance(self._client, openai.OpenAI):
             made = new_client()
@@ -276,13 +296,13 @@ class Registration:
     def _asked(self, assistant: Assistant, names: Names) -> RunRequest:
         shorten = assistant.max_history
         if not callable(shorten):
-            return RunRequest(assistant, self.client, names)
+            return RunRequest(assistant, self.client, names, within=self.app.app_context)
 
         def in_context(messages: list[Json]) -> Sequence[Mapping[str, Any]]:
             with self.app.app_context():
                 return shorten(messages)
 
-        return RunRequest(assistant, self.client, names, in_context)
+        return RunRequest(assistant, self.client, names, in_context, self.app.app_context)
 
 
 class _Found:
@@ -351,7 +371,8 @@ class Commands:
 
     def messages(self, thread_id: str, *, owner: str, limit: int = 50, before: str | None = None) -> Page[Entry]:
         """Give the newest entries of a thread in the order in which they were said: at most ``limit`` (1 to 200),
-        those older than the message ``before``. An entry is ``{"assistant_id", "message", "run", "steps"}``."""
+        fewer where they are long, those older than the message ``before``; :attr:`Page.has_more` says whether there are
+        others. An entry is ``{"assistant_id", "message", "run", "steps"}``."""
         data, has_more, _ = self._thread(thread_id, owner).messages(limit, before)
         return Page(data, has_more)
 
@@ -389,6 +410,37 @@ class Commands:
         """Cancel a run, whichever worker has it; give it as it is then. One that is over stays as it is, one of
         another worker's is cancelled soon after."""
         return self._thread(thread_id, owner).cancel(run_id)
+
+    def submit_tool_outputs(self, thread_id: str, run_id: str, outputs: Mapping[str, str], *, owner: str) -> Run:
+        """Answer tool calls of a run that wait for an output, by their ids, all or none; give the run as it is then.
+        The last answer has the run go on. Raises :class:`RequestError` with ``already_answered`` for a call that was
+        answered before."""
+        given = [{"tool_call_id": call_id, "output": output} for call_id, output in outputs.items()]
+        return self._thread(thread_id, owner).submit_tool_outputs(run_id, given)
+
+    def approve(
+        self,
+        thread_id: str,
+        run_id: str,
+        call_id: str,
+        *,
+        owner: str,
+        arguments: Mapping[str, Any] | None = None,
+        remember: bool = False,
+    ) -> Run:
+        """Allow a tool call that waits for that, with other ``arguments`` where they are given; give the run as it is
+        then. ``remember`` allows its tool for the rest of the thread. Raises as :meth:`submit_tool_outputs` does."""
+        given = {"tool_call_id": call_id, "approve": True, "remember": remember}
+        if arguments is not None:
+            given["arguments"] = dict(arguments)
+        return self._thread(thread_id, owner).decide(run_id, [given])
+
+    def deny(self, thread_id: str, run_id: str, call_id: str, *, owner: str, reason: str | None = None) -> Run:
+        """Do not allow a tool call that waits for that, for a ``reason`` that the model is told; give the run as it is
+        then. Raises as :meth:`submit_tool_outputs` does."""
+        return self._thread(thread_id, owner).decide(
+            run_id, [{"tool_call_id": call_id, "approve": False, "reason": reason}]
+        )
 
     def delete_thread(self, thread_id: str, *, owner: str) -> None:
         """Delete a thread with all that is in it, stopping its runs; its viewers are told."""
@@ -444,7 +496,10 @@ class Assistream(Commands):
         self.throttle = LogThrottle()
         self._runtimes = PerProcess(self._make)
         self.patched = gunicorn.patched()
+        # As it was at registration: errors are answered with it too, and what can fail may be why.
+        self.slow_seconds = Settings.slow_seconds
         self._begun = 0
+        self._warned: set[str] = set()
 
     def blueprint(self, name: str) -> Commands:
         """Give the commands of the blueprint that is registered under ``name``, for an app that has several. Raises
@@ -453,6 +508,12 @@ class Assistream(Commands):
             names = ", ".join(map(repr, self.parts))
             raise ConfigurationError(f"this app has no blueprint {name!r} of assistream; it has {names}")
         return Commands(self.runtime, self.parts, name)
+
+    def warn_once(self, log: logging.Logger, message: str, *arguments: Any) -> None:
+        """Have the log say, once a process, what stays as it is until the operator changes it."""
+        if message not in self._warned:
+            self._warned.add(message)
+            log.warning(message, *arguments)
 
     def settings(self) -> Settings:
         """Read the app's settings, with a database where it names none."""
@@ -466,6 +527,8 @@ class Assistream(Commands):
         return self._runtimes.get()
 
     def _make(self) -> Runtime:
+        if any(part.mcp_servers() for part in self.parts.values()):
+            mcp_tools.prepare()
         runtime = Runtime(self.settings(), self._adopt, self.throttle, _Signals(self._app, self.throttle))
         runtime.start()
         return runtime

@@ -41,8 +41,23 @@ class Settings:
     max_history_chars: int = _setting(1_000_000, "characters of a thread that a model is sent, the newest messages", 1)
     max_history_messages: int = _setting(1_000, "messages of a thread that a model is sent, the newest", 1)
     max_runs: int = _setting(50, "runs a caller may have waiting or under way", 1)
+    max_questions: int = _setting(200, "runs that a caller may have beside these, which wait for a page or a person")
     max_bytes: int = _setting(10_000_000, "bytes of messages a caller may write in a minute", 1)
     max_streams: int = _setting(50, "event streams a caller may have open in a worker", 1)
+    max_threads: int = _setting(0, "threads a caller may keep; 0: any number")
+    max_messages: int = _setting(0, "messages a thread may have, its answers included; 0: any number")
+    address_streams: int = _setting(
+        300, "event streams that visitors without `owner=` may have open in a worker from one address; 0: any number"
+    )
+    address_runs: int = _setting(
+        200, "runs that they may have waiting or under way in a worker from one address; 0: any number"
+    )
+    address_bodies: int = _setting(
+        100, "bodies of requests that an address may have under way in a worker; its oldest is cut for one more; 0: any"
+    )
+    address_sessions: int = _setting(
+        120, "new sessions that may begin in a worker from one address in a minute; 0: any number"
+    )
     worker_streams: int = _setting(
         0, "event streams a worker has open at most; 0: nine tenths of its connections, or of its server's threads"
     )
@@ -50,6 +65,12 @@ class Settings:
     max_assistants: int = _setting(16, "assistants that one POST may ask", 1)
     stall_seconds: float = _setting(60.0, "a run fails when the model server sends no byte for so long", 0.1)
     run_seconds: float = _setting(600.0, "a run fails when it takes longer", 0.1)
+    run_tools: int = _setting(8, "tools a run executes at a time", 1)
+    worker_tools: int = _setting(100, "tools a worker executes at a time; more wait", 1)
+    action_seconds: float = _setting(86_400.0, "a run that waits for a page or a person expires after so long", 1)
+    claim_seconds: float = _setting(
+        90.0, "a page that executes a tool has it for so long, unless it says again that it does", 1
+    )
     heartbeat_seconds: float = _setting(15.0, "a `ping` goes out when nothing else did for so long", 0.05)
     stream_seconds: float = _setting(
         900.0, "a thread's event stream ends after so long at most, and the page comes back as who it is then", 1
@@ -61,12 +82,16 @@ class Settings:
     log_events: int = _setting(10_000, "newest events a thread's log keeps for viewers that come back", 200)
     log_bytes: int = _setting(8 << 20, "bytes a thread's log keeps at most, about", 65_536)
     log_memory: int = _setting(
-        256 << 20,
-        "bytes that all threads' logs in a worker's memory keep at most, about; those nobody views go first",
+        128 << 20,
+        "bytes that all threads' logs keep at most, about, in a worker's memory or in Redis, there no more than half "
+        "of its `maxmemory`; those nobody views go first",
         1 << 20,
     )
     log_seconds: float = _setting(600.0, "a thread's log is kept so long after its last event or viewer", 1)
-    slow_seconds: float = _setting(8.0, "a viewer is cut off that takes nothing for so long", 0.1)
+    slow_seconds: float = _setting(
+        8.0, "who reads an event stream, or any other answer, is cut off where they take nothing for so long", 0.1
+    )
+    body_seconds: float = _setting(30.0, "a request's body comes whole within so long, or is refused", 0.1)
     drain_seconds: float = _setting(
         10.0, "at shutdown, runs under way may finish for so long; none where Werkzeug's reloader ends it"
     )
@@ -75,6 +100,7 @@ class Settings:
         "what is there only for speed: `on`, `off`, or what is to be off, each with a minus: `-chunk_reader`, "
         "`-event_template`, `-batched_reading`, `-direct_send`, with commas between",
     )
+    tracing: str = _setting("on", "spans of runs where OpenTelemetry is installed (the extra `otel`): `on` or `off`")
     allowed_origins: str = _setting("", "origins besides the page's own that may send commands, space between")
 
     @classmethod
@@ -94,6 +120,8 @@ class Settings:
             if kind is not str and not setting.metadata["minimum"] <= found[setting.name] < float("inf"):
                 raise ConfigurationError(f"{name} is {value!r}: give at least {setting.metadata['minimum']}")
         settings = cls(**found)
+        if settings.tracing not in ("on", "off"):
+            raise ConfigurationError(f"ASSISTREAM_TRACING is {settings.tracing!r}: give on or off")
         if settings.redis_url:
             _check_redis(settings.redis_url)
         return settings

@@ -81,10 +81,15 @@ class Decoder:
         frames = _whole_frames(chunk) if self.between else []
         if not frames:
             frames = self._split(chunk)
-            if len(self._rest) + self._taken > self._longest:
+            if self.held > self._longest:
                 raise TooLongError(f"an event has more than {self._longest} bytes")
             self.between = not (self._first or self._rest or self._event or self._data or self._skip_lf)
         return frames
+
+    @property
+    def held(self) -> int:
+        """Give how many bytes are kept of an event that is not whole, its lines counted as a little more."""
+        return len(self._rest) + self._taken
 
     def _split(self, chunk: bytes) -> list[tuple[bytes, bytes]]:
         if self._skip_lf and chunk:

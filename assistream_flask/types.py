@@ -9,7 +9,7 @@ that are here stay. Times are whole seconds since 1970.
 This module imports nothing but :mod:`typing`, so a client can use it without Flask and the OpenAI SDK.
 """
 
-from typing import Literal, TypeAlias, TypedDict
+from typing import Any, Literal, NotRequired, Required, TypeAlias, TypedDict
 
 __all__ = [
     "Annotation",
@@ -21,6 +21,8 @@ __all__ = [
     "ErrorBody",
     "ErrorDetails",
     "EventData",
+    "FunctionCall",
+    "FunctionCallDelta",
     "LastError",
     "Message",
     "MessageDelta",
@@ -32,6 +34,9 @@ __all__ = [
     "ReasoningText",
     "RefusalDelta",
     "RefusalPart",
+    "RequiredAction",
+    "RequiredCall",
+    "RequiredFunction",
     "Run",
     "RunIncompleteDetails",
     "Snapshot",
@@ -39,11 +44,18 @@ __all__ = [
     "Step",
     "StepDelta",
     "StepDeltaDetails",
+    "StepDetails",
+    "SubmitToolOutputs",
     "TextContent",
     "TextContentDelta",
     "TextDelta",
     "TextPart",
     "Thread",
+    "ToolCall",
+    "ToolCallDelta",
+    "ToolCallStatus",
+    "ToolCallsDelta",
+    "ToolCallsDetails",
     "Usage",
 ]
 
@@ -116,7 +128,7 @@ class MessageIncompleteDetails(TypedDict):
     """Why a message is not whole: ``incomplete_details`` of the Assistants API's message object, which has no
     ``server_shutdown``: the server ended while the answer was under way."""
 
-    reason: Literal["run_failed", "run_cancelled", "max_tokens", "content_filter", "server_shutdown"]
+    reason: Literal["run_failed", "run_cancelled", "run_expired", "max_tokens", "content_filter", "server_shutdown"]
 
 
 class Message(TypedDict):
@@ -169,12 +181,46 @@ class Usage(TypedDict):
     total_tokens: int
 
 
+class RequiredFunction(TypedDict):
+    """What a model calls that waits for an answer: the name of a tool, and its arguments as JSON."""
+
+    name: str
+    arguments: str
+
+
+class RequiredCall(TypedDict):
+    """A tool call that waits: the Assistants API's, and what it ``needs``: a page's ``output``, or a person's
+    ``approval``."""
+
+    id: str
+    type: Literal["function"]
+    function: RequiredFunction
+    needs: Literal["output", "approval"]
+
+
+class SubmitToolOutputs(TypedDict):
+    """The calls of a run that wait, in the order in which the model made them."""
+
+    tool_calls: list[RequiredCall]
+
+
+class RequiredAction(TypedDict):
+    """What a run waits for: ``required_action`` of the Assistants API's run object. It has the calls that are not
+    answered yet."""
+
+    type: Literal["submit_tool_outputs"]
+    submit_tool_outputs: SubmitToolOutputs
+
+
 class Run(TypedDict):
     """One answer of one assistant, from its request to its end: the Assistants API's run object, without what only a
     request to a model has (``instructions``, ``tools`` and the like).
 
     ``message_id``, which that object has not, is the message that the run writes. ``completed_at`` is when it ended as
-    ``completed`` or ``incomplete``. ``model`` is ``None`` where the assistant names none.
+    ``completed``, ``incomplete`` or ``expired``. ``model`` is ``None`` where the assistant names none.
+    ``required_action`` is there while ``status`` is ``requires_action``, and ``expires_at`` is when that is over.
+    ``usage`` is the sum over all requests to the model. ``metadata`` has ``mcp_unavailable`` where the run has to do
+    without MCP servers: their names, with commas between.
     """
 
     id: str
@@ -182,7 +228,11 @@ class Run(TypedDict):
     thread_id: str
     assistant_id: str
     message_id: str
-    status: Literal["queued", "in_progress", "requires_action", "completed", "incomplete", "failed", "cancelled"]
+    status: Literal[
+        "queued", "in_progress", "requires_action", "completed", "incomplete", "failed", "cancelled", "expired"
+    ]
+    required_action: RequiredAction | None
+    expires_at: int | None
     last_error: LastError | None
     incomplete_details: RunIncompleteDetails | None
     usage: Usage | None
@@ -208,20 +258,68 @@ class ReasoningDetails(TypedDict):
     reasoning: ReasoningText
 
 
+class FunctionCall(TypedDict):
+    """A function that a model calls: its name, its arguments as JSON, and what it gave, ``None`` until that is there.
+    The Assistants API's."""
+
+    name: str
+    arguments: str
+    output: str | None
+
+
+ToolCallStatus: TypeAlias = Literal["in_progress", "requires_action", "completed", "failed", "denied", "interrupted"]
+"""Where a tool call stands: it comes in, waits for its turn or is executed; it waits for a page or a person; it gave
+its output; it gave none, for which the model has a sentence; a person did not allow it; it was cut off, or never
+executed."""
+
+
+class ToolCall(TypedDict):
+    """A tool call in a step: the Assistants API's, which has neither ``status``, ``kind``, ``error`` nor times.
+
+    ``type`` is ``function``, or the word of a tool that the model server executes itself, such as ``web_search``.
+    ``kind`` is who executes it: the app, the page, or the model server (``hosted``). ``error`` says in a few words why
+    there is no output of the tool itself. It is executed from ``started_at`` to ``completed_at``.
+    """
+
+    id: str
+    type: str
+    function: FunctionCall
+    status: ToolCallStatus
+    kind: Literal["server", "page", "hosted"]
+    error: str | None
+    started_at: int | None
+    completed_at: int | None
+
+
+class ToolCallsDetails(TypedDict):
+    """``step_details`` of a step of tool calls: those of one answer of the model, in its order."""
+
+    type: Literal["tool_calls"]
+    tool_calls: list[ToolCall]
+
+
+StepDetails: TypeAlias = ReasoningDetails | ToolCallsDetails
+"""What a step did, told apart by ``type``."""
+
+
 class Step(TypedDict):
-    """What a run did besides its message; now, the summary of the model's reasoning: the Assistants API's run step
-    object with a ``type`` of its own."""
+    """What a run did besides its message: the Assistants API's run step object. Its ``type`` is ``tool_calls``, or, for
+    the summary of the model's reasoning, ``reasoning``, which that API has not.
+
+    ``content_index`` is how many parts of the message stood before it.
+    """
 
     id: str
     object: Literal["thread.run.step"]
     run_id: str
     thread_id: str
     assistant_id: str
-    type: Literal["reasoning"]
-    status: Literal["in_progress", "completed"]
+    type: Literal["reasoning", "tool_calls"]
+    status: Literal["in_progress", "completed", "failed", "cancelled"]
     created_at: int
     completed_at: int | None
-    step_details: ReasoningDetails
+    content_index: int
+    step_details: StepDetails
 
 
 class Entry(TypedDict):
@@ -302,10 +400,40 @@ class MessageDelta(TypedDict):
     delta: MessageDeltaContent
 
 
+class FunctionCallDelta(TypedDict, total=False):
+    """What is new of a called function: its name, characters for the end of its arguments, its output."""
+
+    name: str
+    arguments: str
+    output: str | None
+
+
+class ToolCallDelta(TypedDict, total=False):
+    """What is new of the tool call ``index`` of a step: characters for the end of its arguments, and the present value
+    of whatever else there is. One that is not there yet begins, and has all keys."""
+
+    index: Required[int]
+    id: str
+    type: str
+    function: FunctionCallDelta
+    status: ToolCallStatus
+    kind: Literal["server", "page", "hosted"]
+    error: str | None
+    started_at: int | None
+    completed_at: int | None
+
+
+class ToolCallsDelta(TypedDict):
+    """What the tool calls of a step grew by."""
+
+    type: Literal["tool_calls"]
+    tool_calls: list[ToolCallDelta]
+
+
 class StepDeltaDetails(TypedDict):
     """The ``delta`` of a step."""
 
-    step_details: ReasoningDetails
+    step_details: ReasoningDetails | ToolCallsDelta
 
 
 class StepDelta(TypedDict):
@@ -341,12 +469,13 @@ class ErrorDetails(TypedDict):
     """The ``error`` of a refused request, as OpenAI's own.
 
     ``type`` is a word of theirs such as ``invalid_request_error``. ``code`` is for programs and stays. ``message`` is
-    for people, states the fix, and may change.
+    for people, states the fix, and may change. ``decision`` is there where a tool call was answered before: how.
     """
 
     type: str
     code: str
     message: str
+    decision: NotRequired[dict[str, Any]]
 
 
 class ErrorBody(TypedDict):

@@ -50,23 +50,33 @@ class World:
     """When the chaos ends, and nobody says anything new, in Unix time."""
 
 
-async def _head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
+async def read_head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
+    """Read a head; give its status and its headers."""
     lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
     pairs = (line.partition(": ") for line in lines[1:] if line)
     return int(lines[0].split()[1]), {name.lower(): value for name, _, value in pairs}
 
 
-async def ask(port: int, method: str, path: str, body: object = None, key: str = "", seconds: float = 30) -> Answer:
-    """One request. Raises one of :data:`BROKEN`."""
+async def ask(
+    port: int,
+    method: str,
+    path: str,
+    body: object = None,
+    key: str = "",
+    seconds: float = 30,
+    source: str = "127.0.0.1",
+    more: str = "",
+) -> Answer:
+    """One request, from the address ``source``, with ``more`` lines in its head. Raises one of :data:`BROKEN`."""
     async with asyncio.timeout(seconds):
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, local_addr=(source, 0))
         try:
-            data = b"" if body is None else json.dumps(body).encode()
+            data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
             head = f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n"
             head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n"
-            head += f"Idempotency-Key: {key}\r\n" if key else ""
+            head += (f"Idempotency-Key: {key}\r\n" if key else "") + more
             writer.write(f"{head}\r\n".encode() + data)
-            status, headers = await _head(reader)
+            status, headers = await read_head(reader)
             found = await reader.read()
             if len(found) < int(headers.get("content-length", 0)):
                 raise ConnectionError("the answer was cut")
@@ -159,7 +169,7 @@ class Viewer:
             writer.write(f"GET {path} HTTP/1.1\r\nHost: chaos\r\nAccept: text/event-stream\r\n{head}\r\n".encode())
         try:
             async with asyncio.timeout(20):
-                status, _ = await _head(reader)
+                status, _ = await read_head(reader)
             if status == 200:
                 await self._read(reader, is_slow)
             else:
@@ -180,7 +190,7 @@ class Viewer:
         # Some leave at once, most after a while.
         leaves = time.monotonic() + (self._choose.expovariate(1 / 15) if cuts else 1e9)
         rest = b""
-        async for data in _chunks(reader, 3 * self._world.heartbeat):
+        async for data in read_chunks(reader, 3 * self._world.heartbeat):
             *frames, rest = (rest + data).split(b"\n\n")
             for frame in frames:
                 self._take(frame)
@@ -193,16 +203,22 @@ class Viewer:
                 await asyncio.sleep(self._choose.uniform(3, 15))
 
     def _take(self, frame: bytes) -> None:
-        name = id = data = None
-        for line in frame.split(b"\n"):
-            if line.startswith(b"event: "):
-                name = line[7:].decode()
-            elif line.startswith(b"id: "):
-                id = line[4:].decode()
-            elif line.startswith(b"data: "):
-                data = line[6:]
-        if name is not None and data is not None and name != "ping":
+        name, id, data = fields_of(frame)
+        if name and data and name != "ping":
             self.view.see(name, id, from_json(data))
+
+
+def fields_of(frame: bytes) -> tuple[str, str | None, bytes]:
+    """Give an event's name, its id and its data."""
+    name, id, data = "", None, b""
+    for line in frame.split(b"\n"):
+        if line.startswith(b"event: "):
+            name = line[7:].decode()
+        elif line.startswith(b"id: "):
+            id = line[4:].decode()
+        elif line.startswith(b"data: "):
+            data = line[6:]
+    return name, id, data
 
 
 async def _opened(port: int, is_slow: bool) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -216,7 +232,7 @@ async def _opened(port: int, is_slow: bool) -> tuple[asyncio.StreamReader, async
     return await asyncio.open_connection(sock=peer, limit=1024)
 
 
-async def _chunks(reader: asyncio.StreamReader, silence: float) -> AsyncIterator[bytes]:
+async def read_chunks(reader: asyncio.StreamReader, silence: float) -> AsyncIterator[bytes]:
     """Give what a chunked body brings; raises ``TimeoutError`` when nothing comes for so many seconds."""
     while True:
         async with asyncio.timeout(silence):

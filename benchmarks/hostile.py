@@ -75,13 +75,14 @@ def line() -> Iterator[bytes]:
 
 
 @functools.cache
-def _bomb() -> bytes:
+def make_bomb() -> bytes:
+    """Compress it, once."""
     return gzip.compress(BEGIN + b"a" * (MEGABYTES << 20) + END)
 
 
 def bomb() -> Iterator[bytes]:
     """Give the same in few bytes."""
-    body = _bomb()
+    body = make_bomb()
     head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n"
     yield head % len(body) + body
 
@@ -119,6 +120,16 @@ CASES: dict[str, Callable[[], Iterator[bytes]]] = {
 }
 
 
+def send(peer: socket.socket, answer: Callable[[], Iterator[bytes]]) -> None:
+    """Send an answer whole, and wait until the peer has closed. Raises ``OSError``."""
+    for piece in answer():
+        peer.sendall(piece)
+    # A close with something unread would be a reset.
+    peer.shutdown(socket.SHUT_WR)
+    while peer.recv(65_536):
+        pass
+
+
 def serve(listening: socket.socket, answer: Callable[[], Iterator[bytes]]) -> None:
     """Answer every request so, each on a connection of its own."""
     while True:
@@ -126,17 +137,9 @@ def serve(listening: socket.socket, answer: Callable[[], Iterator[bytes]]) -> No
             peer, _ = listening.accept()
         except OSError:
             return
-        with peer:
-            try:
-                peer.recv(65_536)
-                for piece in answer():
-                    peer.sendall(piece)
-                # A close with something unread would be a reset.
-                peer.shutdown(socket.SHUT_WR)
-                while peer.recv(65_536):
-                    pass
-            except OSError:
-                pass
+        with peer, contextlib.suppress(OSError):
+            peer.recv(65_536)
+            send(peer, answer)
 
 
 # What the worker does meanwhile
@@ -247,7 +250,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=HERE.parent.parent, help="the checkout that is measured")
     wanted = parser.parse_args()
     # It takes longer to make than to read.
-    _bomb()
+    make_bomb()
     for name in wanted.cases or CASES:
         measure(name, wanted.root.resolve())
 

@@ -45,11 +45,12 @@ _OVER: Final = {"id": "resp_1", "status": "completed", "output": [], "usage": _U
 _COMPLETED: Final = _chunk(_frame("response.completed", {"sequence_number": 9, "response": _OVER})) + b"0\r\n\r\n"
 
 
-class _Peer:
+class Peer:
     """One connection: what it asked, and how far its answer is."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket, self.asked, self.rest = connection, b"", b""
+        self.model = ""
         self.rate = self.left = self.sent = 0
         self.due = 0.0
 
@@ -66,10 +67,14 @@ class _Peer:
         if length is None or len(body) < int(length[1]):
             return False
         self.asked = b""
-        self.rate, self.left = map(int, json.loads(body)["model"].split(":"))
+        self.model = json.loads(body)["model"]
+        return True
+
+    def begin(self) -> None:
+        """Begin the answer that was asked for."""
+        self.rate, self.left = map(int, self.model.split(":"))
         self.sent = 0
         self.write(_HEAD + _CREATED)
-        return True
 
     def write(self, data: bytes) -> None:
         if self.rest:
@@ -89,7 +94,7 @@ class _Peer:
             self.write(_COMPLETED)
 
 
-class _Upstream:
+class Upstream:
     """The model server: its connections, those whose deltas come at a rate and those whose come as they are taken."""
 
     def __init__(self, port: int) -> None:
@@ -97,9 +102,9 @@ class _Upstream:
         self._server.setblocking(False)
         self._poll = select.epoll()
         self._poll.register(self._server, select.EPOLLIN)
-        self._peers: dict[int, _Peer] = {}
-        self._timers: list[tuple[float, int, _Peer]] = []
-        self._fast: dict[int, _Peer] = {}
+        self._peers: dict[int, Peer] = {}
+        self._timers: list[tuple[float, int, Peer]] = []
+        self._fast: dict[int, Peer] = {}
 
     def turn(self) -> None:
         """Wait until there is something to do, and do it."""
@@ -121,26 +126,39 @@ class _Upstream:
         connection, _ = self._server.accept()
         connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._peers[connection.fileno()] = _Peer(connection)
+        self._peers[connection.fileno()] = Peer(connection)
         self._poll.register(connection, select.EPOLLIN | select.EPOLLOUT | select.EPOLLET)
 
     def _attend(self, fd: int, event: int) -> None:
         """Send what was held up, and takes a request."""
-        peer = self._peers[fd]
+        peer = self._peers.get(fd)
+        if peer is None:
+            # A connection that was dropped, or given away, in the same turn.
+            return
         try:
             if event & select.EPOLLOUT and peer.rest:
                 rest, peer.rest = peer.rest, b""
                 peer.write(rest)
             if event & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR) and peer.asks():
-                if peer.rate:
-                    peer.due = time.monotonic()
-                    heapq.heappush(self._timers, (peer.due, fd, peer))
-                else:
-                    self._fast[fd] = peer
+                self.answer(fd, peer)
         except BlockingIOError:
             pass
         except OSError:
             self._drop(fd)
+
+    def answer(self, fd: int, peer: Peer) -> None:
+        """Begin to answer what the peer asked."""
+        peer.begin()
+        if peer.rate:
+            peer.due = time.monotonic()
+            heapq.heappush(self._timers, (peer.due, fd, peer))
+        else:
+            self._fast[fd] = peer
+
+    def give(self, fd: int) -> socket.socket:
+        """Give the peer's connection to whoever answers it otherwise."""
+        self._poll.unregister(fd)
+        return self._peers.pop(fd).socket
 
     def _send_due(self) -> None:
         now = time.monotonic()
@@ -176,7 +194,7 @@ class _Upstream:
 
 def serve_upstream(port: int) -> None:
     """Serve until it is killed."""
-    upstream = _Upstream(port)
+    upstream = Upstream(port)
     while True:
         upstream.turn()
 

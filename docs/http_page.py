@@ -13,8 +13,9 @@ PAGE: Final = REFERENCE / "http.md"
 METHODS: Final = ("get", "post", "put", "patch", "delete")
 # Objects that have a heading of their own, in this order; what stands inside another without a name is told there.
 OBJECTS: Final = (
-    *("Thread", "Entry", "Message", "ContentPart", "Run", "RunError", "Step", "ReasoningDetails", "Assistant"),
-    *("Started", "Snapshot", "MessageDelta", "StepDelta", "Deleted", "Event", "Error", "Metadata"),
+    *("Thread", "Entry", "Message", "ContentPart", "Run", "RequiredAction", "RunError", "Step", "ReasoningDetails"),
+    *("ToolCallsDetails", "ToolCall", "Assistant", "Started", "ToolOutput", "Approval", "Snapshot", "MessageDelta"),
+    *("StepDelta", "ToolCallsDelta", "Deleted", "Event", "Error", "Metadata"),
 )
 
 Json = dict[str, Any]
@@ -149,7 +150,7 @@ def _type(api: Json, schema: Json) -> str:
         name = schema["$ref"].rpartition("/")[2]
         return f"[{name}](#{name.lower()})" if name in OBJECTS else _type(api, _resolved(api, schema))
     if "const" in schema:
-        return f"`{str(schema['const']).lower() if schema['const'] is True else schema['const']}`"
+        return f"`{str(schema['const']).lower() if isinstance(schema['const'], bool) else schema['const']}`"
     if "enum" in schema:
         return ", ".join(f"`{one}`" for one in schema["enum"])
     if "oneOf" in schema and "properties" not in schema:

@@ -1,4 +1,4 @@
-"""A chat page on assistream: one Flask app, three assistants, no build step."""
+"""A chat page on assistream: one Flask app, four assistants, no build step."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import replace
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from flask.sessions import SecureCookieSessionInterface
 from openai import OpenAI
 
 from assistream_flask import Assistant, create_blueprint
+
+from .observatory import TOOLS
 
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
@@ -60,7 +63,8 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
     @app.get("/")
     def page() -> Response:
         session.permanent = True
-        response = make_response(render_template("index.html", offline=offline))
+        night = date.today() + timedelta(14)
+        response = make_response(render_template("index.html", offline=offline, night=night))
         response.headers["Content-Security-Policy"] = CONTENT_SECURITY_POLICY
         response.headers["Cache-Control"] = "no-cache"
         return response
@@ -115,6 +119,19 @@ def _assistants(offline: bool) -> list[Assistant]:
                 "No title and no explanation."
             ),
         ),
+        Assistant(
+            "astronomer",
+            name="Astronomer",
+            description="Looks things up, and books the telescope once you allow it",
+            model=model,
+            upstream=upstream,
+            instructions=(
+                "You help visitors of a small observatory. Look up what you say of planets and moons instead of "
+                "remembering it. Call tools at once where they help, several together where they do not depend on "
+                "each other, and say in one to three sentences what came of it."
+            ),
+            tools=TOOLS,
+        ),
     ]
 
 
@@ -123,9 +140,11 @@ def _offline_client() -> OpenAI:
     from assistream_flask.testing import OfflineServer, Reply, Request, scripted
 
     def answer(request: Request) -> Reply:
-        # One of the three reasons aloud, to show what the page does with it.
-        thought = "A claim, and what it takes for granted. Two doubts will do, and one thing that is good about it."
-        return replace(scripted(request), reasoning=thought if "critic" in (request.instructions or "") else "")
+        # Two of them reason aloud, to show what the page does with it.
+        reply, who = scripted(request), request.instructions or ""
+        if "critic" in who:
+            return replace(reply, reasoning="A claim, and what it takes for granted. Two doubts, and what is good.")
+        return replace(reply, reasoning="My tools know that better than I do.") if reply.calls else reply
 
     return OfflineServer(answer, first_delay=0.6, delay=0.03).start().client()
 

@@ -33,7 +33,7 @@ ASSISTANTS = (
     Assistant("critic", model="m", instructions="You are a critic.", name="Critic"),
     Assistant("poet", model="m", instructions="You are a poet.", upstream="chat", name="Poet"),
 )
-OVER = ("completed", "incomplete", "failed", "cancelled")
+OVER = ("completed", "incomplete", "failed", "cancelled", "expired")
 
 
 def examples(count: int) -> int:
@@ -55,6 +55,7 @@ APART = (
     "test_runner",
     "test_runtime",
     "test_threaded",
+    "test_tool_histories",
     "test_worker_restart",
 )
 
@@ -146,6 +147,8 @@ def apps_of(server: OfflineServer, folder: Path) -> Iterator[MakeApp]:
                 "database_url": f"sqlite:///{database}",
                 "drain_seconds": 0,
                 "heartbeat_seconds": 0.2,
+                # All of a test's callers have one address.
+                "address_sessions": 0,
             }
             app.config.update((f"ASSISTREAM_{name.upper()}", value) for name, value in {**defaults, **settings}.items())
             app.register_blueprint(
@@ -203,10 +206,11 @@ def at_once(count: int, work: Callable[[int], object]) -> list[Any]:
 
 
 class Caller:
-    """One caller with one thread, through the app's routes."""
+    """One caller with one thread, through the app's routes, who comes from ``address``."""
 
-    def __init__(self, app: Flask, thread_id: str | None = None) -> None:
+    def __init__(self, app: Flask, thread_id: str | None = None, address: str = "127.0.0.1") -> None:
         self.client: FlaskClient = app.test_client()
+        self.client.environ_base["REMOTE_ADDR"] = address
         if thread_id is None:
             answer = self.client.post("/assistream/threads", json={})
             assert answer.status_code == 201, answer.text

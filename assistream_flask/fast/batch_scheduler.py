@@ -11,13 +11,10 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from select import POLLIN
 from typing import Any, Final, Generic, Protocol, TypeVar
 
-from gevent import monkey
-
 from ..platform.log_throttle import LogThrottle
-from .read_gate import ReadGate
+from .read_gate import ReadGate, readable
 
 _log = logging.getLogger(__name__)
 
@@ -127,9 +124,9 @@ class BatchScheduler(Generic[T]):
             if one.slot.since > now:
                 break
             turn.append((one.slot.number(), one))
-        readable = _readable([number for number, _ in turn if number is not None and number >= 0])
+        found = readable([number for number, _ in turn if number is not None and number >= 0])
         for number, one in turn:
-            if number in readable or (number != -1 and one.slot.pending()):
+            if number in found or (number != -1 and one.slot.pending()):
                 self._waiting.pop(one, None)
                 ready.append(one)
             elif number == -1 or one.slot.since + _PATIENCE <= now:
@@ -141,13 +138,3 @@ class BatchScheduler(Generic[T]):
             for one in ready:
                 one.slot.handed_back.put(None)
             raise
-
-
-def _readable(numbers: Sequence[int]) -> set[int]:
-    if not numbers:
-        return set()
-    # gevent's own waits; this one only looks.
-    poll = monkey.get_original("select", "poll")()
-    for number in numbers:
-        poll.register(number, POLLIN)
-    return {number for number, _ in poll.poll(0)}

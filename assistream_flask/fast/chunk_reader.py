@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import ssl
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -21,7 +22,7 @@ import httpx2
 import openai
 
 from ..platform import reliances
-from .read_gate import READ_BYTES, ReadGate, through
+from .read_gate import READ_BYTES, ReadGate, readable, through
 from .switches import SWITCHES
 
 NAME: Final = "chunk_reader"
@@ -226,9 +227,17 @@ class Connection(httpcore2.NetworkStream):
         return Connection(self._inner.start_tls(ssl_context, server_hostname, timeout))
 
     def get_extra_info(self, info: str) -> Any:
-        if info == "is_readable" and self._rest:
-            return True
+        if info == "is_readable":
+            return bool(self._rest) or self._is_readable()
         return self._inner.get_extra_info(info)
+
+    def _is_readable(self) -> bool:
+        # The pool asks each idle connection at each request, under its lock. httpcore2 asks gevent, which lets the
+        # whole worker go on meanwhile: behind a hundred of those all other requests waited.
+        raw = self._inner.get_extra_info("socket")
+        if not isinstance(raw, socket.socket) or raw.fileno() < 0:
+            return bool(self._inner.get_extra_info("is_readable"))
+        return bool(readable([raw.fileno()]))
 
     def chunks(self, timeout: float | None, gate: ReadGate | None = None) -> Iterator[bytes]:
         """Give the data of ordinary chunks, that of one read together; nothing where the body has been begun.
@@ -250,12 +259,9 @@ class Connection(httpcore2.NetworkStream):
                 if end == "malformed":
                     raise httpcore2.RemoteProtocolError("a chunk does not end in CRLF")
                 break
-            more = None
             if gate is not None:
                 yield b""
-                more, gate.data = gate.data, None
-            if more is None:
-                more = read(READ_BYTES)
+            more = read(READ_BYTES) if gate is None else gate.taken_or(read)
             if not more:
                 break
             data += more

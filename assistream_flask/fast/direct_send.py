@@ -14,13 +14,11 @@ from gevent.socket import socket as GeventSocket
 
 from .. import sse
 from ..log.protocol import Receipt
-from ..platform import gunicorn, reliances
+from ..platform import connection, gunicorn, reliances
+from ..platform.connection import PIECE
 from .switches import SWITCHES
 
 NAME: Final = "direct_send"
-
-_PIECE: Final = 65_536
-_BUFFER: Final = 262_144
 
 
 class OutermostApp:
@@ -111,11 +109,9 @@ class ViewerConnection:
         if self._socket is None:
             return
         self._socket.settimeout(self._slow_seconds)
-        if self._socket.family in (socket.AF_INET, socket.AF_INET6):
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
-            if hasattr(socket, "TCP_USER_TIMEOUT"):
-                milliseconds = int(self._dead_seconds * 1000)
-                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+        if connection.keep_little(self._socket) and hasattr(socket, "TCP_USER_TIMEOUT"):
+            milliseconds = int(self._dead_seconds * 1000)
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
         # Over TLS what is written is not what is sent.
         if type(self._socket) is GeventSocket and SWITCHES.is_on(NAME) and _is_plain(self._seen):
             self._answer = self._seen
@@ -124,7 +120,7 @@ class ViewerConnection:
         """Send a piece of the body from outside of it, as gunicorn does but without waiting; while its own greenlet
         waits only. Where a part is left the body has to go on, if with ``b""``."""
         answer = self._answer
-        if answer is None or not answer.headers_sent or self._rest or not 0 < len(data) <= _PIECE:
+        if answer is None or not answer.headers_sent or self._rest or not 0 < len(data) <= PIECE:
             return Receipt.NO
         framed = b"%X\r\n%b\r\n" % (len(data), data) if answer.chunked else data
         try:
@@ -150,11 +146,7 @@ class ViewerConnection:
             # Else it would show at the second write only.
             if chunk is sse.PING and self._gone():
                 return
-            if len(chunk) <= _PIECE:
-                yield chunk
-            else:
-                for at in range(0, len(chunk), _PIECE):
-                    yield chunk[at : at + _PIECE]
+            yield from connection.pieces(chunk)
 
     def _gone(self) -> bool:
         # gevent's own recv() would wait, and a plain socket of the same number does not. Under threads that would have

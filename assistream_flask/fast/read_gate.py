@@ -6,13 +6,19 @@ import queue
 import ssl
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from select import POLLIN
 from typing import Any, Final, NamedTuple
 
+from gevent import monkey
+
+from ..platform.threads import loop_turn, take_turns
 from .switches import SWITCHES
 
 READ_BYTES: Final = 65_536
-_TURN_SECONDS: Final = 0.01
+_SLICE_SECONDS: Final = 0.002
+_FLOOD_BYTES: Final = 16_384
+_AHEAD_SECONDS: Final = 0.01
 _AHEAD: Final = 256
 """So many reads may wait for a stream that is fed: those of sixteen megabytes."""
 
@@ -28,18 +34,33 @@ def through(source: Iterator[Any], gate: ReadGate | None) -> Iterator[list[Any]]
     return gate.through(source) if gate is not None else ([item] for item in source)
 
 
+def readable(numbers: Sequence[int]) -> set[int]:
+    """Give those file descriptors that something can be read from, or that are at their end. Does not wait."""
+    if not numbers:
+        return set()
+    # gevent's own lets the whole worker go on before it answers; this one only looks.
+    poll = monkey.get_original("select", "poll")()
+    for number in numbers:
+        poll.register(number, POLLIN)
+    return {number for number, _ in poll.poll(0)}
+
+
 class TimeSlice:
-    """Yields to other greenlets every ten milliseconds: one that never has to wait for its next byte would keep them
-    all waiting."""
+    """Has those take turns of two milliseconds that never have to wait for their next byte: one of them would keep all
+    others waiting, and several would if all of them went on before the others do."""
 
     def __init__(self) -> None:
-        self._since = time.monotonic()
+        self._since, self._turn = time.monotonic(), loop_turn()
 
-    def share(self) -> None:
-        """Let the others go on, where it was long ago that they could."""
-        if time.monotonic() - self._since > _TURN_SECONDS:
-            time.sleep(0)
-            self._since = time.monotonic()
+    def share(self, *, is_flood: bool = False) -> None:
+        """Let the others go on, where it was long ago that they could; for what ``is_flood`` also where it has waited
+        itself meanwhile, as for Redis: many of those would go on together."""
+        now, turn = time.monotonic(), loop_turn()
+        if turn != self._turn and not is_flood:
+            self._since, self._turn = now, turn
+        elif now - self._since > _SLICE_SECONDS:
+            take_turns()
+            self._since, self._turn = time.monotonic(), loop_turn()
 
 
 class _End(NamedTuple):
@@ -58,6 +79,8 @@ class ReadGate:
         self.is_fed = False
         self.is_left = False
         """Whether nobody takes what is fed any more."""
+        self.is_flooded = False
+        """Whether the last read got as much as only comes of a stream that is faster than it is read."""
         # How much of the source the stream took last.
         self.taken = 0
         self._fed: deque[Any] = deque()
@@ -75,7 +98,7 @@ class ReadGate:
         if self.socket is None:
             return self.pending()
         if not isinstance(self.socket, ssl.SSLSocket):
-            self.data = self.socket.recv(READ_BYTES)
+            self.take(self.socket.recv(READ_BYTES))
             return True
         limit = self.socket.gettimeout()
         self.socket.settimeout(0)
@@ -91,8 +114,26 @@ class ReadGate:
                 raise
         finally:
             self.socket.settimeout(limit)
-        self.data = data
+        self.take(data)
         return True
+
+    def take(self, data: bytes) -> None:
+        """Keep what was read, for the stream to go on with."""
+        self.data, self.is_flooded = data, len(data) >= _FLOOD_BYTES
+
+    def taken_or(self, read: Callable[[int], bytes]) -> bytes:
+        """Give what :meth:`read` read, once, or what ``read`` does now."""
+        if self.data is None:
+            was_flooded = self.is_flooded
+            self.take(read(READ_BYTES))
+            # One of TLS gives a record, which may be small.
+            self.is_flooded = self.is_flooded or (was_flooded and self._has_more())
+        data, self.data = self.data or b"", None
+        return data
+
+    def _has_more(self) -> bool:
+        number = -1 if self.socket is None else self.socket.fileno()
+        return self.pending() or (number >= 0 and bool(readable([number])))
 
     def pending(self) -> bool:
         """Tell whether there is something to read that a poll of the socket does not see."""
@@ -135,7 +176,7 @@ class ReadGate:
                 turn.share()
                 # A model server may send faster than all of it is told.
                 while len(self._fed) >= _AHEAD and not self.is_left:
-                    time.sleep(_TURN_SECONDS)
+                    time.sleep(_AHEAD_SECONDS)
         except Exception as error:
             self.stop(error)
         else:

@@ -61,6 +61,9 @@ class Cursor:
             self._registry.throttle.error(_log, error, "records could not be taken")
         self._bell.put(True)
 
+    def interrupt(self) -> None:
+        self._bell.put(False)
+
     def _taken(self) -> bool:
         buffer = self._buffer
         with buffer.guard:

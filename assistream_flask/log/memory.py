@@ -29,7 +29,7 @@ class MemoryLog:
         *,
         max_events: int = 10_000,
         max_bytes: int = 8 << 20,
-        max_memory: int = 256 << 20,
+        max_memory: int = 128 << 20,
         max_age: float = 600,
         clock: Callable[[], float] = time.monotonic,
         throttle: LogThrottle | None = None,
@@ -56,9 +56,9 @@ class MemoryLog:
                 for name, data, key in events:
                     offset += 1
                     told.append((name, key, sse.encode(name, dumps(data), f"{epoch}-{offset}")))
-                before = buffer.size
+                before = buffer.memory
                 buffer.add(self._threads.clock(), told)
-                self._unlooked += buffer.size - before
+                self._unlooked += buffer.memory - before
                 buffer.trim(1 if is_last else self._max_events, self._max_bytes, 0)
                 buffer.gone, event_id = is_last, buffer.event_id
             buffer.wake()
@@ -74,14 +74,14 @@ class MemoryLog:
         """Drop records where there are too many bytes of them: of threads that nobody uses first, the longest unused
         before the others. Their viewers come back to a snapshot."""
         buffers = sorted((buffer for _, buffer in self._threads.all()), key=lambda one: (one.users > 0, one.touched))
-        excess = sum(buffer.size for buffer in buffers) - self._max_memory
+        excess = sum(buffer.memory for buffer in buffers) - self._max_memory
         for buffer in buffers:
             if excess <= 0:
                 return
             with buffer.guard:
-                before = buffer.size
-                buffer.trim(self._max_events, max(0, before - excess) if buffer.users else 0, 0)
-                excess -= before - buffer.size
+                before = buffer.memory
+                buffer.trim(self._max_events, max(0, buffer.size - excess) if buffer.users else 0, 0)
+                excess -= before - buffer.memory
 
     def append_all(self, told: Sequence[AppendRequest]) -> Sequence[EventId | None]:
         # Nobody else can take a lock.

@@ -108,6 +108,10 @@ class Subscription(Protocol):
         """
         ...
 
+    def interrupt(self) -> None:
+        """End the present wait, or the next one. Any thread may call, and does not wait."""
+        ...
+
     def close(self) -> None:
         """Let go of the log. Idempotent."""
         ...

@@ -7,6 +7,9 @@ channel drops, the offsets show: then the stream is read, and where that has a g
 
 Of a thread that is gone the stream is its last event alone, with a second field, and nothing comes after it.
 
+All streams together have a budget, see :class:`RedisLog`. The scripts keep its accounts in Redis, and shed streams a
+few at a time: as they append, and as each worker looks after its own.
+
 Commands: https://redis.io/docs/latest/commands/ (Redis 7 or newer, not a cluster); what is used is
 in :mod:`.redis_requirements`, and the scripts are in ``lua/``.
 """
@@ -55,6 +58,8 @@ LOCK_SECONDS: Final = 5.0
 """A lock that was held so long has a dead holder."""
 CLAIM_SECONDS: Final = 86_400
 """How long is known who has a run that another had: no worker comes back later and goes on."""
+# The budget's least: a smaller Redis has room for nothing.
+_LEAST_BYTES: Final = 1 << 20
 _AGAIN_SECONDS: Final = 0.5
 # A crowd that arrives at once waits for a connection, and Redis is not away for that.
 _QUEUE_SECONDS: Final = 15
@@ -111,7 +116,10 @@ class RedisLog:
     """The log in the Redis that ``url`` names, see :class:`..Log`.
 
     A thread's stream keeps at most ``max_events`` events and about ``max_bytes`` bytes, and is dropped when nothing
-    was appended, and nobody read it, for ``max_age`` seconds. Connects in the background.
+    was appended, and nobody read it, for ``max_age`` seconds. All streams of this database together keep about
+    ``max_memory`` bytes, and no more than half of that Redis's ``maxmemory``, which claims, connections and copies need
+    too: beyond that, those that were not used for longest go, and of those that somebody views, in any worker, once
+    there are no others, the older half. Connects in the background.
     """
 
     shared = True
@@ -122,12 +130,14 @@ class RedisLog:
         *,
         max_events: int = 10_000,
         max_bytes: int = 8 << 20,
+        max_memory: int = 128 << 20,
         max_age: float = 600,
         connections: int = 16,
         throttle: LogThrottle | None = None,
     ) -> None:
         self._throttle = throttle or LogThrottle()
         self._max_events, self._max_bytes, self._ttl = max_events, max_bytes, int(max_age * 1000)
+        self._max_memory = self._budget = max_memory
         # The library's own defaults would try for a minute, in silence.
         options: dict[str, Any] = {"socket_connect_timeout": SECONDS, "retry": Retry(NoBackoff(), 0), "protocol": 2}
         self._redis = redis.Redis(
@@ -152,9 +162,10 @@ class RedisLog:
             self._end_unless_locked,
             self._unlock,
             self._left,
+            self._shed,
         ) = (
             self._redis.register_script(common + lua(name))
-            for name in ("append", "fence", "ends", "restart", "lock", "quiet", "unlock", "restart_expired")
+            for name in ("append", "fence", "ends", "restart", "lock", "quiet", "unlock", "restart_expired", "shed")
         )
         self._forget = self._redis.register_script(common + lua("forget"))
         self._threads = ThreadBuffers(lambda: _ViewedBuffer(min(_KEEP, max_events)), time.monotonic, self._throttle)
@@ -184,7 +195,7 @@ class RedisLog:
         keys = [self._prefix + one.thread_id for one in told]
         bodies = [[_body(event) for event in one.events] for one in told]
         arguments: list[int | str | bytes] = [self._ttl, self._max_events, self._max_bytes, CLAIM_SECONDS * 1000]
-        arguments.append(self._locked)
+        arguments += (self._locked, self._budget)
         for one, ours in zip(told, bodies, strict=True):
             held = self._locks.get(one.thread_id) if one.locked else None
             arguments += (one.thread_id, held.token if held else "")
@@ -209,7 +220,8 @@ class RedisLog:
         self._do(lambda: self._restart([self._prefix + thread_id], [self._ttl, int(keep), " ".join(holes)]))
 
     def forget(self, thread_id: str, last: Event) -> None:
-        self._do(lambda: self._forget([self._prefix + thread_id], [GONE_SECONDS * 1000, _body(last)]))
+        arguments: list[int | bytes] = [GONE_SECONDS * 1000, _body(last), self._ttl]
+        self._do(lambda: self._forget([self._prefix + thread_id], arguments))
 
     def signal(self, thread_id: str) -> None:
         try:
@@ -374,10 +386,12 @@ class RedisLog:
         """Have all logs begin anew where Redis started anew, or another took its place: that may have an older state,
         and would give ids out again that viewers have."""
         self._run_id = redis_requirements.check(line, f"{self._prefix}none")
+        self._look_at_room()
         met = self._redis.get(f"{self._prefix}met")
         if met not in (None, self._run_id.encode()):
             for key in self._redis.scan_iter(f"{self._prefix}thread_*", count=1000):
-                self._restart([key], [self._ttl])
+                if not key.endswith(b":past"):
+                    self._restart([key], [self._ttl])
         self._redis.set(f"{self._prefix}met", self._run_id)
 
     def _hear(self, told: Any) -> None:
@@ -416,6 +430,8 @@ class RedisLog:
                 for at in range(0, len(viewed), 200):
                     self._check(viewed[at : at + 200])
                 self._do(lambda: self._left([self._locked], [self._prefix, self._ttl]))
+                self._do(self._look_at_room)
+                self._do(lambda: self._shed([self._prefix], [self._ttl, self._budget]))
                 if self._run_id:
                     # After a FLUSHALL.
                     self._do(lambda: self._redis.set(f"{self._prefix}met", self._run_id, nx=True))
@@ -423,6 +439,10 @@ class RedisLog:
                 pass
             except Exception as error:
                 self._throttle.error(_log, error, "looking after the log failed; it is tried again")
+
+    def _look_at_room(self) -> None:
+        found = int(self._redis.info("memory").get("maxmemory", 0))
+        self._budget = min(self._max_memory, max(_LEAST_BYTES, found // 2)) if found else self._max_memory
 
     def _check(self, viewed: Sequence[tuple[str, _ViewedBuffer]], *, patient: bool = True) -> None:
         """Compare with the streams. What a ``patient`` one finds missing may be on its way until the next time."""

@@ -19,7 +19,11 @@ _TRIES: Final[Sequence[tuple[str, tuple[str | int, ...]]]] = (
     ("set", ("KEY", "", "XX")),
     ("del", ("KEY",)),
     ("pexpire", ("KEY", 1)),
+    ("pttl", ("KEY",)),
     ("memory|usage", ("KEY",)),
+    ("hget", ("KEY", "")),
+    ("hincrby", ("KEY", "", "")),
+    ("hdel", ("KEY", "")),
     ("xadd", ("KEY", "NOMKSTREAM", "*", "e", "")),
     ("xlen", ("KEY",)),
     ("xrange", ("KEY", "-", "+")),
@@ -30,6 +34,7 @@ _TRIES: Final[Sequence[tuple[str, tuple[str | int, ...]]]] = (
     ("zrem", ("KEY", "")),
     ("zscore", ("KEY", "")),
     ("publish", ("KEY", "")),
+    ("pubsub|numsub", ("KEY",)),
     ("subscribe", ("KEY",)),
     ("unsubscribe", ("KEY",)),
 )
@@ -50,7 +55,7 @@ _ADVICE: Final[Sequence[tuple[str, str]]] = (
         r": (@\S+ \d+: )?[uU]nknown (Redis )?command",
         f"it lacks commands that are needed: {_URL} a Redis that runs Lua scripts",
     ),
-    (r"^OutOfMemoryError", "it is full: raise its maxmemory, or lower ASSISTREAM_LOG_SECONDS"),
+    (r"^OutOfMemoryError", "it is full: raise its maxmemory, or give assistream a Redis of its own"),
     (r": MISCONF", "it cannot save to its disk, and takes no writes: run it with `--save ''`, or make room there"),
     (
         "certificate verify failed",

@@ -17,6 +17,8 @@ from ..platform.log_throttle import LogThrottle
 from .protocol import EventId, PositionExpiredError, Record
 
 _SWEEP_SECONDS: Final = 0.5
+_RECORD_BYTES: Final = 140
+"""What Python takes for a record beside its frame."""
 Bell: TypeAlias = "queue.SimpleQueue[bool]"
 
 
@@ -60,6 +62,11 @@ class ThreadBuffer:
         self.gone = False
         self.guard = plain_lock()
         self._readers: list[Reader] = []
+
+    @property
+    def memory(self) -> int:
+        """Give about how many bytes of memory the records take."""
+        return self.size + _RECORD_BYTES * len(self.records)
 
     def wait(self, reader: Reader) -> None:
         """Have ``reader`` woken at the next change. The caller holds ``guard``."""

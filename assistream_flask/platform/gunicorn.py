@@ -49,6 +49,12 @@ def http_1_response() -> Any:
     return importlib.import_module("gunicorn.http.wsgi").Response
 
 
+def malformed() -> tuple[type[Exception], ...]:
+    """Give what gunicorn raises to who reads a body whose chunks break HTTP's rules; nothing under another server."""
+    found = getattr(sys.modules.get("gunicorn.http.errors"), "ParseException", None)
+    return (found,) if found else ()
+
+
 def patched() -> bool:
     """Tell whether gevent, whose worker gunicorn has, has patched this process."""
     return monkey.is_module_patched("threading") and monkey.is_module_patched("socket")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, Final
 
 import httpx2
@@ -45,6 +46,30 @@ def on_request(client: openai.OpenAI, call: Callable[[httpx2.Request], None]) ->
         call(request)
 
     client._prepare_request = prepared  # type: ignore[method-assign]
+
+
+def let_go(client: openai.OpenAI) -> None:
+    """Have ``client``, a copy that asks no more, be freed with the last who uses it.
+
+    Its resources know it, and so does what :func:`on_request` and :func:`bound` put in place: the garbage collector
+    alone would find that, which comes round once in millions of objects.
+    """
+    for name, value in list(getattr(client, "__dict__", {}).items()):
+        is_resource = isinstance(getattr(type(client), name, None), cached_property)
+        if is_resource or getattr(value, "__module__", None) == __name__:
+            delattr(client, name)
+
+
+def drop_events(stream: Any) -> None:
+    """Have an SDK's ``stream``, whose bytes are read and never its events, be freed with the last who uses it, and
+    with it the request, which has a whole history.
+
+    The generator of its events, which nobody begins, knows the stream, and the stream it. Without that private name
+    they are garbage, as before.
+    """
+    events = getattr(stream, "_iterator", None)
+    if inspect.isgenerator(events):
+        events.close()
 
 
 def keywords(call: Callable[..., Any]) -> frozenset[str] | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Final
 
@@ -18,9 +19,11 @@ from ..types import Message, Run
 from ..upstream.answer_stream import AnswerStream
 from ..upstream.delivered import Shown
 from ..upstream.deltas import Delta, merged
+from .loop_state import LoopState
 from .message_accumulator import Ending, MessageAccumulator, Stop
 from .run_reader import RunReader
 from .thread_history import RunRequest, ThreadHistory
+from .tracing import RunTrace
 
 _FLOOD_SECONDS: Final = 0.004
 
@@ -106,8 +109,12 @@ class ActiveRun:
           └──── interrupt ────┴──> INTERRUPTED ── end ──┘
         each of them ── leave ──> LEFT
 
+    A run that waits for a person is no worker's, and LEFT by the one that had it.
+
     ``lock`` is held while what the run is changes and is told, so that events come in the order of the changes;
-    whoever needs ``checkpoint.saving`` too takes that first. ``group_id`` is that of runs that may run beside it.
+    whoever needs ``checkpoint.saving`` too takes that first. ``group_id`` is that of runs that may run beside it,
+    ``command_id`` that of those which one POST began.
+    ``address`` is where it was asked for, as long as this worker has it.
     """
 
     def __init__(
@@ -119,18 +126,30 @@ class ActiveRun:
         position: int,
         event_id: EventId | None,
         group_id: str | None,
+        command_id: str = "",
         claim: int = 0,
         resume_state: Json | None = None,
+        loop: LoopState | None = None,
+        address: str | None = None,
+        trace: RunTrace | None = None,
     ) -> None:
         self.owner, self.request, self.position, self.group_id = owner, request, position, group_id
+        self.command_id, self.address = command_id, address
         self._accumulator = accumulator
+        self.loop = loop
+        """How far its tool loop came, ``None`` where it called nothing. It changes under ``lock``."""
         self.id: str = accumulator.run["id"]
         self.thread_id: str = accumulator.run["thread_id"]
         self.claim = Claim(self.id, claim)
+        self.trace = trace or RunTrace()
         self.lock = threading.Lock()
         self.checkpoint, self.pacing = Checkpoint(event_id), Pacing()
-        self.waits = Interruptible(self.close)
+        # Weakly: one that is over is freed then, with all that was said, and not when the garbage collector comes.
+        close = weakref.WeakMethod(self.close)
+        self.waits = Interruptible(lambda: _call(close()))
         self._reader: RunReader | None = None
+        # Whether its answer is over, and the next one not begun: nobody goes on with a response that is over.
+        self._is_between = False
         self._history: ThreadHistory | None = None
         # Of a background response: what another worker needs to go on behind what the message has.
         self._resume_state = resume_state
@@ -199,6 +218,11 @@ class ActiveRun:
         """Give how it is to end, where its waits are interrupted."""
         return self._ending
 
+    @property
+    def accumulator(self) -> MessageAccumulator:
+        """Give what it consists of. ``lock`` is held."""
+        return self._accumulator
+
     def state(self) -> State:
         """Give what there is to store. ``lock`` is held."""
         event_id = self.checkpoint.event_id
@@ -213,7 +237,13 @@ class ActiveRun:
         """Give what viewers have of its answer, once all that arrived was added."""
         with self.lock:
             _, message, steps = self._accumulator.snapshot()
-        return Shown(message, steps)
+        before = self.loop or LoopState()
+        return Shown(message, steps[before.steps :], before.content)
+
+    def has_told_of_round(self) -> bool:
+        """Tell whether viewers have anything of the present answer of the model."""
+        before, now = self.loop or LoopState(), self._accumulator
+        return now.content_count > before.content or now.step_count > before.steps
 
     # From one phase to the next
 
@@ -278,7 +308,17 @@ class ActiveRun:
             return None
         return self._loading or RunError("run_time_limit")
 
+    def end_round(self) -> None:
+        """Take note that an answer of the model is over, and the run is not. ``lock`` is held."""
+        self._resume_state = self._arrived_state = None
+        self._is_between = True
+
     # What arrives
+
+    @property
+    def is_reading(self) -> bool:
+        """Tell whether there is a connection to a model server."""
+        return self._reader is not None
 
     @property
     def reader(self) -> RunReader:
@@ -293,7 +333,7 @@ class ActiveRun:
 
     def read(self, stream: AnswerStream) -> None:
         """Have what arrives come from there."""
-        self._reader = RunReader(stream)
+        self._reader, self._is_between = RunReader(stream), False
 
     def close(self) -> None:
         """Close the connection to the model server. Idempotent, from any thread."""
@@ -303,7 +343,7 @@ class ActiveRun:
     def take(self, deltas: Sequence[Delta]) -> None:
         """Take what arrived. ``lock`` is held."""
         self._arrived += deltas
-        if self._reader is not None:
+        if self._reader is not None and not self._is_between:
             self._arrived_state = self._reader.state()
 
     def grow(self) -> list[Event]:
@@ -318,7 +358,7 @@ class ActiveRun:
     def catch_up(self) -> None:
         """Take note of how far the stream came that ended, where all that it told had been delivered before. ``lock``
         is held."""
-        if not self._arrived and self._reader is not None:
+        if not self._arrived and self._reader is not None and not self._is_between:
             self._resume_state = self._reader.state() or self._resume_state
 
     def add(self, deltas: Sequence[Delta]) -> list[Event]:
@@ -331,3 +371,8 @@ class ActiveRun:
                 self._resume_state = self._arrived_state or self._resume_state
             raise Interrupted
         return self.grow()
+
+
+def _call(method: Callable[[], None] | None) -> None:
+    if method is not None:
+        method()

@@ -11,6 +11,7 @@ from ..errors import RunError
 from ..events import Event
 from ..fast.batch_scheduler import BatchScheduler
 from ..log.protocol import REFUSED, AppendRequest
+from ..platform.interrupt import Interrupted
 from ..platform.log_throttle import LogThrottle
 from ..upstream.deltas import Delta
 from .active_run import ActiveRun
@@ -55,10 +56,13 @@ class DeltaPublisher:
         reader = active.reader
         while True:
             # Before the read: an interrupt meets nothing that was read and not taken.
-            reader.turn.share()
+            reader.turn.share(is_flood=reader.slot.is_flooded)
             deltas = next(reader.batches, None)
             if deltas is None or deltas:
                 return deltas
+            if reader.slot.is_flooded:
+                # A tick would read all of those, one after the other.
+                continue
             if active.pacing.has_begun and self._scheduler is not None and (self._has_many() or self._floods(active)):
                 if reader.slot.source is not None and not reader.slot.is_fed:
                     reader.feed()
@@ -81,6 +85,14 @@ class DeltaPublisher:
         with active.lock:
             active.pacing.arrived()
             self._tell([(active, active.add(deltas))])
+
+    def tell(self, active: ActiveRun, change: Callable[[], list[Event]]) -> None:
+        """Change what the run is, and tell the events that ``change`` gives for it. Raises :class:`Interrupted` where
+        the run is over, or another worker's."""
+        with active.lock:
+            if active.is_over or active.is_left:
+                raise Interrupted
+            self._tell([(active, change())])
 
     def forget(self, active: ActiveRun) -> None:
         """Take note that the run is over, or another worker's."""
@@ -126,7 +138,7 @@ class DeltaPublisher:
                 return True
             while (deltas := next(reader.batches)) and self._only_grows(active, deltas):
                 active.take(deltas)
-            if not deltas and slot.can_wait and (many or slot.taken >= _FLOOD_LASTS):
+            if not deltas and slot.can_wait and not slot.is_flooded and (many or slot.taken >= _FLOOD_LASTS):
                 return True
             left = deltas or None
         except (OSError, StopIteration):

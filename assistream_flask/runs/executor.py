@@ -5,26 +5,32 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Final, TypeVar
+from functools import cache, partial
+from typing import Final
 
 import openai
 from sqlalchemy.exc import SQLAlchemyError
 
 from ..errors import MESSAGE_TOO_LONG, RunError
-from ..events import Event, Json
-from ..log.protocol import REFUSED, LogUnavailableError
+from ..events import Event, Json, text_of
 from ..platform.interrupt import Interrupted
 from ..store.sql import State
+from ..tools import ToolContext
 from ..upstream import answer_stream
 from ..upstream.deltas import Begun, Delta, End
-from ..upstream.items import Turn
+from ..upstream.items import Turn, message_item
 from .active_run import ActiveRun
 from .checkpointer import Checkpointer
 from .delta_publisher import DeltaPublisher
-from .message_accumulator import Ending
+from .loop_state import LoopState
+from .mcp_tools import McpTools
+from .message_accumulator import LACKING, Ending
+from .run_changes import RunChanges
 from .run_slots import RunSlots, Ticket
 from .thread_history import RunRequest
+from .tool_execution import ToolExecutions
+from .tool_loop import ToolLimits, ToolLoop
+from .tracing import ChatSpan
 from .worker import Worker
 
 _log = logging.getLogger(__name__)
@@ -34,17 +40,26 @@ _BROKEN: Final = ("upstream_cut", "upstream_ended_early", "upstream_stalled", "u
 _TRIES: Final = 6
 # So long a wait for a slot goes on by itself where nothing can throw into it.
 _SLOT_SECONDS: Final = 1.0
+_EQUIP_SECONDS: Final = 10.0
 _UNWANTED: Final = ("cancelled", "failed", "incomplete")
-
-T = TypeVar("T")
 
 
 class Executor:
     """Performs the runs of one worker, each in a thread of its own that waits for the model server, the store and the
     log. ``viewers`` gives how many event streams the worker has open."""
 
-    def __init__(self, worker: Worker, checkpointer: Checkpointer, viewers: Callable[[], int]) -> None:
-        self._worker, self._checkpointer = worker, checkpointer
+    def __init__(
+        self,
+        worker: Worker,
+        changes: RunChanges,
+        checkpointer: Checkpointer,
+        executions: ToolExecutions,
+        viewers: Callable[[], int],
+    ) -> None:
+        self._worker, self._changes, self._checkpointer = worker, changes, checkpointer
+        self._executions = executions
+        self._mcp = McpTools(executions.loop, worker.throttle)
+        self._limits = ToolLimits(worker.settings.run_tools, worker.settings.worker_tools)
         pace = worker.settings.pace_seconds
         self._slots = RunSlots(worker.settings.worker_runs)
         self._publisher = DeltaPublisher(worker.appender, pace, viewers, _only_grows, worker.throttle)
@@ -59,16 +74,21 @@ class Executor:
         try:
             self._wait_for_slot(active, ticket)
             self._begin(active)
-            self._rounds(active)
+            before = active.loop.trace if active.loop is not None else ""
+            active.trace.begin(active.thread_id, active.id, _request(active).assistant, before)
+            with active.trace.current():
+                self._rounds(active)
         except Interrupted:
             self.end(active, active.ending)
         except RunError as error:
-            self.end(active, error)
+            # Who raised it often has it yet: with its traceback each would keep the other, and all that the run has.
+            self.end(active, error.with_traceback(None))
         except Exception as error:
             self._worker.throttle.error(_log, error, "run %s failed", active.id)
             # The next one of the kind has no traceback.
             self.end(active, RunError("server_error", said=repr(error)))
         finally:
+            _end_trace(active)
             active.close()
             self._slots.give_back(active.owner, ticket)
             if active.resume_state is not None and not active.is_left and active.run["status"] in _UNWANTED:
@@ -77,7 +97,8 @@ class Executor:
 
     def _cancel_upstream(self, active: ActiveRun, state: Json) -> None:
         try:
-            answer_stream.cancel(_request(active).client(), state)
+            with active.trace.current():
+                answer_stream.cancel(_request(active).client(), state)
         except Exception as error:
             self._worker.throttle.error(_log, error, "the background response of run %s may go on", active.id)
 
@@ -86,7 +107,7 @@ class Executor:
         :class:`Interrupted`."""
         while not active.waits.wait(partial(ticket.has_slot.wait, _SLOT_SECONDS)):
             if self._worker.stopping.is_set():
-                self.leave(active)
+                self._changes.leave(active)
                 raise Interrupted
 
     def _begin(self, active: ActiveRun) -> None:
@@ -96,7 +117,7 @@ class Executor:
         if active.wait_done():
             raise Interrupted
         if active.resume_state is None:
-            self._patiently(active, lambda: self._begin_now(active))
+            self._changes.patiently(active, lambda: self._begin_now(active))
         if is_new:
             self._worker.notifier.notify("run_started", active.owner, run=active.run)
         active.limit(self._worker.settings.run_seconds)
@@ -104,31 +125,86 @@ class Executor:
     def _begin_now(self, active: ActiveRun) -> None:
         if self._worker.stopping.is_set():
             # Left to the next worker: nothing was asked for it here.
-            self.leave(active)
+            self._changes.leave(active)
             raise Interrupted
-        self._change(active, active.begin)
+        self._changes.change(active, active.begin)
 
-    # Rounds: a request to the model server and its answer. A run has one; tools will add more.
+    # Rounds: a request to the model server, its answer, and the tools that it calls.
 
     def _rounds(self, active: ActiveRun) -> None:
-        turns = [] if active.resume_state else self._patiently(active, lambda: self._turns(active))
-        self.end(active, self._round(active, turns))
-        # To the end of the connection, so that it can serve the next run.
-        while (deltas := self._next(active)) is not None:
-            self._publisher.add(active, deltas)
+        self._equip(active)
+        loop = ToolLoop(self._worker, self._changes, self._publisher, self._executions, self._limits, active)
+        loop.restore()
+        before: list[Turn] | None = None
+        while not loop.is_open or loop.execute():
+            self._drain(active)
+            if before is None and active.resume_state is None:
+                before = self._changes.patiently(active, lambda: self._turns(active))
+            may_call = loop.may_call
+            end = self._round(active, before or [], loop)
+            if may_call and end.calls and end.reason is None:
+                loop.begin(end)
+                continue
+            if end.calls and not active.has_told_of_round():
+                raise RunError("too_many_tool_calls")
+            self.end(active, end)
+            self._drain(active)
+            return
+        # It waits for an answer, and its queue goes on.
+        self.forget(active)
+
+    def _equip(self, active: ActiveRun) -> None:
+        """Have the run's assistant have the tools of its MCP servers. Raises :class:`Interrupted`."""
+        request = _request(active)
+        if not request.assistant.mcp:
+            return
+        context = ToolContext(active.thread_id, active.id, request.assistant.id, active.owner.name, "")
+        equipment = active.waits.wait(partial(self._mcp.ask, request.assistant, context, request.within))
+        # A coroutine of the app's that blocks would keep it waiting: it goes on without then, too.
+        until = time.monotonic() + _EQUIP_SECONDS
+        while not active.waits.wait(partial(equipment.wait, _SLOT_SECONDS)) and time.monotonic() < until:
+            if active.is_left or active.is_over:
+                raise Interrupted
+        active.request = request._replace(assistant=equipment.assistant())
+        missing = equipment.missing
+        if missing or LACKING in active.run["metadata"]:
+            # Once, however often it takes to store it.
+            change = cache(partial(active.accumulator.lack, missing))
+            self._changes.patiently(active, lambda: self._changes.change(active, change))
+
+    def _drain(self, active: ActiveRun) -> None:
+        """Read the connection to its end, so that it can serve the next request."""
+        if active.is_reading:
+            while (deltas := self._next(active)) is not None:
+                self._publisher.add(active, deltas)
 
     def _turns(self, active: ActiveRun) -> list[Turn]:
         return active.history.turns(self._worker.store, active.message["id"], _request(active))
 
-    def _round(self, active: ActiveRun, turns: Sequence[Turn]) -> End:
+    def _round(self, active: ActiveRun, earlier: Sequence[Turn], loop: ToolLoop) -> End:
         """Ask, and again where that helps, and tell what is answered; give the answer's end. Raises
         :class:`RunError`."""
+        turns = [*earlier, *self._changes.patiently(active, loop.turns)] if active.resume_state is None else []
+        with active.trace.chat(_request(active).assistant, turns) as chat:
+            try:
+                end = self._answer(active, turns, loop, chat)
+            except Interrupted:
+                if isinstance(active.ending, RunError):
+                    chat.fail(active.ending.code)
+                raise
+            chat.answered(end, active.reader.source(), lambda: _said(active))
+            return end
+
+    def _answer(self, active: ActiveRun, turns: Sequence[Turn], loop: ToolLoop, chat: ChatSpan) -> End:
         tries = asked = 0
         while True:
             before = active.resume_state
             try:
                 # Another key each time: a server that remembers a refusal would give it again.
-                self._ask(active, turns, f"{active.id}-{asked}")
+                key = f"{active.id}{f'-r{loop.round}' if loop.round else ''}-{asked}"
+                # Spans of the app's client, or of its transport, are below it.
+                with chat.current():
+                    self._ask(active, turns, loop, key, chat)
                 return self._read(active)
             except RunError as error:
                 # A tick that met it tells first what came before.
@@ -137,6 +213,7 @@ class Executor:
                     tries = tries + 1 if active.resume_state == before else 0
                 if not self._goes_on(active, turns, error, tries):
                     raise
+                error.with_traceback(None)
                 asked += 1
                 pause = 1.0 if active.is_loading else min(0.25 * 2**tries, 4)
                 active.waits.wait(partial(time.sleep, pause))
@@ -147,14 +224,15 @@ class Executor:
             raise RunError(error.code, said=error.said, message=MESSAGE_TOO_LONG) from error
         if active.is_over:
             return False
-        if error.code == "model_loading" and not active.pacing.has_begun:
+        if error.code == "model_loading" and not active.has_told_of_round():
             # Until the run's time is over.
             if not active.is_loading:
                 # Without what was raised: its traceback has the whole history.
                 said = RunError(error.code, said=error.said)
-                self._patiently(active, lambda: self._change(active, lambda: active.wait_for_model(said)))
+                changes = self._changes
+                changes.patiently(active, lambda: changes.change(active, lambda: active.wait_for_model(said)))
             return True
-        if error.code == "server_busy" and not active.pacing.has_begun:
+        if error.code == "server_busy" and not active.has_told_of_round():
             # Nothing was asked: until there is a connection, or the run's time is over.
             return True
         if active.resume_state is None or error.code not in _BROKEN or tries > _TRIES:
@@ -162,9 +240,10 @@ class Executor:
         _log.warning("run %s goes on in the background (%s): it is asked for again", active.id, error.code)
         return True
 
-    def _ask(self, active: ActiveRun, turns: Sequence[Turn], key: str) -> None:
+    def _ask(self, active: ActiveRun, turns: Sequence[Turn], loop: ToolLoop, key: str, chat: ChatSpan) -> None:
         """Have the answer's beginning arrive, or what is missing of one that goes on in the background."""
-        assistant, client, names, _ = _request(active)
+        request = _request(active)
+        assistant, client, names = request.assistant, request.client, request.names
         own = list(dict.fromkeys((names.get(assistant.id, assistant.id), assistant.id)))
         stall, most = self._worker.settings.stall_seconds, self._worker.settings.max_answer_chars
 
@@ -173,16 +252,28 @@ class Executor:
                 ours = client()
             except openai.OpenAIError as error:
                 raise RunError("upstream_unauthorized", said=f"no client could be made: {error}") from error
+            chat.reach(getattr(ours, "base_url", ""))
             if active.resume_state is not None:
                 return answer_stream.resume(
                     ours, assistant, active.resume_state, stall, names=own, shown=active.shown(), most=most
                 )
-            return answer_stream.open(ours, assistant, turns, stall, own, key, most)
+            return answer_stream.open(
+                ours,
+                assistant,
+                turns,
+                stall,
+                own,
+                key,
+                most,
+                start=active.accumulator.content_count,
+                may_call=loop.may_call,
+                followup=loop.followup(),
+            )
 
         active.close()
         active.read(active.waits.wait(ask))
         if active.is_loading:
-            self._patiently(active, lambda: self._change(active, active.begin))
+            self._changes.patiently(active, lambda: self._changes.change(active, active.begin))
 
     def _read(self, active: ActiveRun) -> End:
         """Tell what arrives until the answer's end; give that. Raises :class:`RunError`."""
@@ -201,37 +292,7 @@ class Executor:
     def _next(self, active: ActiveRun) -> Sequence[Delta] | None:
         return active.waits.wait(lambda: self._publisher.next(active))
 
-    # Changes of its status
-
-    def _patiently(self, active: ActiveRun, call: Callable[[], T]) -> T:
-        """Give what ``call`` gives, as soon as store and log can be reached. Raises :class:`Interrupted`."""
-        while True:
-            try:
-                return call()
-            except (LogUnavailableError, SQLAlchemyError) as error:
-                self._worker.throttle.warn(_log, "run %s waits for the store or the log: %r", active.id, error)
-                if active.wait_done(1):
-                    raise Interrupted from error
-                if self._worker.stopping.is_set():
-                    self.leave(active)
-                    raise Interrupted from error
-
-    def _change(self, active: ActiveRun, change: Callable[[], list[Event]]) -> None:
-        """Change what the run is, in the store and then for its viewers. Raises :class:`Interrupted` where it is
-        another worker's, or over."""
-        worker, checkpoint = self._worker, active.checkpoint
-        with worker.log.lock(active.thread_id), checkpoint.saving, active.lock:
-            told = change()
-            if not worker.store.save(worker.name, *active.state()):
-                active.leave()
-                raise Interrupted
-            event_id = worker.appender.append(active.thread_id, told, active.claim)
-            if event_id is REFUSED:
-                # Taken between the two. Its next holder tells of what is stored with a snapshot.
-                worker.appender.mark_incomplete(active.thread_id)
-                active.leave()
-                raise Interrupted
-            checkpoint.rebase(event_id or checkpoint.event_id)
+    # Its end
 
     def interrupt(self, active: ActiveRun, ending: Ending, wait: float = 0.5) -> None:
         """Have the run end so: by its own thread, for which ``wait`` seconds are waited, or here."""
@@ -242,18 +303,13 @@ class Executor:
         # Not started, or a thread that nothing can stop: it finds the run over when it comes back.
         self.end(active, ending)
 
-    def leave(self, active: ActiveRun) -> None:
-        """Do no more for a run that another worker has, or may have."""
-        with active.lock:
-            active.leave()
-
     def end(self, active: ActiveRun, ending: Ending) -> None:
         """End the run once: the store has its final state before viewers hear of it."""
         with active.lock:
             if active.is_over:
                 return
             told = active.end(ending)
-            final = active.state()
+            final, items = active.state(), _last_items(active, ending)
         if told is None:
             self.forget(active)
             return
@@ -262,7 +318,7 @@ class Executor:
         while True:
             try:
                 with self._worker.appender.locked(active.thread_id):
-                    self._end_now(active, final, told)
+                    self._end_now(active, final, told, items)
                 break
             except SQLAlchemyError as error:
                 self._worker.throttle.error(_log, error, "the end of run %s cannot be stored yet", active.id)
@@ -274,9 +330,15 @@ class Executor:
                 break
         self.forget(active)
 
-    def _end_now(self, active: ActiveRun, final: State, told: Sequence[Event]) -> None:
+    def _end_now(self, active: ActiveRun, final: State, told: Sequence[Event], items: Sequence[Json]) -> None:
         store, appender = self._worker.store, self._worker.appender
-        if store.save(self._worker.name, *final):
+        if items:
+            loop = active.loop or LoopState()
+            last = loop._replace(round=loop.round + 1).stored()
+            is_ours = self._worker.tool_calls.begin_round(self._worker.name, final, last, items, [])
+        else:
+            is_ours = store.save(self._worker.name, *final)
+        if is_ours:
             run, message, *_ = final
             self._worker.notifier.notify("run_ended", active.owner, run=run, message=message)
             appender.append(active.thread_id, told, active.claim)
@@ -285,18 +347,42 @@ class Executor:
         is_there = store.run(active.thread_id, active.id) is not None
         appender.mark_incomplete(active.thread_id, keep=is_there)
         if is_there:
-            self.leave(active)
+            self._changes.leave(active)
 
     def forget(self, active: ActiveRun) -> None:
         """Have it be no run of this worker any more, and let those go on who wait for that."""
         self._worker.runs.discard(active)
         self._publisher.forget(active)
+        # Before anybody goes on who waits for it: the process may end then.
+        _end_trace(active)
         active.set_done()
 
 
 def _request(active: ActiveRun) -> RunRequest:
     assert active.request is not None
     return active.request
+
+
+def _end_trace(active: ActiveRun) -> None:
+    error = active.run["last_error"]
+    active.trace.end(active.run["status"], error["code"] if error is not None else None)
+
+
+def _said(active: ActiveRun) -> str:
+    """Give the text of the answer that is over, where the next one has not begun."""
+    shown = active.shown()
+    return text_of(shown.message["content"][shown.start :])
+
+
+def _last_items(active: ActiveRun, ending: Ending) -> Sequence[Json]:
+    """Give what the last answer of a run is resent as, where there is more to the run than its message's text. The
+    run's lock is held."""
+    if isinstance(ending, End) and ending.items and not ending.calls:
+        return ending.items
+    if active.loop is None:
+        return []
+    said = text_of(active.message["content"][active.loop.content :])
+    return [message_item("assistant", said)] if said else []
 
 
 def _complain(active: ActiveRun, ending: Ending) -> None:

@@ -11,11 +11,11 @@ from typing import Literal, NamedTuple, Protocol
 from ..platform.log_throttle import LogThrottle
 from ..platform.threads import spawn
 from ..store.sql import Owner
-from ..types import Message, Run
+from ..types import Message, Run, ToolCall
 
 _log = logging.getLogger(__name__)
 
-Kind = Literal["message_created", "run_started", "run_ended"]
+Kind = Literal["message_created", "run_started", "run_ended", "tool_called"]
 
 
 class Notice(NamedTuple):
@@ -23,7 +23,7 @@ class Notice(NamedTuple):
 
     kind: Kind
     owner: Owner
-    objects: dict[str, Message | Run]
+    objects: dict[str, Message | Run | ToolCall]
 
 
 class Listener(Protocol):
@@ -53,7 +53,7 @@ class Notifier:
         self._idle = threading.Event()
         self._idle.set()
 
-    def notify(self, kind: Kind, owner: Owner, **objects: Message | Run) -> None:
+    def notify(self, kind: Kind, owner: Owner, **objects: Message | Run | ToolCall) -> None:
         """Have the listener told. Does not wait, and does not raise."""
         if self._listener is None or not self._listener.wants(kind):
             return

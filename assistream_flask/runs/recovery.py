@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from .. import events
 from ..errors import RunError
@@ -17,20 +17,23 @@ from ..types import Entry
 from . import snapshot
 from .active_run import ActiveRun
 from .executor import Executor
+from .loop_state import LoopState
 from .message_accumulator import MessageAccumulator
 from .other_workers import OtherWorkers
 from .run_queue import RunQueue
-from .thread_history import histories
+from .thread_history import RunRequest, histories
+from .tracing import RunTrace
 from .worker import Worker
 
 _log = logging.getLogger(__name__)
 
 
 class Recovery:
-    """What one worker does for runs that are another's."""
+    """What one worker does for runs that are another's. ``expire`` ends one that waited too long for an answer, by the
+    ids of its thread and itself."""
 
-    def __init__(self, worker: Worker, executor: Executor, queue: RunQueue) -> None:
-        self._worker, self._executor, self._queue = worker, executor, queue
+    def __init__(self, worker: Worker, executor: Executor, queue: RunQueue, expire: Callable[[str, str], None]) -> None:
+        self._worker, self._executor, self._queue, self._expire = worker, executor, queue, expire
         # Threads with runs of the worker that this one replaces, where workers do not share a log.
         self._foreign: set[str] = set()
         drain = worker.settings.drain_seconds
@@ -63,7 +66,13 @@ class Recovery:
     def _inherit(self) -> None:
         worker = self._worker
         left = worker.store.held(LAPSED if worker.is_steady() else RELEASED)
-        for group in _groups([held for held in left if held.run["id"] not in worker.runs]):
+        going = []
+        for held in left:
+            if held.run["status"] == "requires_action" and not held.worker:
+                self._expire(held.run["thread_id"], held.run["id"])
+            elif held.run["id"] not in worker.runs:
+                going.append(held)
+        for group in _groups(going):
             self._take_over(group)
         if worker.is_steady():
             # What a worker could not tell before it was gone, nobody else knows.
@@ -106,17 +115,7 @@ class Recovery:
                 "run %s of worker %s is taken over %.1f s after its lease", held.run["id"], holder, seen.overdue
             )
         request = worker.adopt(held.owner, held.run["assistant_id"])
-        event_id = self._recovered(held)
-        return ActiveRun(
-            held.owner,
-            MessageAccumulator(held.run, held.message, held.steps),
-            request,
-            position=held.position,
-            event_id=event_id,
-            group_id=held.group_id if held.mode == "parallel" else None,
-            claim=held.claim,
-            resume_state=held.upstream if request is not None else None,
-        )
+        return active_of(held, request, self._recovered(held), worker.tracing.run("taken_over"))
 
     def _recovered(self, held: LeasedRun) -> EventId | None:
         """Add to the message and the steps what the log has beyond the store: viewers saw it. Give the event as of
@@ -141,12 +140,41 @@ class Recovery:
         return event_id
 
 
+def active_of(
+    held: LeasedRun,
+    request: RunRequest | None,
+    event_id: EventId | None,
+    trace: RunTrace,
+    address: str | None = None,
+) -> ActiveRun:
+    """Give a run as this worker has it that it holds now, exact as of an event."""
+    page_tools = request.assistant.page_tools if request is not None else ()
+    return ActiveRun(
+        held.owner,
+        MessageAccumulator(held.run, held.message, held.steps, page_tools),
+        request,
+        position=held.position,
+        event_id=event_id,
+        group_id=held.group_id if held.mode == "parallel" else None,
+        command_id=held.group_id,
+        claim=held.claim,
+        resume_state=held.upstream if request is not None else None,
+        loop=LoopState.restored(held.loop),
+        trace=trace,
+        address=address,
+    )
+
+
 def can_go_on(active: ActiveRun) -> bool:
     """Tell whether a run that one worker leaves is one for another to go on with."""
     if active.request is None or active.is_queued or active.is_over:
         return active.request is not None and not active.is_over
     with active.lock:
         _, message, steps, *_ = active.state()
+        calls = active.accumulator.calls
+        if active.loop is not None and (calls.step_id == active.loop.step_id or not active.has_told_of_round()):
+            # Its calls are stored, or it was to ask the next time: nothing is told twice.
+            return True
     # What was said of a response whose id nobody knows would be said, and paid, again.
     is_known = active.resume_state is not None or not (message["content"] or steps)
     return active.request.assistant.background and is_known

@@ -21,10 +21,13 @@ _log = logging.getLogger(__name__)
 
 
 class RunQueue:
-    """The queues of one worker's threads. ``perform`` does one run from beginning to end, in a thread of its own."""
+    """The queues of one worker's threads. ``perform`` does one run from beginning to end, in a thread of its own;
+    ``go_on_without`` ends the runs before one that wait for a person, and are of other commands."""
 
-    def __init__(self, worker: Worker, perform: Callable[[ActiveRun], None]) -> None:
-        self._worker, self._perform = worker, perform
+    def __init__(
+        self, worker: Worker, perform: Callable[[ActiveRun], None], go_on_without: Callable[[ActiveRun], None]
+    ) -> None:
+        self._worker, self._perform, self._go_on_without = worker, perform, go_on_without
         # Under it only ActiveRuns' own is taken.
         self._guard = threading.Lock()
         self._groups: dict[str, list[list[ActiveRun]]] = {}
@@ -73,6 +76,7 @@ class RunQueue:
             end = log.end(active.thread_id)
             if not self._worker.store.busy_before(active.thread_id, active.position, active.group_id):
                 return False
+            self._go_on_without(active)
             until = time.monotonic() + 1
             with closing(log.subscribe(active.thread_id, end)) as reader:
                 while (left := until - time.monotonic()) > 0 and not stopping.is_set():

@@ -10,7 +10,7 @@ from ..fast.read_gate import TimeSlice
 from ..platform.interrupt import Interrupted, Interruptible
 from ..platform.threads import spawn
 from ..upstream.answer_stream import AnswerStream
-from ..upstream.deltas import Delta
+from ..upstream.deltas import Delta, Source
 
 
 class RunReader:
@@ -27,6 +27,10 @@ class RunReader:
     def state(self) -> Json | None:
         """Give what another worker needs to go on behind what was read last, of a background response."""
         return self._stream.state()
+
+    def source(self) -> Source | None:
+        """Give what the model server says of the answer as a whole, once its end was read."""
+        return self._stream.source
 
     def feed(self) -> None:
         """Have the stream read ahead by a thread of its own, where it cannot be read in a tick."""

@@ -19,7 +19,9 @@ from ..platform.log_throttle import LogThrottle
 from ..platform.threads import spawn
 from ..settings import Settings
 from ..store.leases import LEASE_SECONDS
-from ..store.sql import Owner, StoredAnswer, ThreadStore
+from ..store.sql import PAGE_BYTES, LeasedRun, Owner, StoredAnswer, ThreadStore
+from ..store.thread_change import UNANSWERED, ThreadChange
+from ..store.tool_calls import ToolCallStore
 from ..types import Entry, Message, Run, StartedRuns
 from . import snapshot
 from .active_run import ActiveRun
@@ -28,10 +30,14 @@ from .executor import Executor
 from .log_appender import LogAppender
 from .message_accumulator import MessageAccumulator, Stop
 from .notifier import Notifier
-from .recovery import Recovery
+from .recovery import Recovery, active_of
+from .run_changes import RunChanges
 from .run_queue import RunQueue
 from .shutdown import Shutdown
 from .thread_history import RunRequest, histories
+from .tool_answers import Ended, ToolAnswers
+from .tool_execution import ToolExecutions
+from .tracing import Tracing
 from .worker import ActiveRuns, Worker
 
 _log = logging.getLogger(__name__)
@@ -56,6 +62,7 @@ class _Group(NamedTuple):
     requests: Sequence[RunRequest]
     pairs: list[tuple[Run, Message]]
     mode: str
+    address: str | None
 
 
 class Runner:
@@ -82,22 +89,27 @@ class Runner:
         self._worker = Worker(
             worker,
             store,
+            ToolCallStore(store),
             log,
             settings,
             LogAppender(log),
             ActiveRuns(),
             notifier or Notifier(None, throttle),
             throttle,
+            Tracing(throttle, is_on=settings.tracing == "on"),
             adopt,
             steady,
             resting=threading.Event(),
             stopping=threading.Event(),
         )
         self._checkpointer = Checkpointer(self._worker)
-        self._executor = Executor(self._worker, self._checkpointer, viewers)
-        self._queue = RunQueue(self._worker, self._executor.perform)
-        self._recovery = Recovery(self._worker, self._executor, self._queue)
-        self.shutdown = Shutdown(self._worker, self._executor, self._checkpointer)
+        self._changes = RunChanges(self._worker)
+        self.executions = ToolExecutions(throttle)
+        self._executor = Executor(self._worker, self._changes, self._checkpointer, self.executions, viewers)
+        self._queue = RunQueue(self._worker, self._executor.perform, self._go_on_without)
+        self.answers = ToolAnswers(self._worker, self._go_on)
+        self._recovery = Recovery(self._worker, self._executor, self._queue, self.answers.expire)
+        self.shutdown = Shutdown(self._worker, self._executor, self._changes, self._checkpointer)
         self._attending: set[str] = set()
 
     @property
@@ -115,11 +127,13 @@ class Runner:
         requests: Sequence[RunRequest],
         mode: str,
         answer: Callable[[Started], StoredAnswer | None],
+        address: str | None = None,
     ) -> Started | None:
         """Store a user's message and a run for each assistant, and begin those when the thread is free.
 
         ``answer`` gives what to remember for the request's Idempotency-Key. Give ``None`` where the thread
-        is gone. Raises what :meth:`ThreadStore.add` raises.
+        is gone, and count the runs for the ``address`` that they come from. Raises what :meth:`ThreadStore.add`
+        raises.
         """
         worker = self._worker
         pairs: list[tuple[Run, Message]] = []
@@ -128,7 +142,7 @@ class Runner:
             reply = events.message(thread_id, "assistant", [], assistant_id=one.assistant.id, run_id=run["id"])
             run["message_id"] = reply["id"]
             pairs.append((run, reply))
-        group = _Group(events.new_id("group"), requests, pairs, mode)
+        group = _Group(events.new_id("group"), requests, pairs, mode, address)
         # The app may be asked for that: not under the lock.
         is_left = worker.resting.is_set() and all(worker.adopt(owner, one.assistant.id) for one in requests)
         with worker.log.lock(thread_id):
@@ -137,6 +151,11 @@ class Runner:
             )
             # While this worker leaves, another takes the runs.
             is_left = worker.stopping.is_set() or is_left
+            ended: list[Ended] = []
+
+            def go_on(change: ThreadChange) -> None:
+                ended[:] = self.answers.close(change, Stop.CANCELLED, UNANSWERED)
+
             with worker.appender.storing(thread_id):
                 position = worker.store.add(
                     owner,
@@ -149,10 +168,14 @@ class Runner:
                     lease=0 if is_left else LEASE_SECONDS,
                     event_id=str(started.event_id),
                     max_runs=worker.settings.max_runs,
+                    max_parked=worker.settings.max_questions,
+                    max_messages=worker.settings.max_messages,
                     answer=answer(started),
+                    change=go_on,
                 )
             if position is None:
                 return None
+            self.answers.tell(thread_id, ended)
             if message:
                 worker.notifier.notify("message_created", owner, message=message)
             event_id = self._append(thread_id, message, pairs)
@@ -175,11 +198,14 @@ class Runner:
         runs = [
             ActiveRun(
                 owner,
-                MessageAccumulator(run.copy(), reply.copy(), []),
+                MessageAccumulator(run.copy(), reply.copy(), [], request.assistant.page_tools),
                 request,
                 position=at,
                 event_id=event_id,
                 group_id=group.id if is_parallel else None,
+                command_id=group.id,
+                address=group.address,
+                trace=self._worker.tracing.run("asked"),
             )
             for at, ((run, reply), request) in enumerate(zip(group.pairs, group.requests, strict=True), position)
         ]
@@ -188,12 +214,28 @@ class Runner:
             active.prepare(history)
         return runs
 
+    def _go_on_without(self, active: ActiveRun) -> None:
+        self.answers.go_on_without(active.thread_id, active.position, active.command_id)
+
+    def _go_on(self, held: LeasedRun, event_id: EventId | None, request: RunRequest, address: str | None) -> None:
+        """Go on with a run whose calls were answered."""
+        active = active_of(held, request, event_id, self._worker.tracing.run("answered"), address)
+        if self._worker.stopping.is_set():
+            self.shutdown.release([active.id])
+            return
+        [history] = histories([request], self._worker.settings, shared=False)
+        active.prepare(history)
+        self._queue.add(active.thread_id, [active], held.mode)
+
     def cancel(self, thread_id: str, run_id: str) -> Run | None:
         """Cancel a run that is not over; give it as it is then, ``None`` for an unknown one."""
         active = self.active.get(run_id)
         if active is not None and active.thread_id == thread_id:
             self._executor.interrupt(active, Stop.CANCELLED)
         run = self._worker.store.run(thread_id, run_id)
+        if run is not None and run["status"] == "requires_action":
+            self.answers.cancel(thread_id, run_id)
+            run = self._worker.store.run(thread_id, run_id)
         if run is not None and run["status"] not in TERMINAL:
             self._worker.store.request_cancel(run_id)
             self._worker.log.signal(thread_id)
@@ -217,14 +259,16 @@ class Runner:
         limit: int,
         before: str | None = None,
         read_limit: Callable[[], AbstractContextManager[object]] = nullcontext,
+        most_bytes: int = PAGE_BYTES,
     ) -> snapshot.Page | None:
         """Give a page of entries, whether there are older ones, and the event in the log as of which
-        the page is exact; ``None`` when ``before`` is no message of the thread. It is read in ``read_limit``."""
+        the page is exact; ``None`` when ``before`` is no message of the thread. It is read in ``read_limit``, and has
+        fewer entries where they are long: see :meth:`ThreadStore.page`."""
         worker = self._worker
         for tries in range(40):
             try:
                 with read_limit():
-                    found = snapshot.read(worker.store, worker.log, thread_id, limit, before, self.active)
+                    found = snapshot.read(worker.store, worker.log, thread_id, limit, before, self.active, most_bytes)
                 if found is not None:
                     self._recovery.note_foreign(thread_id, found[0])
                 return found

@@ -23,8 +23,10 @@ from ..platform.log_throttle import LogThrottle
 from ..settings import Settings
 from ..store.leases import Leases
 from ..store.sql import Owner, ThreadStore
-from .byte_budget import ByteBudget
+from .byte_budget import ByteBudget, MinuteBudget
 from .notifier import Listener, Notifier
+from .open_bodies import OpenBodies
+from .open_streams import OpenStreams
 from .runner import Runner
 from .shared_snapshots import ReadLimit, SharedSnapshots
 from .thread_history import RunRequest
@@ -68,7 +70,7 @@ class Runtime:
             settings,
             self.worker,
             adopt,
-            lambda: self.open_streams,
+            lambda: self.streams.count,
             lambda: self.leases.is_steady(),
             self._throttle,
             self._notifier,
@@ -81,17 +83,18 @@ class Runtime:
             throttle=self._throttle,
         )
         self.snapshots = SharedSnapshots(
-            lambda thread_id, limit, read_limit: self.runner.page(thread_id, limit, read_limit=read_limit)
+            lambda thread_id, most_bytes, read_limit: self.runner.page(
+                thread_id, 50, read_limit=read_limit, most_bytes=most_bytes
+            )
         )
         self.log.listen(self.runner.attend)
         self.arrivals = ReadLimit()
         self.budget = ByteBudget(settings.max_bytes)
-        self.streams: dict[object, int] = {}
-        self.open_streams = 0
-        self._left: deque[object] = deque()
+        self.sessions = MinuteBudget(settings.address_sessions)
+        self.bodies = OpenBodies(settings.address_bodies)
+        self.streams = OpenStreams(settings)
         self.stopping = threading.Event()
         self._stopped, self._closed = threading.Event(), False
-        self._guard = threading.Lock()
         self._stop_guard = threading.Lock()
         # How late each look at the server was: that is how long nothing else could go on.
         self._pauses: deque[float] = deque(maxlen=int(_PAUSES_SECONDS / _LOOK_SECONDS))
@@ -138,6 +141,7 @@ class Runtime:
                 self._closed = True
                 self.runner.shutdown.leave()
                 self.runner.rebuild()
+                self.runner.executions.close()
                 self._notifier.drain(_NOTICE_SECONDS)
                 self.leases.stop(is_clean=self.runner.has_told_all())
                 self.log.close()
@@ -196,43 +200,17 @@ class Runtime:
     def _forget(self) -> None:
         self.store.forget_answers(int(time.time()) - ANSWER_SECONDS)
 
-    def enter_stream(self, caller: object) -> bool:
-        """Count a stream in; ``False`` when ``caller`` has as many as allowed."""
-        with self._guard:
-            count = self.streams.get(caller, 0)
-            allowed = count < self.settings.max_streams
-            if allowed:
-                self.streams[caller] = count + 1
-                self.open_streams += 1
-        self._count_out()
-        return allowed
+    @property
+    def open_streams(self) -> int:
+        """Give how many event streams are open."""
+        return self.streams.count
 
-    def full(self, server: threaded.ThreadedServer | None = None, entered: int = 0) -> bool:
-        """Tell whether the worker has as many streams as it can, beside those just ``entered``, so that commands still
-        find a connection, or one of the threads of a ``server`` that has few."""
+    def most_streams(self, server: threaded.ThreadedServer | None = None) -> int:
+        """Give how many streams the worker can have, so that commands still find a connection, or one of the threads of
+        a ``server`` that has few."""
         wanted = self.settings.worker_streams
         most = wanted or (gunicorn.setting("worker_connections") or 1_000_000) * 9 // 10
-        if server is not None:
-            most = min(most, server.most_streams(wanted))
-        return self.open_streams - entered >= most
-
-    def leave_stream(self, caller: object) -> None:
-        """Count a stream out."""
-        self._left.append(caller)
-        self._count_out()
-
-    def _count_out(self) -> None:
-        # The garbage collector may be who leaves, in the midst of a count: whoever has the lock counts for it then.
-        while self._left and self._guard.acquire(blocking=False):
-            try:
-                while self._left:
-                    caller = self._left.popleft()
-                    self.open_streams -= 1
-                    self.streams[caller] -= 1
-                    if not self.streams[caller]:
-                        del self.streams[caller]
-            finally:
-                self._guard.release()
+        return most if server is None else min(most, server.most_streams(wanted))
 
 
 def _log_of(settings: Settings, throttle: LogThrottle) -> Log:
@@ -251,6 +229,7 @@ def _log_of(settings: Settings, throttle: LogThrottle) -> Log:
         settings.redis_url,
         max_events=settings.log_events,
         max_bytes=settings.log_bytes,
+        max_memory=settings.log_memory,
         max_age=settings.log_seconds,
         throttle=throttle,
     )

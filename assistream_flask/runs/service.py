@@ -7,18 +7,28 @@ from typing import NamedTuple
 
 from .. import events
 from ..errors import NotFoundError, RequestError
-from ..store.sql import Owner, StoredAnswer, TooManyRunsError, thread_object
+from ..store.sql import (
+    Owner,
+    StoredAnswer,
+    TooManyMessagesError,
+    TooManyRunsError,
+    TooManyThreadsError,
+    thread_object,
+)
 from ..types import Run, Thread
 from . import values
 from .runner import Started
 from .runtime import Runtime
 from .snapshot import Page
 from .thread_history import RunRequest
+from .tool_answers import ToolAnswer
 
 FindAssistants = Callable[[Owner, Sequence[str]], Sequence[RunRequest | None]]
 """Finds assistants by their ids for one who asks them: for each what runs it, ``None`` where there is none."""
 MakeAnswer = Callable[[Started], StoredAnswer | None]
 """Gives what to store for a request's Idempotency-Key, together with what the request starts."""
+KeepRun = Callable[[Run], StoredAnswer | None]
+"""The same, of a request that changes a run."""
 
 
 class RunCommand(NamedTuple):
@@ -34,6 +44,10 @@ def no_thread() -> NotFoundError:
     return NotFoundError("thread_not_found", "There is no such thread, or it is not yours.")
 
 
+def _keep_nothing(run: Run) -> None:
+    return None
+
+
 def _nothing_to_remember(started: Started) -> None:
     return None
 
@@ -41,12 +55,14 @@ def _nothing_to_remember(started: Started) -> None:
 class Service:
     """The commands of one worker process. Each takes the owner for whom it is done; none knows of a request.
 
+    ``address`` is where they come from, where that is limited; the app's own code comes from nowhere.
+
     Every method raises SQLAlchemy's errors where the database is away, and
     :class:`.LogUnavailableError` where it needs the event log and that is.
     """
 
-    def __init__(self, runtime: Runtime, find: FindAssistants) -> None:
-        self.runtime, self._find = runtime, find
+    def __init__(self, runtime: Runtime, find: FindAssistants, address: str | None = None) -> None:
+        self.runtime, self._find, self._address = runtime, find, address
 
     def new_thread(self, metadata: object) -> Thread:
         """Make a thread object, and store nothing. Raises :class:`RequestError` for metadata beyond the limits."""
@@ -54,8 +70,15 @@ class Service:
         return thread_object(values_of)
 
     def create_thread(self, owner: Owner, thread: Thread, answer: StoredAnswer | None = None) -> Thread:
-        """Store what :meth:`new_thread` made as ``owner``'s; give it. Raises :class:`.AnsweredBefore`."""
-        self.runtime.store.create_thread(owner, thread, answer)
+        """Store what :meth:`new_thread` made as ``owner``'s; give it. Raises :class:`.AnsweredBefore`, and
+        :class:`RequestError` where the owner has as many as they may keep."""
+        most = self.runtime.settings.max_threads
+        try:
+            self.runtime.store.create_thread(owner, thread, answer, max_threads=most)
+        except TooManyThreadsError:
+            raise RequestError(
+                403, "too_many_threads", f"You may keep {most} threads, and have as many. Delete one you don't need."
+            ) from None
         return thread
 
     def threads(self, owner: Owner, limit: int, before: str | None) -> tuple[list[Thread], bool]:
@@ -72,7 +95,7 @@ class Service:
         it is another's, or nobody asks."""
         if not (owner and values.ID.fullmatch(thread_id) and self.runtime.store.owns(self._met(owner), thread_id)):
             raise no_thread()
-        return OwnedThread(self.runtime, self._find, owner, thread_id)
+        return OwnedThread(self.runtime, self._find, owner, thread_id, self._address)
 
     def delete_owner(self, owner: Owner) -> None:
         """Delete all that is stored of ``owner``: threads with their messages and runs, which are stopped, the events
@@ -100,8 +123,10 @@ class OwnedThread:
     """A thread, and its owner, who may do all of this with it. Made by :meth:`Service.open` only, so that nothing is
     done without a look at whose it is."""
 
-    def __init__(self, runtime: Runtime, find: FindAssistants, owner: Owner, thread_id: str) -> None:
-        self._runtime, self._find, self.owner, self.id = runtime, find, owner, thread_id
+    def __init__(
+        self, runtime: Runtime, find: FindAssistants, owner: Owner, thread_id: str, address: str | None
+    ) -> None:
+        self._runtime, self._find, self.owner, self.id, self._address = runtime, find, owner, thread_id, address
 
     def as_object(self) -> Thread:
         """Give the public thread object. Raises :class:`NotFoundError` where it was deleted just now."""
@@ -142,22 +167,34 @@ class OwnedThread:
     def start(self, command: RunCommand, answer: MakeAnswer = _nothing_to_remember) -> Started:
         """Store the message and the runs, and begin those as soon as the thread is free.
 
-        Raises :class:`.AnsweredBefore`; :class:`RequestError` where the owner has as many runs as allowed;
+        Raises :class:`.AnsweredBefore`; :class:`RequestError` where the owner, or the address, has as many runs as
+        allowed, or the thread as many messages;
         :class:`NotFoundError` where the thread was deleted just now.
         """
-        message = None
+        message, runner = None, self._runtime.runner
         if command.content is not None:
             self._runtime.budget.take(self.owner, len(command.content.encode()))
             message = events.message(self.id, "user", [events.text_part(command.content)])
         try:
-            started = self._runtime.runner.submit(self.owner, self.id, message, command.asked, command.mode, answer)
-        except TooManyRunsError:
+            with runner.active.room(self._address, len(command.asked), self._runtime.settings.address_runs):
+                started = runner.submit(
+                    self.owner, self.id, message, command.asked, command.mode, answer, self._address
+                )
+        except TooManyMessagesError:
+            most = self._runtime.settings.max_messages
             raise RequestError(
-                429,
-                "too_many_runs",
-                f"You may have {self._runtime.settings.max_runs} answers waiting or under way. Wait for one to end.",
-                retry_after=5,
+                403, "too_many_messages", f"A thread may have {most} messages, answers included. Begin a new thread."
             ) from None
+        except TooManyRunsError as error:
+            settings = self._runtime.settings
+            said = f"You may have {settings.max_runs} answers waiting or under way. Wait for one to end."
+            if error.with_parked:
+                said = (
+                    f"You may have {settings.max_questions} answers that wait for you, beside those under way. Answer "
+                    "what one asks, or cancel it."
+                )
+            # Who is asked something has to do that first.
+            raise RequestError(429, "too_many_runs", said, retry_after=60 if error.with_parked else 5) from None
         if started is None:
             raise no_thread()
         return started
@@ -169,6 +206,52 @@ class OwnedThread:
         if run is None:
             raise NotFoundError("run_not_found", "There is no such run in this thread.")
         return run
+
+    def submit_tool_outputs(self, run_id: str, outputs: object, keep: KeepRun = _keep_nothing) -> Run:
+        """Answer calls of a run that wait for a page's output; give the run as it is then. Raises
+        :class:`RequestError`, :class:`NotFoundError`."""
+        given = values.tool_outputs(outputs, self._runtime.settings.max_message_chars)
+        self._runtime.budget.take(self.owner, sum(len(output.encode()) for _, output in given))
+        return self._answer(run_id, [ToolAnswer(call_id, "output", output) for call_id, output in given], keep)
+
+    def decide(self, run_id: str, approvals: object, keep: KeepRun = _keep_nothing) -> Run:
+        """Allow, or do not allow, calls of a run that wait for that; give the run as it is then. Raises
+        :class:`RequestError`, :class:`NotFoundError`."""
+        return self._answer(
+            run_id,
+            [
+                ToolAnswer(
+                    one["tool_call_id"],
+                    "approval",
+                    approve=one["approve"],
+                    reason=one.get("reason"),
+                    arguments=one.get("arguments"),
+                    remember=one["approve"] and one.get("remember", False),
+                )
+                for one in values.approvals(approvals)
+            ],
+            keep,
+        )
+
+    def claim_tool_call(self, run_id: str, call_id: str, holder: object, release: object) -> tuple[float, float]:
+        """Have the page that is called ``holder`` be the one that executes a call, or with ``release`` no longer; give
+        until when, in seconds since 1970, and for how many seconds. Raises :class:`RequestError`,
+        :class:`NotFoundError`."""
+        name = values.holder(holder)
+        if not isinstance(release, bool):
+            raise values.invalid("'release' must be true or false.")
+        if not values.ID.fullmatch(run_id) or not values.CALL_ID.fullmatch(call_id):
+            raise NotFoundError("tool_call_not_found", "There is no such call in this thread.")
+        seconds = 0.0 if release else self._runtime.settings.claim_seconds
+        return self._runtime.runner.answers.hold(self.id, run_id, call_id, name, seconds), seconds
+
+    def _answer(self, run_id: str, answers: Sequence[ToolAnswer], keep: KeepRun) -> Run:
+        def find(assistant_id: str) -> RunRequest | None:
+            return self._find(self.owner, [assistant_id])[0]
+
+        if not values.ID.fullmatch(run_id):
+            raise NotFoundError("run_not_found", "There is no such run in this thread.")
+        return self._runtime.runner.answers.answer(self.owner, self.id, run_id, answers, find, keep, self._address)
 
     def delete(self) -> None:
         """Delete the thread with all that is in it, stopping its runs."""

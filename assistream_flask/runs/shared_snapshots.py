@@ -13,7 +13,8 @@ from ..log.protocol import EventId
 from ..platform.once import SharedCall, UndoneError
 from .snapshot import Page
 
-_BYTES: Final = 524_288
+_BYTES: Final = 393_216
+"""What a snapshot of long messages has of them, about: the system takes it at once, however slow its viewer is."""
 _APART_SECONDS: Final = 0.1
 """While a thread has a crowd, one of its snapshots begins so long after the other."""
 _AT_ONCE: Final = 2
@@ -40,7 +41,7 @@ class ReadLimit:
 
 
 ReadPage: TypeAlias = Callable[[str, int, ReadLimit], Page | None]
-"""Reads a page of a thread, so many entries of it, and counts in the limit while it does."""
+"""Reads a page of a thread, so many bytes of it, and counts in the limit while it does."""
 
 
 class Snapshot(NamedTuple):
@@ -95,15 +96,10 @@ class SharedSnapshots:
             del self._begun[thread_id]
 
     def _made(self, thread_id: str) -> Snapshot | None:
-        limit = 50
-        while True:
-            found = self._page(thread_id, limit, self._read_limit)
-            if found is None:
-                return None
-            data, has_more, event_id = found
-            event = events.snapshot(thread_id, data, has_more)
-            frame = sse.encode(event.name, events.dumps(event.data), str(event_id))
-            # A slow viewer holds it for a while; one of long messages has a shorter page.
-            if len(frame) <= _BYTES or limit == 1:
-                return Snapshot(frame, event_id, {one["run"]["id"]: one["run"]["status"] for one in data if one["run"]})
-            limit = max(1, min(limit, len(data)) // 3)
+        found = self._page(thread_id, _BYTES, self._read_limit)
+        if found is None:
+            return None
+        data, has_more, event_id = found
+        event = events.snapshot(thread_id, data, has_more)
+        frame = sse.encode(event.name, events.dumps(event.data), str(event_id))
+        return Snapshot(frame, event_id, {one["run"]["id"]: one["run"]["status"] for one in data if one["run"]})

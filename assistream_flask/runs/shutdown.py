@@ -16,6 +16,7 @@ from .checkpointer import Checkpointer
 from .executor import Executor
 from .message_accumulator import Stop
 from .recovery import can_go_on
+from .run_changes import RunChanges
 from .worker import Worker
 
 _log = logging.getLogger(__name__)
@@ -28,8 +29,8 @@ _LOOK_SECONDS: Final = 0.25
 class Shutdown:
     """Ends the work of one worker. It is a :class:`.worker_restart.Workload` too: of one that ends between answers."""
 
-    def __init__(self, worker: Worker, executor: Executor, checkpointer: Checkpointer) -> None:
-        self._worker, self._executor, self._checkpointer = worker, executor, checkpointer
+    def __init__(self, worker: Worker, executor: Executor, changes: RunChanges, checkpointer: Checkpointer) -> None:
+        self._worker, self._executor, self._changes, self._checkpointer = worker, executor, changes, checkpointer
 
     def is_busy(self) -> bool:
         """Tell whether anything is under way that no other worker can go on with."""
@@ -85,7 +86,7 @@ class Shutdown:
     def _hand_over(self, handed: Sequence[ActiveRun]) -> None:
         """Leave background responses to the next worker, which goes on behind what is stored here."""
         for active in handed:
-            self._executor.leave(active)
+            self._changes.leave(active)
         _wait_for(handed, _HANDED_SECONDS)
         for active in handed:
             # Or the lease of one that nothing can stop would be renewed.

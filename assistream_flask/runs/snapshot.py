@@ -7,7 +7,7 @@ from collections.abc import Container, Iterable
 from .. import events
 from ..events import TERMINAL
 from ..log.protocol import EventId, Log, PositionExpiredError, Record
-from ..store.sql import Stored, ThreadStore
+from ..store.sql import PAGE_BYTES, Stored, ThreadStore
 from ..types import Entry
 
 Page = tuple[list[Entry], bool, EventId]
@@ -19,10 +19,16 @@ class SnapshotMovedError(Exception):
 
 
 def read(
-    store: ThreadStore, log: Log, thread_id: str, limit: int, before: str | None, ours: Container[str]
+    store: ThreadStore,
+    log: Log,
+    thread_id: str,
+    limit: int,
+    before: str | None,
+    ours: Container[str],
+    most_bytes: int = PAGE_BYTES,
 ) -> Page | None:
-    """Give the entries, whether there are older ones, and the place; ``None`` when the thread is gone or
-    ``before`` is no message of it.
+    """Give the entries, at most ``limit`` and about ``most_bytes`` of them, whether there are older ones, and the
+    place; ``None`` when the thread is gone or ``before`` is no message of it.
 
     No lock is taken, so that a crowd does not queue. What is stored and then told is exact when nobody was
     about to do both, before and after the rows were read, and nothing of the kind was told in between. Growing text
@@ -32,7 +38,7 @@ def read(
     log has not all since: those runs must be stored as they are now. ``ours`` are the runs that this worker can store.
     """
     start = log.end_unless_locked(thread_id)
-    found = store.page(thread_id, limit, before) if start else None
+    found = store.page(thread_id, limit, before, most_bytes) if start else None
     event_id = log.end_unless_locked(thread_id)
     if start is None or event_id is None or event_id.epoch != start.epoch:
         raise SnapshotMovedError
@@ -63,7 +69,9 @@ def _growing(stored: Iterable[Stored], start: EventId, ours: Container[str] | No
         run = entry["run"]
         if run is None or run["status"] in TERMINAL:
             continue
-        known = start if run["status"] == "queued" else EventId.parse(text)
+        # Nothing of these grows, and what is stored is told at once.
+        is_still = run["status"] in ("queued", "requires_action")
+        known = start if is_still else EventId.parse(text)
         if known is not None and known.epoch == start.epoch:
             found[run["id"]] = entry, known.offset
         elif ours is None or run["id"] in ours:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import openai
@@ -17,13 +18,14 @@ from ..upstream.items import Limit, Names, Shorten, Turn
 
 
 class RunRequest(NamedTuple):
-    """An assistant to run, the client to ask it with, the names that the history's speakers have, and the app's own way
-    to shorten a history."""
+    """An assistant to run, the client to ask it with, the names that the history's speakers have, the app's own way to
+    shorten a history, and the app's context, which its tools are executed in."""
 
     assistant: Assistant
     client: Callable[[], openai.OpenAI]
     names: Names
     shorten: Shorten | None = None
+    within: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 class _SharedReading:

@@ -13,6 +13,8 @@ from ..events import Json
 
 ID: Final = re.compile(r"(thread|msg|run)_[0-9a-f]{32}")
 """Ids as :func:`..events.new_id` makes them. What is none is nobody's, and not for every database to read."""
+CALL_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,40}")
+"""Ids of tool calls: a model server's own, where it is one. OpenAI refuses longer ones in a chat."""
 HASHED: Final = "assistream-sha256:"
 """What a hashed name begins with, and no name that an app gives: that one could be another's hash."""
 MOST_ENTRIES: Final = 200
@@ -91,6 +93,58 @@ def mode(value: object) -> str:
     if value not in ("parallel", "sequential"):
         raise invalid("'mode' must be 'parallel' or 'sequential'.")
     return str(value)
+
+
+def tool_outputs(value: object, limit: int) -> list[tuple[str, str]]:
+    """Check the outputs of tool calls, each of at most ``limit`` characters; give them with the calls' ids."""
+    found = []
+    for one in _calls("tool_outputs", value):
+        output = one.get("output")
+        if not isinstance(output, str):
+            raise invalid("'output' of each of 'tool_outputs' must be a text; give JSON as a text too.")
+        if len(output) > limit:
+            raise RequestError(413, "message_too_long", f"An output has {len(output)} characters, {limit} are allowed.")
+        if not storable(output):
+            raise invalid("'output' has a NUL or half a surrogate pair in it. Remove it.")
+        found.append((str(one["tool_call_id"]), output))
+    return found
+
+
+def approvals(value: object) -> list[Json]:
+    """Check what people decided of tool calls."""
+    found = _calls("approvals", value)
+    for one in found:
+        if not isinstance(one.get("approve"), bool):
+            raise invalid("'approve' of each of 'approvals' must be true or false.")
+        if not isinstance(one.get("remember", False), bool):
+            raise invalid("'remember' must be true or false.")
+        reason, arguments = one.get("reason"), one.get("arguments")
+        if not (reason is None or (isinstance(reason, str) and len(reason) <= 1000 and storable(reason))):
+            raise invalid("'reason' must be a text of at most 1000 characters.")
+        if not (arguments is None or isinstance(arguments, dict)) or (arguments is not None and not one["approve"]):
+            raise invalid("'arguments' must be an object, and comes with 'approve': true.")
+        if arguments is not None and not storable(events.dumps(arguments).replace("\\u0000", "\0")):
+            raise invalid("'arguments' has a NUL or half a surrogate pair in it. Remove it.")
+        if unknown := sorted(one.keys() - {"tool_call_id", "approve", "reason", "arguments", "remember"}):
+            raise invalid(f"{unknown[0][:50]!r} is no field of an approval. Remove it.")
+    return found
+
+
+def _calls(name: str, value: object) -> list[Json]:
+    """Check a list of objects that each name another tool call."""
+    if not isinstance(value, list) or not 1 <= len(value) <= MOST_ENTRIES:
+        raise invalid(f"'{name}' must be a list of 1 to {MOST_ENTRIES} objects.")
+    ids = [one.get("tool_call_id") if isinstance(one, dict) else None for one in value]
+    if not all(isinstance(one, str) and CALL_ID.fullmatch(one) for one in ids) or len(set(ids)) < len(ids):
+        raise invalid(f"Each of '{name}' must have the 'tool_call_id' of another call that waits.")
+    return value
+
+
+def holder(value: object) -> str:
+    """Check by what name a page claims a call."""
+    if not isinstance(value, str) or not 1 <= len(value) <= 255 or not storable(value):
+        raise invalid("'holder' must be a text of 1 to 255 characters, which no other page has.")
+    return value
 
 
 def assistant_ids(value: object, most: int) -> list[str]:

@@ -39,18 +39,57 @@ export type Message = {
 };
 export type Run = {
     id: string;
-    status: "queued" | "in_progress" | "requires_action" | "completed" | "incomplete" | "failed" | "cancelled";
+    status: "queued" | "in_progress" | "requires_action" | "completed" | "incomplete" | "failed" | "cancelled" | "expired";
     last_error: {
         code: string;
         message: string;
     } | null;
+    required_action: RequiredAction | null;
+    [more: string]: any;
+};
+export type RequiredAction = {
+    type: string;
+    submit_tool_outputs: {
+        tool_calls: RequiredCall[];
+    };
+};
+export type RequiredCall = {
+    id: string;
+    type: "function";
+    function: {
+        name: string;
+        arguments: string;
+    };
+    needs: "output" | "approval";
+};
+export type ToolCall = {
+    id: string;
+    type: string;
+    kind: "server" | "page" | "hosted";
+    status: "in_progress" | "requires_action" | "completed" | "failed" | "denied" | "interrupted";
+    error: string | null;
+    started_at: number | null;
+    completed_at: number | null;
+    function: {
+        name: string;
+        arguments: string;
+        output: string | null;
+    };
+    [more: string]: any;
+};
+export type Step = {
+    id: string;
+    type: "reasoning" | "tool_calls";
+    status: string;
+    content_index: number;
+    step_details: any;
     [more: string]: any;
 };
 export type Entry = {
     assistant_id: string | null;
     message: Message;
     run: Run | null;
-    steps: any[];
+    steps: Step[];
 };
 export type Setter = (entries: Entry[]) => void;
 export type Thread = {
@@ -71,10 +110,16 @@ export type AssistreamError = Error & {
     code: string;
     status?: number;
     runs?: Run[];
+    decision?: any;
 };
+export type Tools = Record<string, (args: any, about: {
+    signal: AbortSignal;
+    call: RequiredCall;
+}) => any>;
 export type State = "live" | "connecting" | "unauthenticated" | "polling" | "paused";
 export type StreamOptions = Options & {
     onstate?: (state: State) => void;
+    tools?: Tools;
 };
 export type Slot = {
     entry: Entry;
@@ -86,6 +131,7 @@ export type Subscriber = {
     seen: (shown: Entry[]) => void;
     fail: (error: any) => void;
     onstate?: (state: State) => void;
+    tools?: Tools;
     waits?: boolean;
     state?: State;
 };
@@ -156,6 +202,34 @@ export declare const createAssistream: (options?: {
      * @type {(thread_id: string, run_id: string, options?: Options) => Promise<Run>}
      */
     cancelRun: (thread_id: string, run_id: string, options?: Options) => Promise<Run>;
+    /**
+     * Answers tool calls that wait for the page's output, all or none, and resolves with the run; the last answer has
+     * it go on. An output that is no string is sent as JSON. Rejects with the code `already_answered`, and how, where
+     * a call was answered before.
+     * @type {(thread_id: string, run_id: string, outputs: {tool_call_id: string, output: any}[], options?: Options) =>
+     *   Promise<Run>}
+     */
+    submitToolOutputs: (thread_id: string, run_id: string, outputs: {
+        tool_call_id: string;
+        output: any;
+    }[], options?: Options) => Promise<Run>;
+    /**
+     * Allows a tool call, with other `arguments` where they are given; `remember` allows its tool for the rest of the
+     * thread. Resolves and rejects as `submitToolOutputs` does.
+     * @type {(thread_id: string, run_id: string, call_id: string,
+     *   options?: Options & {arguments?: object, remember?: boolean}) => Promise<Run>}
+     */
+    approve: (thread_id: string, run_id: string, call_id: string, options?: Options & {
+        arguments?: object;
+        remember?: boolean;
+    }) => Promise<Run>;
+    /**
+     * Does not allow a tool call; the model is told the reason. Resolves and rejects as `submitToolOutputs` does.
+     * @type {(thread_id: string, run_id: string, call_id: string, options?: Options & {reason?: string}) => Promise<Run>}
+     */
+    deny: (thread_id: string, run_id: string, call_id: string, options?: Options & {
+        reason?: string;
+    }) => Promise<Run>;
 };
 /**
  * What an entry says: its texts and refusals, a blank line between two. Joined without, two messages of one answer
@@ -163,6 +237,28 @@ export declare const createAssistream: (options?: {
  * @type {(entry: Entry) => string}
  */
 export declare const text: (entry: Entry) => string;
+/**
+ * What an entry consists of, in the order in which it happened: texts, refusals, reasoning and tool calls. `key` stays
+ * the same while a part grows.
+ * @type {(entry: Entry) => ({key: string, type: "text" | "refusal", part: Part} |
+ *   {key: string, type: "reasoning", text: string, step: Step} |
+ *   {key: string, type: "tool_call", call: ToolCall, step: Step})[]}
+ */
+export declare const parts: (entry: Entry) => ({
+    key: string;
+    type: "text" | "refusal";
+    part: Part;
+} | {
+    key: string;
+    type: "reasoning";
+    text: string;
+    step: Step;
+} | {
+    key: string;
+    type: "tool_call";
+    call: ToolCall;
+    step: Step;
+})[];
 export declare const loadThread: (thread_id: string, set: Setter, options?: StreamOptions) => Promise<Entry[]>, addMessage: (thread_id: string, content: string, options?: Options) => Promise<Entry>, run: (thread_id: string, assistant_id: string, set?: Setter | null, options?: StreamOptions) => Promise<Run>, addMessageAndRun: (thread_id: string, content: string, assistant_id: string, set?: Setter | null, options?: StreamOptions) => Promise<Run>, addMessageAndRuns: (thread_id: string, content: string, assistant_ids: string[], set?: Setter | null, options?: StreamOptions & {
     mode?: "parallel" | "sequential";
 }) => Promise<Run[]>, createThread: (metadata?: object, options?: Options) => Promise<string>, listThreads: (options?: Options & {
@@ -171,4 +267,12 @@ export declare const loadThread: (thread_id: string, set: Setter, options?: Stre
 }) => Promise<{
     data: Thread[];
     has_more: boolean;
-}>, deleteThread: (thread_id: string, options?: Options) => Promise<void>, listAssistants: (options?: Options) => Promise<Assistant[]>, cancelRun: (thread_id: string, run_id: string, options?: Options) => Promise<Run>;
+}>, deleteThread: (thread_id: string, options?: Options) => Promise<void>, listAssistants: (options?: Options) => Promise<Assistant[]>, cancelRun: (thread_id: string, run_id: string, options?: Options) => Promise<Run>, submitToolOutputs: (thread_id: string, run_id: string, outputs: {
+    tool_call_id: string;
+    output: any;
+}[], options?: Options) => Promise<Run>, approve: (thread_id: string, run_id: string, call_id: string, options?: Options & {
+    arguments?: object;
+    remember?: boolean;
+}) => Promise<Run>, deny: (thread_id: string, run_id: string, call_id: string, options?: Options & {
+    reason?: string;
+}) => Promise<Run>;

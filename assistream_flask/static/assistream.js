@@ -26,13 +26,31 @@
  *   assistant_id: string | null, run_id: string | null, metadata: Record<string, any>,
  *   [more: string]: any}} Message
  * @typedef {{id: string, status: "queued" | "in_progress" | "requires_action" | "completed" | "incomplete" |
- *   "failed" | "cancelled", last_error: {code: string, message: string} | null, [more: string]: any}} Run
- * @typedef {{assistant_id: string | null, message: Message, run: Run | null, steps: any[]}} Entry
+ *   "failed" | "cancelled" | "expired", last_error: {code: string, message: string} | null,
+ *   required_action: RequiredAction | null, [more: string]: any}} Run
+ * @typedef {{type: string, submit_tool_outputs: {tool_calls: RequiredCall[]}}} RequiredAction
+ * @typedef {{id: string, type: "function", function: {name: string, arguments: string},
+ *   needs: "output" | "approval"}} RequiredCall
+ * @typedef {{id: string, type: string, kind: "server" | "page" | "hosted", status: "in_progress" | "requires_action" |
+ *   "completed" | "failed" | "denied" | "interrupted", error: string | null, started_at: number | null,
+ *   completed_at: number | null, function: {name: string, arguments: string, output: string | null},
+ *   [more: string]: any}} ToolCall
+ * @typedef {{id: string, type: "reasoning" | "tool_calls", status: string, content_index: number, step_details: any,
+ *   [more: string]: any}} Step
+ * @typedef {{assistant_id: string | null, message: Message, run: Run | null, steps: Step[]}} Entry
  * @typedef {(entries: Entry[]) => void} Setter
  * @typedef {{id: string, created_at: number, metadata: Record<string, any>, [more: string]: any}} Thread
  * @typedef {{id: string, name: string, description: string}} Assistant
  * @typedef {{signal?: AbortSignal}} Options
- * @typedef {Error & {code: string, status?: number, runs?: Run[]}} AssistreamError
+ * @typedef {Error & {code: string, status?: number, runs?: Run[], decision?: any}} AssistreamError
+ */
+
+/**
+ * What the page executes for its assistants, by the names of their tools. A function is called once over all tabs, with
+ * the arguments and what it may want to know; what it gives is the output, what it throws is told to the model.
+ * `signal` is aborted where the output is not wanted any more.
+ *
+ * @typedef {Record<string, (args: any, about: {signal: AbortSignal, call: RequiredCall}) => any>} Tools
  */
 
 /**
@@ -41,7 +59,7 @@
  * stream back, so the page asks every few seconds. `paused`: the tab is hidden and other tabs need the connections.
  *
  * @typedef {"live" | "connecting" | "unauthenticated" | "polling" | "paused"} State
- * @typedef {Options & {onstate?: (state: State) => void}} StreamOptions
+ * @typedef {Options & {onstate?: (state: State) => void, tools?: Tools}} StreamOptions
  */
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -49,7 +67,7 @@
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** Whether a run, or the message of a user, has come to its end. */
-const isOver = ({ status = "" }) => /complete|failed|cancelled/.test(status);
+const isOver = ({ status = "" }) => /complete|failed|cancelled|expired/.test(status);
 
 const failure = (code = "", message = "", more = {}) => Object.assign(new Error(message), { code, ...more });
 
@@ -88,6 +106,9 @@ const callPage = (call, value) => {
 		reportError(error);
 	}
 };
+
+/** Unlike randomUUID, without a secure context too. */
+const randomId = () => crypto.getRandomValues(new Uint32Array(4)).join("-");
 
 const isHidden = () => !!globalThis.document?.hidden;
 
@@ -144,7 +165,7 @@ const sleep = (ms, signal, wakers) =>
 const EVENTS =
 	"snapshot deleted message.created message.delta message.completed message.incomplete run.created " +
 	"run.queued run.in_progress run.requires_action run.completed run.incomplete run.failed run.cancelled " +
-	"run.step.created run.step.delta run.step.completed";
+	"run.expired run.step.created run.step.delta run.step.completed run.step.failed run.step.cancelled";
 
 /**
  * An event id is "<epoch>-<offset>": which log of the thread, and the number of the event in it.
@@ -177,6 +198,8 @@ class ThreadEntries {
 	#shown = [];
 	/** The same by message id, so that what did not change stays the same object. @type {Map<string, Entry>} */
 	#known = new Map();
+	/** Runs that wait for a page or a person, of what was shown. @type {Map<string, Run>} */
+	waiting = new Map();
 	/** Objects that nobody was shown yet, so free to change: a long text costs no copy for each word. */
 	#owned = new Set();
 
@@ -186,6 +209,7 @@ class ThreadEntries {
 		this.#byId = new Map();
 		this.#early = [];
 		this.#changed = null;
+		this.waiting.clear();
 		this.prepend(entries, offset);
 	}
 
@@ -242,6 +266,9 @@ class ThreadEntries {
 			const { index } = slot;
 			now[index] = slot.entry = this.#sameAsKnown(slot.entry);
 			this.#known.set(slot.entry.message.id, slot.entry);
+			const { run } = slot.entry;
+			if (run?.required_action) this.waiting.set(run.id, run);
+			else if (run) this.waiting.delete(run.id);
 			same &&= now[index] === this.#shown[index];
 		}
 		this.#owned.clear();
@@ -324,7 +351,7 @@ class ThreadEntries {
 				if (key === "text") target.text ??= { value: "", annotations: [] };
 				this.#merge(this.#own(target, key), value);
 			} else {
-				const grows = /^(value|text|refusal|arguments|output)$/.test(key);
+				const grows = /^(value|text|refusal|arguments)$/.test(key);
 				target[key] = grows ? (target[key] ?? "") + value : value;
 			}
 		}
@@ -341,10 +368,23 @@ const threadPath = (thread_id) => {
 	return `threads/${encodeURIComponent(thread_id)}`;
 };
 
+/** @type {(thread_id: string, run_id: string) => string} */
+const runPath = (thread_id, run_id) => {
+	need(run_id && typeof run_id === "string", "run_id must be a non-empty string", run_id);
+	return `${threadPath(thread_id)}/runs/${encodeURIComponent(run_id)}`;
+};
+
+const postOf = (/** @type {object} */ body) => ({
+	method: "POST",
+	body: JSON.stringify(body),
+	headers: { "Content-Type": "application/json", "Idempotency-Key": randomId() },
+});
+
 /** Where the blueprint is, and requests to it. */
 class Server {
 	clock = makeClock();
 	#options;
+	#page = "";
 	/** End the waits of streams and polls: a command that succeeds proves that the server is there and knows the user. */
 	#wakers = /** @type {Set<() => void>} */ (new Set());
 
@@ -357,6 +397,11 @@ class Server {
 		const { baseUrl } = this.#options;
 		const base = baseUrl == null ? import.meta.url : globalThis.document?.baseURI;
 		return new URL((baseUrl ?? ".").replace(/\/*$/, "/") + path, base).href;
+	}
+
+	/** What this page is called where it claims a tool call. */
+	get page() {
+		return (this.#page ||= randomId());
 	}
 
 	/** @type {(path: string) => EventSource} */
@@ -393,12 +438,12 @@ class Server {
 	 * @type {(path: string, body: object, signal?: AbortSignal) => Promise<any[]>}
 	 */
 	post(path, body, signal) {
-		const headers = {
-			"Content-Type": "application/json",
-			// randomUUID needs a secure context.
-			"Idempotency-Key": crypto.getRandomValues(new Uint32Array(4)).join("-"),
-		};
-		return this.#insist(path, { method: "POST", body: JSON.stringify(body), headers }, signal);
+		return this.#insist(path, postOf(body), signal);
+	}
+
+	/** Sends a page's last words: they arrive though it is gone. @type {(path: string, body: object) => void} */
+	leave(path, body) {
+		this.request(path, { ...postOf(body), keepalive: true }).catch(() => {});
 	}
 
 	/**
@@ -453,9 +498,10 @@ class Server {
 			}
 			// An earlier try deleted it, and its answer was lost: a DELETE has no key.
 			if (command?.method === "DELETE" && tries && error.status === 404) return [];
-			// One that is told to wait for seconds does; what would be minutes is the user's to decide.
+			// One that is told to wait for seconds does, or, as by a proxy, not told how long; what would be minutes is the
+			// user's to decide.
 			const busy = command && error.status === 429;
-			if (final || (busy && (!(after <= 5) || tries > 3)) || (command && tries > 24)) throw error;
+			if (final || (busy && (after > 5 || tries > 3)) || (command && tries > 24)) throw error;
 			since ||= this.clock();
 			if (error.code === "network_error" && globalThis.navigator?.onLine === false) {
 				// What is sent offline waits, for as long as it takes.
@@ -521,7 +567,7 @@ class FlushTimer {
 /**
  * `waits`: for a run's end, so a tab that let go of its stream asks for it. `state`: what it was told last.
  * @typedef {{set?: any, seen: (shown: Entry[]) => void, fail: (error: any) => void, onstate?: (state: State) => void,
- *   waits?: boolean, state?: State}} Subscriber
+ *   tools?: Tools, waits?: boolean, state?: State}} Subscriber
  */
 
 /** All who look at one thread. Each `set` is called once for a change, however many subscribers share it. */
@@ -537,9 +583,12 @@ class Subscribers {
 	/** @type {any} */
 	#ended;
 
-	/** @param {ThreadEntries} entries @param {() => number} clock */
-	constructor(entries, clock) {
+	#shown;
+
+	/** @param {ThreadEntries} entries @param {() => number} clock @param {() => void} shown is told when all is shown */
+	constructor(entries, clock, shown) {
 		this.#entries = entries;
+		this.#shown = shown;
 		this.#timer = new FlushTimer(() => this.#flush(), clock);
 	}
 
@@ -587,6 +636,11 @@ class Subscribers {
 		this.#all.forEach((subscriber) => this.#inform(subscriber));
 	}
 
+	/** The function of a tool, of whoever brought one. @type {(name: string) => Tools[string] | undefined} */
+	tool(name) {
+		for (const { tools } of this.#all) if (tools && Object.hasOwn(tools, name)) return tools[name];
+	}
+
 	/** Tells all that it is over, after what changed before. */
 	end(/** @type {any} */ error) {
 		this.#ended = error;
@@ -596,6 +650,7 @@ class Subscribers {
 	#flush() {
 		const shown = this.#entries.show();
 		if (shown) for (const { set } of this.#all) this.#give(set, shown);
+		if (shown) this.#shown();
 		for (const subscriber of this.#all)
 			if (this.#ended) subscriber.fail(this.#ended);
 			else if (shown) subscriber.seen(shown);
@@ -615,6 +670,100 @@ class Subscribers {
 		if (!this.#all.has(subscriber) || subscriber.state === this.#state) return;
 		subscriber.state = this.#state;
 		callPage(subscriber.onstate, this.#state);
+	}
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The connection: what the page executes
+// ---------------------------------------------------------------------------------------------------------------------
+
+/** How often a page that does not execute a call looks whether the one that does is gone. */
+const CLAIM_MS = 20e3;
+
+/** An output as the model gets it. @type {(value: any) => string} */
+const outputText = (value) => (typeof value === "string" ? value : JSON.stringify(value) ?? "null");
+
+/** Executes the calls of one thread that wait for a page's output. Over all pages each once, by the server's word. */
+class PageTools {
+	#server;
+	#path;
+	#tool;
+	/** By call id: ends what is under way. @type {Map<string, AbortController>} */
+	#working = new Map();
+	/** Where a claim is sent, of each call whose function has not given anything yet. @type {Set<string>} */
+	#claimed = new Set();
+
+	/** @param {Server} server @param {string} path @param {(name: string) => Tools[string] | undefined} tool */
+	constructor(server, path, tool) {
+		this.#server = server;
+		this.#path = path;
+		this.#tool = tool;
+	}
+
+	/** Begins what waits and is not under way here; ends what waits no more. @type {(runs: Iterable<Run>) => void} */
+	look(runs) {
+		const waiting = new Set();
+		for (const run of runs)
+			for (const call of run.required_action?.submit_tool_outputs.tool_calls ?? []) {
+				const tool = this.#tool(call.function.name);
+				if (call.needs !== "output" || !tool) continue;
+				waiting.add(call.id);
+				if (!this.#working.has(call.id)) this.#execute(`${this.#path}/runs/${run.id}`, call, tool);
+			}
+		for (const [id, working] of this.#working) if (!waiting.has(id)) working.abort();
+	}
+
+	/**
+	 * The page is gone for good, its functions with it: another one need not wait until their claims ran out. One whose
+	 * function has given its output is kept, as that may still arrive.
+	 */
+	letGo() {
+		for (const path of this.#claimed) this.#server.leave(path, { holder: this.#server.page, release: true });
+	}
+
+	/** @type {(path: string, call: RequiredCall, tool: Tools[string]) => Promise<void>} */
+	async #execute(path, call, tool) {
+		const working = new AbortController(), { signal } = working;
+		const claims = `${path}/tool_calls/${call.id}/claim`;
+		this.#working.set(call.id, working);
+		/** Milliseconds for which this page is the one; 0: another is. */
+		const claim = async () => {
+			this.#claimed.add(claims);
+			try {
+				return (await this.#server.post(claims, { holder: this.#server.page }, signal))[0].seconds * 1e3;
+			} catch (/** @type {any} */ error) {
+				this.#claimed.delete(claims);
+				if (error.code === "already_claimed") return 0;
+				throw error;
+			}
+		};
+		let renewal;
+		try {
+			let ms;
+			while (!(ms = await claim())) await sleep(CLAIM_MS * (0.5 + Math.random() / 2), signal);
+			// Two may fail, or be late: a tab that is hidden for minutes has a timer once a minute. One of 25 days fires at
+			// once, again and again.
+			renewal = setInterval(() => claim().catch(() => {}), Math.min(ms / 3, 3600e3));
+			let output;
+			try {
+				output = await tool(JSON.parse(call.function.arguments), { signal, call });
+			} catch (/** @type {any} */ error) {
+				output = { error: String(error?.message ?? error) };
+			}
+			clearInterval(renewal);
+			this.#claimed.delete(claims);
+			const tool_outputs = [{ tool_call_id: call.id, output: outputText(output) }];
+			await this.#server.post(`${path}/submit_tool_outputs`, { tool_outputs }, signal);
+		} catch (/** @type {any} */ error) {
+			// Another page was first, or the run is over: that is usual.
+			if (!signal.aborted && error.status !== 409 && error.status !== 404) reportError(error);
+		} finally {
+			clearInterval(renewal);
+			this.#claimed.delete(claims);
+			// Not before the run says so: what it said last may still name the call.
+			if (signal.aborted) this.#working.delete(call.id);
+			else signal.addEventListener("abort", () => this.#working.delete(call.id));
+		}
 	}
 }
 
@@ -1053,6 +1202,7 @@ class ThreadConnection {
 	/** Called when it is closed. */
 	#onclose;
 	#subscribers;
+	#tools;
 	#watchdog;
 	#timer;
 	/** Aborted when it is closed. */
@@ -1083,7 +1233,9 @@ class ThreadConnection {
 			restart: () => this.#retry(),
 			end: (error) => this.#end(error),
 		});
-		this.#subscribers = new Subscribers(this.copy.entries, server.clock);
+		this.#tools = new PageTools(server, this.#path, (name) => this.#subscribers.tool(name));
+		this.#subscribers = new Subscribers(
+			this.copy.entries, server.clock, () => this.#tools.look(this.entries.waiting.values()));
 		this.stream = new EventStream(server, {
 			opened: () => this.#opened(),
 			// The browser itself gives up at a 502.
@@ -1098,6 +1250,9 @@ class ThreadConnection {
 			this.#subscribers.lookedAt();
 			this.#watchdog.lookedAt();
 		}, this.#closed.signal);
+		// One that is kept for the back button goes on where it was, in the midst of a function.
+		globalThis.addEventListener?.("pagehide", ({ persisted }) => persisted === false && this.#tools.letGo(),
+			this.#closed);
 		tabs.enter(this.#hold);
 		if (!this.#paused) this.open();
 	}
@@ -1264,6 +1419,7 @@ class ThreadConnection {
 
 	#close() {
 		this.copy.stop();
+		this.#tools.look([]);
 		this.#onclose(this);
 		this.#closed.abort();
 		clearInterval(this.#timer);
@@ -1281,7 +1437,7 @@ class ThreadConnection {
  * @type {(server: Server, connect: (thread_id: string) => ThreadConnection, thread_id: string, assistant_ids: string[],
  *   set: any, options?: any) => Promise<Run[]>}
  */
-const startRuns = (server, connect, thread_id, assistant_ids, set, { signal, onstate, ...body } = {}) =>
+const startRuns = (server, connect, thread_id, assistant_ids, set, { signal, onstate, tools, ...body } = {}) =>
 	new Promise((resolve, reject) => {
 		const path = `${threadPath(thread_id)}/runs`;
 		need(set == null || typeof set === "function", "set must be a function or null", set);
@@ -1324,7 +1480,7 @@ const startRuns = (server, connect, thread_id, assistant_ids, set, { signal, ons
 			const started = runs = answer.runs;
 			const connection = connect(thread_id);
 			leave = connection.subscribe(
-				{ set, seen: () => seen(started, connection.entries), fail, onstate, waits: true });
+				{ set, seen: () => seen(started, connection.entries), fail, onstate, tools, waits: true });
 			if (signal?.aborted) cancel();
 		}).catch(fail);
 	});
@@ -1355,6 +1511,12 @@ export const createAssistream = (options = {}) => {
 	const start = (thread_id, assistant_ids, set, options) =>
 		startRuns(server, connect, thread_id, assistant_ids, set, options);
 
+	/** @type {(thread_id: string, run_id: string, call_id: string, approve: boolean, options?: any) => Promise<Run>} */
+	const decide = async (thread_id, run_id, tool_call_id, approve, { signal, ...more } = {}) => {
+		const approvals = [{ tool_call_id, approve, ...more }];
+		return (await server.post(`${runPath(thread_id, run_id)}/approvals`, { approvals }, signal))[0];
+	};
+
 	return {
 		/**
 		 * Calls `set` now and on every change, with the whole thread as a new array, once a frame at most. An entry that
@@ -1362,11 +1524,11 @@ export const createAssistream = (options = {}) => {
 		 * it.
 		 * @type {(thread_id: string, set: Setter, options?: StreamOptions) => Promise<Entry[]>}
 		 */
-		loadThread: (thread_id, set, { signal, onstate } = {}) =>
+		loadThread: (thread_id, set, { signal, onstate, tools } = {}) =>
 			new Promise((resolve, reject) => {
 				need(typeof set === "function", "set must be a function", set);
 				if (signal?.aborted) throw abortError();
-				const leave = connect(thread_id).subscribe({ set, seen: resolve, fail: reject, onstate });
+				const leave = connect(thread_id).subscribe({ set, seen: resolve, fail: reject, onstate, tools });
 				signal?.addEventListener("abort", () => { leave(); reject(abortError()); });
 			}),
 
@@ -1424,10 +1586,35 @@ export const createAssistream = (options = {}) => {
 		 * @type {(thread_id: string, run_id: string, options?: Options) => Promise<Run>}
 		 */
 		cancelRun: async (thread_id, run_id, { signal } = {}) => {
-			need(run_id && typeof run_id === "string", "run_id must be a non-empty string", run_id);
-			const path = `${threadPath(thread_id)}/runs/${encodeURIComponent(run_id)}/cancel`;
-			return (await server.post(path, {}, signal))[0];
+			return (await server.post(`${runPath(thread_id, run_id)}/cancel`, {}, signal))[0];
 		},
+
+		/**
+		 * Answers tool calls that wait for the page's output, all or none, and resolves with the run; the last answer has
+		 * it go on. An output that is no string is sent as JSON. Rejects with the code `already_answered`, and how, where
+		 * a call was answered before.
+		 * @type {(thread_id: string, run_id: string, outputs: {tool_call_id: string, output: any}[], options?: Options) =>
+		 *   Promise<Run>}
+		 */
+		submitToolOutputs: async (thread_id, run_id, outputs, { signal } = {}) => {
+			need(Array.isArray(outputs), "outputs must be a list of {tool_call_id, output}", outputs);
+			const tool_outputs = outputs.map((one) => ({ ...one, output: outputText(one.output) }));
+			return (await server.post(`${runPath(thread_id, run_id)}/submit_tool_outputs`, { tool_outputs }, signal))[0];
+		},
+
+		/**
+		 * Allows a tool call, with other `arguments` where they are given; `remember` allows its tool for the rest of the
+		 * thread. Resolves and rejects as `submitToolOutputs` does.
+		 * @type {(thread_id: string, run_id: string, call_id: string,
+		 *   options?: Options & {arguments?: object, remember?: boolean}) => Promise<Run>}
+		 */
+		approve: (thread_id, run_id, call_id, options) => decide(thread_id, run_id, call_id, true, options),
+
+		/**
+		 * Does not allow a tool call; the model is told the reason. Resolves and rejects as `submitToolOutputs` does.
+		 * @type {(thread_id: string, run_id: string, call_id: string, options?: Options & {reason?: string}) => Promise<Run>}
+		 */
+		deny: (thread_id, run_id, call_id, options) => decide(thread_id, run_id, call_id, false, options),
 	};
 };
 
@@ -1441,6 +1628,33 @@ export const text = (entry) =>
 		.map((/** @type {any} */ part) => part.text?.value ?? part.refusal)
 		.filter(Boolean).join("\n\n");
 
+/**
+ * What an entry consists of, in the order in which it happened: texts, refusals, reasoning and tool calls. `key` stays
+ * the same while a part grows.
+ * @type {(entry: Entry) => ({key: string, type: "text" | "refusal", part: Part} |
+ *   {key: string, type: "reasoning", text: string, step: Step} |
+ *   {key: string, type: "tool_call", call: ToolCall, step: Step})[]}
+ */
+export const parts = ({ message, steps }) => {
+	/** @type {any[]} */
+	const found = [];
+	/** @type {(until: number) => void} */
+	const addSteps = (until) => {
+		for (; at < steps.length && (steps[at].content_index ?? 0) <= until; at++) {
+			const step = steps[at], { reasoning, tool_calls } = step.step_details;
+			if (reasoning) found.push({ key: step.id, type: "reasoning", text: reasoning.text, step });
+			for (const call of tool_calls ?? []) found.push({ key: call.id, type: "tool_call", call, step });
+		}
+	};
+	let at = 0;
+	message.content.forEach((part, index) => {
+		addSteps(index);
+		found.push({ key: `${message.run_id ?? message.id}-${index}`, type: part.type, part });
+	});
+	addSteps(Infinity);
+	return found;
+};
+
 // ---------------------------------------------------------------------------------------------------------------------
 // The exports: for the blueprint that this file was loaded from
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1448,4 +1662,5 @@ export const text = (entry) =>
 export const {
 	loadThread, addMessage, run, addMessageAndRun, addMessageAndRuns,
 	createThread, listThreads, deleteThread, listAssistants, cancelRun,
+	submitToolOutputs, approve, deny,
 } = createAssistream();

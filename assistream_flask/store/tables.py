@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import sqlalchemy as sa
 
-VERSION: Final = 3
+VERSION: Final = 4
 
 metadata: Final = sa.MetaData()
 
@@ -65,6 +65,8 @@ runs: Final = sa.Table(
     _id("assistant_id", nullable=False),
     _id("message_id", nullable=False, unique=True),
     sa.Column("status", sa.String(16), nullable=False, index=True),
+    sa.Column("required_action", _JSON),
+    sa.Column("expires_at", sa.BigInteger),
     sa.Column("last_error", _JSON),
     sa.Column("incomplete_details", _JSON),
     sa.Column("usage", _JSON),
@@ -88,6 +90,49 @@ runs: Final = sa.Table(
     sa.Column("cancel_requested", sa.Boolean, nullable=False),
     # Workers of an older release know nothing of it.
     sa.Column("claim", sa.Integer, nullable=False, server_default="0"),
+    # How far its tool loop came: see ..runs.tool_loop. None where it has called nothing, and has no items.
+    sa.Column("loop", _JSON),
+)
+
+tool_calls: Final = sa.Table(
+    "assistream_tool_calls",
+    metadata,
+    _id("run_id", sa.ForeignKey(runs.c.id, ondelete="CASCADE"), primary_key=True),
+    _id("call_id", primary_key=True),
+    # Its run's: a thread of thousands of runs is not looked through for the few that called something.
+    _id("thread_id", nullable=False, index=True),
+    # Which answer of the model made it, and its place among all calls of the run.
+    sa.Column("round", sa.Integer, nullable=False),
+    sa.Column("number", sa.Integer, nullable=False),
+    _id("step_id", nullable=False),
+    sa.Column("name", sa.String(255), nullable=False),
+    sa.Column("kind", sa.String(16), nullable=False),
+    sa.Column("arguments", sa.Text, nullable=False),
+    sa.Column("status", sa.String(16), nullable=False),
+    # What it waits for, or waited for: a page's output, or a person's approval; and how that was answered.
+    sa.Column("needs", sa.String(16)),
+    sa.Column("decision", _JSON),
+    # Whether its tool is approved for the rest of the thread.
+    sa.Column("remember", sa.Boolean, nullable=False),
+    sa.Column("output", sa.Text),
+    sa.Column("error", sa.Text),
+    # The page that executes it, and till when, by the database's clock.
+    sa.Column("holder", sa.String(255)),
+    sa.Column("until", sa.Float),
+    sa.Column("started_at", sa.BigInteger),
+    sa.Column("completed_at", sa.BigInteger),
+)
+
+items: Final = sa.Table(
+    "assistream_items",
+    metadata,
+    _id("run_id", sa.ForeignKey(runs.c.id, ondelete="CASCADE"), primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True),
+    _id("thread_id", nullable=False),
+    sa.Column("round", sa.Integer, nullable=False),
+    # What the model said, as it is resent: in the words of the Responses API.
+    sa.Column("item", _JSON, nullable=False),
+    sa.Index("assistream_items_thread", "thread_id", "run_id"),
 )
 
 workers: Final = sa.Table(

@@ -28,11 +28,14 @@ It speaks the three dialects, streamed or not:
   (https://developers.openai.com/api/reference/resources/responses/streaming-events);
 * Chat Completions, ``POST /v1/chat/completions``
   (https://developers.openai.com/api/reference/resources/chat/subresources/completions/streaming-events);
-* Assistants v2, ``/v1/threads`` with messages, runs and cancel, and ``/v1/threads/runs``
+* Assistants v2, ``/v1/threads`` with messages, runs, their steps, tool outputs and cancel, and ``/v1/threads/runs``
   (gone from OpenAI, https://developers.openai.com/api/docs/assistants/migration; the SDK keeps its types);
 
 and ``GET /v1/models``. Frames have the shapes of the SDK's own types (`openai.types`). Any bearer key will do.
-An Assistants run that is not streamed is answered when it is over, in its last state.
+An Assistants run that is not streamed is answered when it is over or waits for tool outputs, in its last state.
+`Reply(calls=[ToolCall("lookup", {"query": "x"})])` calls functions, in all three. A history that is not closed (a call
+without an output, reasoning without what followed it, ...), and a function whose schema is not what its ``strict``
+says, are refused in OpenAI's words, and so is encrypted reasoning that another model or key was given.
 A response with ``background=True`` goes on when its client leaves; ``client.responses.retrieve`` gives it as it is,
 or with ``stream=True, starting_after=n`` the events behind number n, for `stream_window` seconds
 (https://developers.openai.com/api/docs/guides/background). Asked for again under the ``Idempotency-Key`` of the first
@@ -40,8 +43,8 @@ request, it is the same response, from its start; OpenAI does not promise that.
 Nothing runs at import, so it is safe to import before gevent patches.
 """
 
-from ._replies import FAULTS, Replies, Reply, Request
+from ._replies import FAULTS, HostedCall, Replies, Reply, Request, ToolCall
 from ._script import scripted
 from ._server import OfflineServer
 
-__all__ = ["FAULTS", "OfflineServer", "Replies", "Reply", "Request", "scripted"]
+__all__ = ["FAULTS", "HostedCall", "OfflineServer", "Replies", "Reply", "Request", "ToolCall", "scripted"]

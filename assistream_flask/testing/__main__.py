@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
     with server:
         print(f"export OPENAI_BASE_URL={server.base_url} OPENAI_API_KEY=sk-offline\n\nFaults, as models:")
         for name, line in FAULTS.items():
-            print(f"  offline-{name:15} {line}")
+            print(f"  offline-{name:16} {line}")
         print("\nServing; Ctrl-C ends it.", flush=True)
         try:
             while True:

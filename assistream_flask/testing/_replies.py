@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,16 @@ FAULTS: Mapping[str, str] = {
     "unknown_events": "unknown events, comments, id and retry lines between the real ones; completes",
     "missing_fields": "no optional fields and no *.done events, data-only frames, a [DONE]; completes",
     "function_call": "asks for a tool; answers in words once the tool's output is in the history",
+    "call_no_ids": "as function_call; the events of its arguments name no item, and in chat it has no id",
+    "call_no_index": "as function_call; in chat it has no index, and its id in each delta",
+    "call_late_name": "as function_call; its name, and in chat its id, come with its end",
+    "call_empty_final": "as function_call; the final item has no arguments, only their events have",
+    "call_first_only": "as function_call, twice; only the first has *.done events and is in the final response",
+    "call_objects": "as function_call; in chat its arguments are an object, not a text",
+    "call_one_delta": "as function_call, twice; each comes whole, in chat both in one delta",
+    "call_no_finish": "as function_call; in chat no finish_reason comes",
+    "call_finish_stop": "as function_call; in chat the finish_reason is stop",
+    "call_half": "as function_call; its arguments end half-way and are no JSON, and the answer completes",
     "incomplete": "stops half-way, as when the token limit is reached",
     "content_filter": "stops half-way, as when the content filter strikes",
     "crlf": "lines end in CRLF; completes",
@@ -35,6 +45,9 @@ FAULTS: Mapping[str, str] = {
 
 Unstreamed requests get the nearest thing: mid-stream errors are HTTP 500, ``cut`` and ``ends_early`` break the
 body off, ``malformed`` is half a body, and what concerns only frames changes nothing.
+
+Those that begin with ``call`` call the request's first function, or ``lookup``, where the `Reply` has no calls of its
+own. In the dialects that they do not name, they are as ``function_call``.
 
 A response in the background goes on in spite of ``cut``, ``ends_early``, ``stall``, ``stall_headers`` and
 ``malformed``: these befall the stream that it was created with, and a later one gets all of it.
@@ -47,14 +60,62 @@ HTTP_FAULTS = {
     "400": (400, "invalid_request_error", "invalid_value", "Invalid value, sent with the key {key}."),
 }
 JSON = dict[str, Any]
+# By the type of a hosted tool: the prefix of its items' ids, the word of the event while it works, what is streamed of
+# it and by which event, and what the request's ``include`` must name.
+HOSTED: Mapping[str, tuple[str, str, tuple[str, str], tuple[str, str]]] = {
+    "web_search": ("ws", "searching", ("", ""), ("action.sources", "web_search_call.action.sources")),
+    "file_search": ("fs", "searching", ("", ""), ("results", "file_search_call.results")),
+    "code_interpreter": (
+        "ci", "interpreting", ("code", "code_interpreter_call_code"), ("outputs", "code_interpreter_call.outputs"),
+    ),
+    "image_generation": ("ig", "generating", ("", ""), ("", "")),
+    "mcp": ("mcp", "", ("arguments", "mcp_call_arguments"), ("", "")),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call of a function of the client's, for `Reply(calls=...)`.
+
+    `arguments` that are a text are sent as they are, so they may be no JSON. Without `id` the server makes one.
+    """
+
+    name: str
+    arguments: Mapping[str, Any] | str = field(default_factory=dict)
+    id: str | None = None
+
+    @property
+    def text(self) -> str:
+        """Give the arguments as they are sent."""
+        return self.arguments if isinstance(self.arguments, str) else dump(self.arguments).decode()
+
+
+@dataclass(frozen=True)
+class HostedCall:
+    """A call of a tool that the model server executes itself, for `Reply(calls=...)`.
+
+    `type` is ``web_search``, ``file_search``, ``code_interpreter``, ``image_generation`` or ``mcp``; `fields` are those
+    of its item, such as ``{"action": {...}}`` or ``{"code": ..., "outputs": [...]}``; those that the API has only where
+    the request's ``include`` asks for them are sent only then. The Assistants API has ``file_search`` and
+    ``code_interpreter``, Chat Completions none.
+    """
+
+    type: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.type not in HOSTED:
+            raise ValueError(f"Unknown hosted tool {self.type!r}. Use one of: {', '.join(HOSTED)}.")
 
 
 @dataclass(frozen=True)
 class Reply:
     """What one request is answered with.
 
-    Streams send `reasoning`, then `text`, then `refusal`, one `tokens` entry a delta. Without `text` and
-    `refusal` the text is that of `scripted`. `fault` is a name of `FAULTS`. `delay` (seconds between tokens) and
+    Streams send `reasoning`, then `text`, then `refusal`, one `tokens` entry a delta, then `calls`; of these those of
+    hosted tools come before the text. Without `text`, `refusal` and `calls` it is as `scripted` says. A request's
+    ``tool_choice="none"`` and ``parallel_tool_calls=False`` are kept: there are no calls then, or only the first.
+    `phase` is that of the message (Responses). `fault` is a name of `FAULTS`. `delay` (seconds between tokens) and
     `first_delay` (before the first) replace the server's. `usage` is (input tokens, output tokens); unset, both
     are counted. `annotations` are sent unchanged, so give them in the shape of the dialect that asks.
 
@@ -70,6 +131,8 @@ class Reply:
     first_delay: float | None = None
     usage: tuple[int, int] | None = None
     annotations: tuple[Mapping[str, Any], ...] = ()
+    calls: Sequence[ToolCall | HostedCall] = ()
+    phase: str | None = None
 
     def __post_init__(self) -> None:
         if self.fault is not None and self.fault not in FAULTS:
@@ -87,7 +150,8 @@ class Request:
 
     `headers` have lower-case names, `body` is the parsed JSON (None without one). For the three that generate,
     `dialect` is "responses", "chat" or "assistants", `instructions` what the model is told to be, and `messages`
-    the history as (role, text) in order, where a tool's output has the role "tool". Times are `time.monotonic()`.
+    the history as (role, text) in order, where a tool's output has the role "tool". `tools` are the functions that the
+    model may call now, as ``{"name", "description", "parameters"}``. Times are `time.monotonic()`.
     """
 
     method: str
@@ -99,6 +163,13 @@ class Request:
     model: str = ""
     instructions: str = ""
     messages: list[tuple[str, str]] = field(default_factory=list)
+    tools: list[JSON] = field(default_factory=list)
+    may_call: bool = True
+    """Whether ``tool_choice`` lets the model call a function."""
+    may_call_many: bool = True
+    """Whether ``parallel_tool_calls`` lets it call several at once."""
+    must_call: bool = False
+    """Whether ``tool_choice`` has it call one."""
     closed_at: float | None = None
     """When the server saw that the client had closed the connection before the answer's end; else None."""
     # Looked up when called, so that a gevent patch after the import counts.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from ._replies import Reply, Request
+from ._script_calls import calls_of, outputs
 
 # Who speaks (words to look for in the instructions), the bodies and the closing lines, by turns.
 _PERSONAS = (
@@ -68,6 +69,23 @@ _PERSONAS = (
         ),
     ),
     (
+        r"\b(observatory|astronom|telescope)",
+        (
+            """🔭 **Clear skies.** You asked: “{last}”.
+
+- What I say of planets and moons, I *look up*.
+- What I book, you allow first.""",
+            """🌌 **Back at the eyepiece.** You asked: “{last}”.
+
+- The table is *short*: planets, and the largest moons.
+- A night has room for one booking of yours.""",
+        ),
+        (
+            "Numbers are only as good as the table they are from. What shall we look at next?",
+            "The dome is open until dawn. Is there anything else to look up?",
+        ),
+    ),
+    (
         "",
         (
             """👋 Hello! You wrote: “{last}”. Here is how I would go about it:
@@ -89,29 +107,34 @@ _PERSONAS = (
 def scripted(request: Request) -> Reply:
     """Give the default answer: some 60 to 130 words that depend on the instructions, the turn and the history.
 
-    A tutor, a critic and a poet (by the words of the instructions, else by the assistant's name) answer
-    differently. Each answer quotes the user's last message, names the turn and how many messages arrived, quotes
+    A tutor, a critic, a poet and an astronomer (by the words of the instructions, else by the assistant's name) answer
+    differently. Where the request has functions, those that the user's last message names are called first: with JSON
+    on a line of its own, as in ``call lookup {"query": "x"}``, or in words, as in "look up x", which become the
+    arguments; the answer then tells what they gave. Each answer quotes the user's last message, names the turn and how
+    many messages arrived, quotes
     the first message from the second turn on and the reply before it, if there is one after the user's message,
     and says that no model wrote it.
     """
 
-    def quote(text: str) -> str:
+    def quote(text: str, most: int = 80) -> str:
         text = " ".join(text.split())
-        return text if len(text) <= 80 else text[:79].rstrip() + "…"
+        return text if len(text) <= most else text[: most - 1].rstrip() + "…"
 
     who = f"{request.instructions or request.model}".lower()
     _, bodies, ends = next(persona for persona in _PERSONAS if re.search(persona[0], who))
     # assistream sends another assistant's reply within a user's turn, between marks with its name.
     others = re.compile(r'<other-assistant name="[^"]*">\n(.*?)\n</other-assistant>', re.DOTALL)
     asked = [own for role, text in request.messages if role == "user" and (own := others.sub("", text).strip())]
+    if calls := calls_of(request, asked[-1] if asked else ""):
+        return Reply("", calls=calls)
     turn, count = max(len(asked), 1), len(request.messages)
     parts = [bodies[(turn - 1) % 2].format(last=quote(asked[-1]) if asked else "…")]
     if turn > 1:
         parts.append(f"It began with “{quote(asked[0])}”; I have not forgotten.")
     role, newest = request.messages[-1] if request.messages else ("", "")
-    if role in ("assistant", "tool") or newest.endswith("</other-assistant>"):
-        kind = "tool’s answer" if role == "tool" else "reply before mine"
-        parts.append(f"I have read the {kind}: “{quote([newest, *others.findall(newest)][-1])}”.")
+    parts += [f"I have read the tool’s answer: “{quote(output, 400)}”." for output in outputs(request)]
+    if role == "assistant" or newest.endswith("</other-assistant>"):
+        parts.append(f"I have read the reply before mine: “{quote([newest, *others.findall(newest)][-1])}”.")
     parts.append(ends[(turn - 1) % 2])
     seen = f"{count} message{'s' if count != 1 else ''} seen"
     parts.append(f"_(Turn {turn}, {seen}. I am the offline assistant: a script, no model.)_")

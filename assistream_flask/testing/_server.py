@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 from ._answers import Thread
 from ._background import Stored
-from ._replies import FAULTS, Replies, Reply, Request
+from ._refusals import Refused
+from ._replies import FAULTS, JSON, HostedCall, Replies, Reply, Request, ToolCall, last
 from ._script import scripted
-from ._wire import Handler, Refused
+from ._wire import Handler
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -35,7 +36,9 @@ class OfflineServer:
     with None, `scripted` answers. It may be set anew at any time. `port=0` takes a free port. `delay` and
     `first_delay` are the seconds between tokens and before the first. `strict` refuses, as llama.cpp does, an
     assistant's turn in the history that is not ``{"type": "message", "role": "assistant", "content":
-    [{"type": "output_text", ...}]}``. A response in the background can be streamed again for `stream_window`
+    [{"type": "output_text", ...}]}``, and, as others do, ``id`` and ``status`` of other items. Without
+    `encrypted_reasoning` its models refuse to include ``reasoning.encrypted_content``. An Assistants run waits for tool
+    outputs for `run_seconds`. A response in the background can be streamed again for `stream_window`
     seconds (OpenAI: five minutes). Of requests, threads and responses only the newest `keep` are kept, and of
     responses those that ended in the last ten minutes.
     """
@@ -51,15 +54,19 @@ class OfflineServer:
         strict: bool = False,
         keep: int = 1000,
         stream_window: float = 300.0,
+        encrypted_reasoning: bool = True,
+        run_seconds: float = 600.0,
     ) -> None:
         self.host, self.port, self.delay, self.first_delay, self.strict = host, port, delay, first_delay, strict
         self.replies, self.stream_window = replies, stream_window
+        self.encrypted_reasoning, self.run_seconds = encrypted_reasoning, run_seconds
         self._keep = keep
         self._arrived = threading.Condition()  # its lock guards all that follows
         self._requests: deque[Request] = deque(maxlen=keep)
         self._received = 0
         self._threads: OrderedDict[str, Thread] = OrderedDict()
         self._responses: OrderedDict[str, Stored] = OrderedDict()
+        self._reasoned: OrderedDict[str, str] = OrderedDict()  # ids of items, and of the reasoning before them
         self._working: dict[Stored, threading.Thread] = {}
         self._connections: dict[socket.socket, threading.Thread] = {}
         self._ids = itertools.count(1)
@@ -203,6 +210,23 @@ class OfflineServer:
         with self._arrived:
             return self._responses.get(id)
 
+    def _item(self, id: str) -> JSON | None:
+        """Give the item of that id in a response that is kept."""
+        with self._arrived:
+            items = (item for one in self._responses.values() for item in one.answer.response["output"])
+            return next((item for item in items if item["id"] == id), None)
+
+    def _follow(self, id: str, reasoning: str) -> None:
+        """Remember that the item goes with that reasoning."""
+        with self._arrived:
+            self._reasoned[id] = reasoning
+            while len(self._reasoned) > self._keep:
+                self._reasoned.popitem(last=False)
+
+    def _reasoning_of(self, id: str) -> str | None:
+        with self._arrived:
+            return self._reasoned.get(id)
+
     def _again(self, key: str) -> Stored | None:
         """Give the response in the background that was asked for under the Idempotency-Key `key`."""
         with self._arrived:
@@ -232,8 +256,6 @@ class OfflineServer:
         if callable(found):
             found = found(request)
         reply = found if isinstance(found, Reply) else Reply(found)
-        if reply.text is None and not reply.refusal:
-            reply = replace(reply, text=scripted(request).text)
         name = request.model.removeprefix("asst_")
         if name.startswith("offline-"):
             fault = name.removeprefix("offline-")
@@ -242,6 +264,38 @@ class OfflineServer:
                 message = f"The model `{request.model}` does not exist. These do: {known}."
                 raise Refused(404, message, code="model_not_found")
             reply = replace(reply, fault=fault)
-        if reply.fault == "function_call" and request.messages and request.messages[-1][0] == "tool":
-            reply = replace(reply, fault=None)
+        reply = with_text(with_calls(reply, request), request)
+        if not request.may_call_many:
+            hosted, functions = parted(reply)
+            reply = replace(reply, calls=[*hosted, *functions[:1]])
         return reply
+
+
+def parted(reply: Reply) -> tuple[list[HostedCall], list[ToolCall]]:
+    """Give the calls of hosted tools, and those of functions."""
+    hosted = [call for call in reply.calls if isinstance(call, HostedCall)]
+    return hosted, [call for call in reply.calls if isinstance(call, ToolCall)]
+
+
+def with_calls(reply: Reply, request: Request) -> Reply:
+    """Give the reply with the calls of its fault; with none of functions where the request does not allow them."""
+    hosted, functions = parted(reply)
+    if reply.fault is not None and reply.fault.startswith(("call_", "function_call")):
+        if not functions and request.messages and request.messages[-1][0] == "tool":
+            return replace(reply, fault=None)
+        if not functions and request.may_call:
+            name = request.tools[0]["name"] if request.tools else "lookup"
+            made = ToolCall(name, {"query": last(request, "user")[:80]})
+            functions = [made] * (2 if reply.fault in ("call_first_only", "call_one_delta") else 1)
+            reply = replace(reply, text="", reasoning="", refusal="")
+        if reply.fault == "call_half":
+            functions = [replace(call, arguments=call.text[: len(call.text) // 2]) for call in functions]
+    return replace(reply, calls=[*hosted, *functions] if request.may_call else hosted)
+
+
+def with_text(reply: Reply, request: Request) -> Reply:
+    """Give the reply with a text or calls, where it says nothing itself."""
+    if reply.text is not None or reply.refusal or parted(reply)[1]:
+        return reply
+    made = scripted(request)
+    return replace(reply, text=made.text, calls=[*reply.calls, *made.calls])

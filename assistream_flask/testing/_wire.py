@@ -8,23 +8,18 @@ import math
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 from urllib.parse import parse_qs, urlsplit
 
-from ._answers import Answer, Assistants, Chat, Cut, Responses, Thread
+from ._answers import Answer, Assistants, Chat, Cut, Responses, Run, Thread
 from ._background import Stored
+from ._refusals import Input, Refused, check_chat, check_tools, missing, unsealed
 from ._replies import FAULTS, HTTP_FAULTS, JSON, Reply, Request, dump, error_object
 
 if TYPE_CHECKING:
     from ._server import OfflineServer
-
-
-class Refused(Exception):
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.error = status, error_object(message, "invalid_request_error", code, param)
 
 
 class Left(Exception):
@@ -38,8 +33,7 @@ class Stopped(Exception):
 def need(body: JSON, name: str, *types: type) -> Any:
     value = body.get(name)
     if value is None or value in ("", []):
-        code = "missing_required_parameter"
-        raise Refused(400, f"Missing required parameter: '{name}'.", param=name, code=code)
+        raise missing(name)
     if not isinstance(value, types):
         raise Refused(400, f"Invalid type for '{name}'.", param=name, code="invalid_type")
     return value
@@ -53,7 +47,9 @@ def read_messages(items: Any, param: str, parts: Mapping[str, tuple[str, ...]]) 
         if not isinstance(item, dict):
             raise Refused(400, f"Invalid type for '{where}': expected an object.", param=where, code="invalid_type")
         if item.get("type") == "function_call_output":
-            read.append(("tool", str(item.get("output"))))
+            output = item.get("output")
+            is_text = not isinstance(output, list)
+            read.append(("tool", str(output) if is_text else read_content(output, f"{where}.output", _INPUT)))
         if item.get("type", "message") != "message":
             continue
         role, content = str(item.get("role")), item.get("content")
@@ -114,6 +110,8 @@ class Handler(BaseHTTPRequestHandler):
         ("POST", r"/v1/threads/([^/]+)/runs", "on_run_create"),
         ("GET", r"/v1/threads/([^/]+)/runs/([^/]+)", "on_run_get"),
         ("POST", r"/v1/threads/([^/]+)/runs/([^/]+)/cancel", "on_run_cancel"),
+        ("POST", r"/v1/threads/([^/]+)/runs/([^/]+)/submit_tool_outputs", "on_run_submit"),
+        ("GET", r"/v1/threads/([^/]+)/runs/([^/]+)/steps", "on_step_list"),
     )
 
     @property
@@ -300,9 +298,25 @@ class Handler(BaseHTTPRequestHandler):
         texts = [text for text in instructions if text] + [text for role, text in messages if role in _SYSTEM]
         request.dialect, request.model, request.instructions = dialect, str(model), "\n".join(map(str, texts))
         request.messages = [(role, text) for role, text in messages if role not in _SYSTEM]
+        check_tools(request.body, dialect)
+        self.offer(request, request.body)
         if not isinstance(request.body.get("stream", False), (bool, type(None))):
             raise Refused(400, "Invalid type for 'stream'.", param="stream", code="invalid_type")
         return request
+
+    def offer(self, request: Request, body: JSON) -> None:
+        """Fill in what the model may call."""
+        tools, choice = body.get("tools") or [], body.get("tool_choice")
+        request.tools = [tool.get("function") or tool for tool in tools if tool["type"] == "function"]
+        request.may_call, request.must_call = choice != "none", choice == "required"
+        request.may_call_many = body.get("parallel_tool_calls") is not False
+        if isinstance(choice, dict):
+            allowed = choice.get("allowed_tools") or choice
+            named = [(one.get("function") or one).get("name") for one in allowed.get("tools") or [choice]]
+            request.tools = [tool for tool in request.tools if tool["name"] in named]
+            request.must_call = allowed.get("mode", "required") == "required"
+        if not request.may_call:
+            request.tools = []
 
     def on_responses(self) -> None:
         body = self.request_.body
@@ -314,6 +328,15 @@ class Handler(BaseHTTPRequestHandler):
                 typed = item.get("type") == "message" and isinstance(item.get("content"), list)
                 if item.get("role") == "assistant" and not typed:
                     raise Refused(400, "item['content'] is not an array, or 'type' is missing")
+        if "reasoning.encrypted_content" in (body.get("include") or ()) and not self.offline.encrypted_reasoning:
+            raise Refused(400, "Encrypted content is not supported with this model.", param="include")
+        Input(
+            items,
+            known=self.offline._item,
+            required=self.offline._reasoning_of,
+            opened=lambda content: unsealed(content, model, self.request_.key),
+            strict=self.offline.strict,
+        ).check()
         if body.get("background") and body.get("store") is False:
             raise Refused(400, "Background mode requires 'store' to be true.", param="store")
         request = self.asked("responses", [body.get("instructions")], messages, model)
@@ -365,6 +388,7 @@ class Handler(BaseHTTPRequestHandler):
         body = self.request_.body
         model = need(body, "model", str)
         messages = read_messages(need(body, "messages", list), "messages", _CHAT_PARTS)
+        check_chat(body["messages"])
         if body.get("stream_options") and not body.get("stream"):
             message = "The 'stream_options' parameter is only allowed when 'stream' is enabled."
             raise Refused(400, message, param="stream_options")
@@ -384,16 +408,20 @@ class Handler(BaseHTTPRequestHandler):
         except KeyError:
             raise Refused(404, f"No thread found with id '{id}'.") from None
 
-    def run_of(self, id: str, run_id: str) -> JSON:
+    def run_of(self, id: str, run_id: str) -> Run:
         try:
-            return self.thread(id).runs[run_id]
+            run = self.thread(id).runs[run_id]
         except KeyError:
             raise Refused(404, f"No run found with id '{run_id}'.") from None
+        run.expire()
+        return run
 
     def add_messages(self, thread: Thread, items: Any) -> None:
         if not isinstance(items, list):
             raise Refused(400, "Invalid type for 'messages'.", param="messages", code="invalid_type")
         read_messages(items, "messages", _ASSISTANTS_PARTS)
+        if items and (active := thread.active_run):
+            raise Refused(400, f"Can't add messages to {thread.data['id']} while a run {active} is active.")
         for item in items:
             metadata = item.get("metadata") or {}
             thread.add(self.offline._id("msg"), item["role"], item["content"], metadata=metadata)
@@ -415,7 +443,10 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, thread.messages[-1])
 
     def on_message_list(self, id: str) -> None:
-        data = list(self.thread(id).messages)
+        self.answer_list(self.thread(id).messages)
+
+    def answer_list(self, items: Sequence[JSON]) -> None:
+        data = [*items]
         if parse_qs(urlsplit(self.path).query).get("order") != ["asc"]:
             data.reverse()
         first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
@@ -427,20 +458,63 @@ class Handler(BaseHTTPRequestHandler):
         assistant_id = need(body, "assistant_id", str)
         thread = self.new_thread(body.get("thread") or {}) if id is None else self.thread(id)
         self.add_messages(thread, body.get("additional_messages") or [])
-        messages = [
+        if active := thread.active_run:
+            raise Refused(400, f"Thread {thread.data['id']} already has an active run {active}.")
+        told = [body.get("instructions"), body.get("additional_instructions")]
+        request = self.asked("assistants", told, self.said(thread), body.get("model") or assistant_id)
+        self.generate(lambda reply: Assistants(self.offline, request, reply, thread, new=id is None, run=None))
+
+    def said(self, thread: Thread) -> list[tuple[str, str]]:
+        return [
             (message["role"], "\n".join(part["text"]["value"] for part in message["content"] if "text" in part))
             for message in thread.messages
         ]
-        told = [body.get("instructions"), body.get("additional_instructions")]
-        request = self.asked("assistants", told, messages, body.get("model") or assistant_id)
-        self.generate(lambda reply: Assistants(self.offline, request, reply, thread, id is None))
 
     def on_run_get(self, id: str, run_id: str) -> None:
-        self.answer(200, self.run_of(id, run_id))
+        self.answer(200, self.run_of(id, run_id).data)
+
+    def on_step_list(self, id: str, run_id: str) -> None:
+        self.answer_list(self.run_of(id, run_id).steps)
 
     def on_run_cancel(self, id: str, run_id: str) -> None:
         run = self.run_of(id, run_id)
-        if run["status"] not in ("queued", "in_progress", "cancelling"):
-            raise Refused(400, f"Cannot cancel run with status '{run['status']}'.")
-        run["status"] = "cancelling"
-        self.answer(200, run)
+        if not run.active:
+            raise Refused(400, f"Cannot cancel run with status '{run.data['status']}'.")
+        if run.data["status"] == "requires_action":
+            run.end("cancelled")
+        else:
+            run.data["status"] = "cancelling"
+        self.answer(200, run.data)
+
+    def on_run_submit(self, id: str, run_id: str) -> None:
+        thread, run = self.thread(id), self.run_of(id, run_id)
+        given = need(self.request_.body, "tool_outputs", list)
+        for n, one in enumerate(given):
+            if not isinstance(one, dict) or not isinstance(one.get("tool_call_id"), str):
+                raise missing(f"tool_outputs[{n}].tool_call_id")
+        with self.offline._arrived:  # of two requests, one goes on
+            waited_for = run.data["required_action"]
+            self.submit(run, {one["tool_call_id"]: str(one.get("output") or "") for one in given})
+        messages = [*self.said(thread), *(("tool", output) for output in run.outputs)]
+        request = self.asked("assistants", [run.data["instructions"]], messages, run.data["model"])
+        self.offer(request, run.data)
+        try:
+            self.generate(lambda reply: Assistants(self.offline, request, reply, thread, new=False, run=run))
+        finally:
+            if run.data["status"] == "queued":  # an error came before it went on
+                run.data.update({"status": "requires_action", "required_action": waited_for})
+                run.steps[-1].update({"status": "in_progress", "completed_at": None})
+
+    def submit(self, run: Run, outputs: Mapping[str, str]) -> None:
+        """Fill in the outputs of the calls that the run waits for: all of them, and no others."""
+        if run.data["status"] != "requires_action":
+            raise Refused(400, f'Runs in status "{run.data["status"]}" do not accept tool outputs.')
+        step = run.steps[-1]
+        calls = step["step_details"]["tool_calls"]
+        wanted = [call["id"] for call in calls]
+        if sorted(wanted) != sorted(outputs):
+            raise Refused(400, f"Expected tool outputs for call_ids {wanted}, got {[*outputs]}")
+        for call in calls:
+            call["function"]["output"] = outputs[call["id"]]
+        step.update({"status": "completed", "completed_at": int(time.time())})
+        run.data.update({"status": "queued", "required_action": None})

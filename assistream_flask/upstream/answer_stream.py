@@ -10,24 +10,24 @@ from __future__ import annotations
 import _thread
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 import openai
 
 from ..assistants import Assistant
-from ..errors import RunError
+from ..errors import RunError, masked
 from ..events import Json, dumps
 from ..fast.read_gate import ReadGate
 from ..platform import openai_sdk
 from . import background, event_reader, stale_connection
 from .background import cancel
 from .delivered import Delivered, Shown
-from .deltas import Annotation, Begun, Delta, End, Failed, Reasoning, Refusal, Text
+from .deltas import Annotation, Begun, Call, Delta, End, Failed, Reasoning, Refusal, Source, Text
 from .dialects import DIALECTS
 from .errors import failure, of_exception, tells_failure
-from .items import Turn, Unmark, closed
-from .protocol import ModelRequest, Translator
+from .items import Turn, Unmark, closed, plain
+from .protocol import Dialect, ModelRequest, Translator
 
 __all__ = ["AnswerStream", "cancel", "open", "resume", "translate"]
 
@@ -44,9 +44,9 @@ class AnswerStream:
     :class:`.deltas.End`. Raises :class:`RunError` when the answer fails, a missing end included.
 
     Go on iterating after the end: it reads the connection empty, so that it can be used again. ``unmark`` takes a mark
-    off the answer's beginning. ``resumed`` is there where another stream told the first of the answer. An answer of
-    more than ``most`` characters is cut there: it ends as one does that its server cut for its length, and nothing more
-    is read.
+    off the answer's beginning, and one with ``names`` is taken off what it is resent as. ``resumed`` is there where
+    another stream told the first of the answer. An answer of more than ``most`` characters is cut there: it ends as one
+    does that its server cut for its length, and nothing more is read.
     """
 
     def __init__(
@@ -58,12 +58,13 @@ class AnswerStream:
         unmark: Unmark | None = None,
         resumed: _Resumed | None = None,
         most: float = NO_LIMIT,
+        names: Sequence[str] = (),
     ) -> None:
         self._stream, self._translator, self._place, self._poll = stream, translator, place, poll
         # How many characters may still come, and whether more came.
         self._room = max(0, most - resumed.delivered.characters) if resumed is not None else most
         self._is_full = False
-        self._unmark, self._resumed = unmark, resumed
+        self._unmark, self._resumed, self._names = unmark, resumed, names
         self._delivered = resumed.delivered if resumed is not None else None
         self._update_state()
         self.gate: ReadGate | None = None
@@ -83,6 +84,11 @@ class AnswerStream:
         in another thread it may be one list ahead of what that one was handed.
         """
         return self._state
+
+    @property
+    def source(self) -> Source | None:
+        """Give what the model server says of the answer as a whole, once its end was given."""
+        return self._translator.source if self._translator is not None else None
 
     def __iter__(self) -> Iterator[list[Delta]]:
         try:
@@ -111,7 +117,7 @@ class AnswerStream:
     def _settled(self, otherwise: RunError, cause: Exception | None = None) -> Iterator[list[Delta]]:
         """Give the end of an answer whose stream is through. Raises ``otherwise`` where that is none."""
         end = self._end()
-        if deltas := [*self._held(), *([end] if isinstance(end, End) else [])]:
+        if deltas := [*self._held(), *([self._bare(end)] if isinstance(end, End) else [])]:
             yield deltas
         if not isinstance(end, End):
             raise (otherwise if end is None else end.error) from cause
@@ -204,7 +210,12 @@ class AnswerStream:
             if self._unmark.is_over and self._place is None:
                 # It cannot be resumed: nobody needs its state.
                 self._unmark = None
+        if deltas and isinstance(end := deltas[-1], End):
+            deltas[-1] = self._bare(end)
         return deltas
+
+    def _bare(self, end: End) -> End:
+        return end._replace(items=_without_mark(end.items, self._names)) if self._names and end.items else end
 
     def _translated(self, kind: str, data: Json) -> tuple[list[Delta], bool]:
         """Give the deltas of an event, and whether the answer begins with it."""
@@ -253,7 +264,8 @@ class AnswerStream:
             # Another stream began the answer, or this one; it is told as a whole now.
             self._unmark = _unmark(self._resumed.names, self._state, from_start=True)
             self._resumed.delivered.from_start(self._state)
-        self._place = background.ResumePoint(self._state, from_start=True, limit=poll.limit)
+        assert self._place is not None, "what is polled is in the background"
+        self._place = self._place.again(self._state)
         self._translator = self._place.translator
         yield from self._told([(f"response.{response['status']}", {"response": response})])
 
@@ -276,6 +288,18 @@ class _Resumed(NamedTuple):
     names: Sequence[str]
 
 
+def _without_mark(items: Sequence[Json], names: Sequence[str]) -> Sequence[Json]:
+    """Give ``items`` without the mark that the first of their texts begins with."""
+    first = next((at for at, item in enumerate(items) if item["type"] == "message"), None)
+    if first is None:
+        return items
+    unmark, parts = Unmark(names), items[first]["content"]
+    told = [*unmark.take([Text(0, parts[0]["text"])]), *unmark.rest()]
+    text = "".join(part.value for part in told if isinstance(part, Text))
+    bare = plain({**items[first], "content": [{**parts[0], "text": text}, *parts[1:]]})
+    return [*items[:first], *([bare] if bare is not None else []), *items[first + 1 :]]
+
+
 def _unmark(names: Sequence[str], state: Json, *, from_start: bool) -> Unmark | None:
     """Give what takes the mark off an answer that goes on behind ``state``, or is told again ``from_start``."""
     # A worker of an older release takes no marks off.
@@ -294,11 +318,19 @@ def open(
     names: Sequence[str] = (),
     key: str = "",
     most: float = NO_LIMIT,
+    *,
+    start: int = 0,
+    may_call: bool = True,
+    followup: Json | None = None,
 ) -> AnswerStream:
     """Ask ``assistant`` for the next message after ``turns``. ``stall`` is in seconds without a byte; ``names`` are
     the assistant's own, a mark with which is taken off its answer. A background response is asked for under ``key``:
     a server that knows an ``Idempotency-Key`` gives the same one again to whoever asks with it. It is cut behind
     ``most`` characters.
+
+    Where the message has parts already, of earlier answers, this one's first is number ``start``. The model calls no
+    tools unless it ``may_call``. ``followup`` is that of the :class:`.deltas.End` whose calls the turns end with the
+    outputs of, and has these as ``outputs``, in the order of the calls.
 
     Raises :class:`RunError`.
     """
@@ -310,29 +342,61 @@ def open(
         assistant.background,
         closed(turns, None if assistant.system_role else assistant.instructions),
         stall,
+        assistant.specs,
+        assistant.hosted,
+        may_call,
+        followup,
     )
     dialect = DIALECTS[assistant.upstream]
     try:
-        # The SDK would retry a POST that has no idempotency key: a run generated, and paid, twice.
-        quick = _quick(client, _once(assistant, key))
-        watch = stale_connection.RequestWatch(quick)
-        tries = 0
-        while True:
-            try:
-                stream = dialect.create(quick, request)
-                break
-            except openai.APIConnectionError as error:
-                tries += 1
-                if tries > _TRIES or isinstance(error, openai.APITimeoutError) or not watch.was_stale():
-                    raise
-                _log.info("a connection that was kept was closed meanwhile: asked once more")
+        stream, learn = _asked(dialect, client, request, key)
     except Exception as error:
         raise of_exception(error, "server_error") from error
     unmark = Unmark(names) if names else None
+    has_tools = _has_tools(assistant)
     if assistant.background:
-        place = background.ResumePoint(limit=assistant.most_tokens)
-        return AnswerStream(stream, place.translator, place, unmark=unmark, most=most)
-    return AnswerStream(stream, dialect.translator(assistant.most_tokens), unmark=unmark, most=most)
+        place = background.ResumePoint(background.Reading(assistant.most_tokens, has_tools, learn), start)
+        return AnswerStream(stream, place.translator, place, unmark=unmark, most=most, names=names)
+    translator = dialect.translator(assistant.most_tokens, start=start, has_tools=has_tools, learn=learn)
+    return AnswerStream(stream, translator, unmark=unmark, most=most, names=names)
+
+
+def _has_tools(assistant: Assistant) -> bool:
+    # Those of a server that is away may be in the history, and be called.
+    return bool(assistant.specs or assistant.hosted or assistant.mcp)
+
+
+def _asked(
+    dialect: Dialect, client: openai.OpenAI, request: ModelRequest, key: str
+) -> tuple[Any, Callable[[], None] | None]:
+    """Ask, and once more for something else where the server refuses what others take. Raises the SDK's errors."""
+    while True:
+        # The SDK would retry a POST that has no idempotency key: a run generated, and paid, twice.
+        quick = _quick(client, _once(request, key))
+        try:
+            return _stream(dialect, quick, request), dialect.learner(quick, request)
+        except openai.APIStatusError as error:
+            other = dialect.instead(quick, request, error)
+            if other is None:
+                raise
+            _log.info("asked for less, as the server refused it: %s", masked(repr(error)))
+            # A server that remembers a refusal would give it again.
+            request, key = other, f"{key}-less"
+        finally:
+            openai_sdk.let_go(quick)
+
+
+def _stream(dialect: Dialect, quick: openai.OpenAI, request: ModelRequest) -> Any:
+    watch = stale_connection.RequestWatch(quick)
+    tries = 0
+    while True:
+        try:
+            return dialect.create(quick, request)
+        except openai.APIConnectionError as error:
+            tries += 1
+            if tries > _TRIES or isinstance(error, openai.APITimeoutError) or not watch.was_stale():
+                raise
+            _log.info("a connection that was kept was closed meanwhile: asked once more")
 
 
 def _quick(client: openai.OpenAI, headers: dict[str, str]) -> openai.OpenAI:
@@ -346,9 +410,9 @@ def _quick(client: openai.OpenAI, headers: dict[str, str]) -> openai.OpenAI:
     return quick
 
 
-def _once(assistant: Assistant, key: str) -> dict[str, str]:
+def _once(request: ModelRequest, key: str) -> dict[str, str]:
     # Others are asked for once: what nobody can ask for again needs no key, and servers refuse some with a stream.
-    return {"Idempotency-Key": key} if key and assistant.background else {}
+    return {"Idempotency-Key": key} if key and request.background else {}
 
 
 def resume(
@@ -381,16 +445,17 @@ def resume(
         raise
     except Exception as error:
         raise of_exception(error, "server_error") from error
-    limit = assistant.most_tokens
     from_start = stream is not None and state["sequence"] is None
-    place = background.ResumePoint(state, from_start=from_start, limit=limit)
-    poll = background.Poll(quick, state["response_id"], stall, every, limit)
+    reading = background.Reading(assistant.most_tokens, _has_tools(assistant))
+    # Workers of older releases begin with the first part.
+    place = background.ResumePoint(reading, state.get("start", 0), state, from_start=from_start)
+    poll = background.Poll(quick, state["response_id"], stall, every)
     delivered = Delivered(state, shown)
     if from_start:
         delivered.from_start(state)
     unmark = _unmark(names, state, from_start=from_start)
     resumed = _Resumed(state, delivered, from_start, names)
-    return AnswerStream(stream, place.translator, place, poll, unmark, resumed, most)
+    return AnswerStream(stream, place.translator, place, poll, unmark, resumed, most, names)
 
 
 def translate(stream: Any, most: float = NO_LIMIT) -> AnswerStream:
@@ -411,7 +476,7 @@ def translate(stream: Any, most: float = NO_LIMIT) -> AnswerStream:
 
 def _length(delta: Delta) -> int:
     """Count the characters that a delta brings, an annotation's as it is told."""
-    if isinstance(delta, Text | Refusal | Reasoning):
+    if isinstance(delta, Text | Refusal | Reasoning | Call):
         return len(delta.value)
     return len(dumps(delta.value)) if isinstance(delta, Annotation) else 0
 

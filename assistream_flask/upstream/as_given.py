@@ -15,7 +15,10 @@ import openai
 from ..errors import ConfigurationError
 
 # What asks for an answer. All else is the copy's, also what goes on with one in the background.
-_ASKS: Final = ("responses.create", "chat.completions.create", "beta.threads.create_and_run")
+_ASKS: Final = (
+    *("responses.create", "chat.completions.create"),
+    *("beta.threads.create_and_run", "beta.threads.runs.submit_tool_outputs"),
+)
 
 
 def as_given(client: openai.OpenAI) -> openai.OpenAI:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import openai
 
@@ -25,11 +26,27 @@ _OVER = ("completed", "incomplete", "failed", "cancelled")
 _QUICK_SECONDS = 10.0
 
 
-class ResumePoint:
-    """How far one response was read: behind ``state``, or ``from_start`` where the server tells all of it again."""
+class Reading(NamedTuple):
+    """What there is to know before a response is read: see :meth:`.protocol.Dialect.translator`."""
 
-    def __init__(self, state: Json | None = None, *, from_start: bool = False, limit: int | None = None) -> None:
-        self.translator = ResponsesTranslator(limit)
+    limit: int | None = None
+    has_tools: bool = False
+    learn: Callable[[], None] | None = None
+
+
+class ResumePoint:
+    """How far one response was read: behind ``state``, or ``from_start`` where the server tells all of it again.
+
+    Its first text is part ``start`` of the message.
+    """
+
+    def __init__(
+        self, reading: Reading, start: int = 0, state: Json | None = None, *, from_start: bool = False
+    ) -> None:
+        self._reading = reading
+        self.translator = ResponsesTranslator(
+            reading.limit, start=start, has_tools=reading.has_tools, learn=reading.learn
+        )
         self._id: str | None = None
         self._sequence: int | None = None
         self._from_start = from_start
@@ -38,6 +55,10 @@ class ResumePoint:
             self._sequence = None if from_start else state["sequence"]
             self.translator.restore(state, from_start=from_start)
         self._resumed_at = self._sequence
+
+    def again(self, state: Json | None) -> ResumePoint:
+        """Give that of the same response, told from its start once more."""
+        return ResumePoint(self._reading, self.translator.start, state, from_start=True)
 
     def state(self) -> Json | None:
         """Give what another process can go on with, as JSON; ``None`` while the id is not known."""
@@ -69,12 +90,9 @@ class ResumePoint:
 
 
 class Poll:
-    """Asks for a response until it is over. ``limit`` is the number of tokens that it may have."""
+    """Asks for a response until it is over."""
 
-    def __init__(
-        self, client: openai.OpenAI, response_id: str, stall: float, every: float, limit: int | None = None
-    ) -> None:
-        self.limit = limit
+    def __init__(self, client: openai.OpenAI, response_id: str, stall: float, every: float) -> None:
         self._client, self._id, self._stall, self._every = client, response_id, stall, every
         self._closed = threading.Event()
 

@@ -5,19 +5,37 @@ Chunks: https://platform.openai.com/docs/api-reference/chat-streaming.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Final, Literal
 
 import openai
 
 from ..errors import RunError
-from ..events import Json
+from ..events import Json, dumps
 from ..platform import openai_sdk
 from ..types import Usage
-from .deltas import STOP, TOOLS, Cut, Delta, End, Failed, Slots, inner, is_said, listed, meaning, usage
+from .calls import FUNCTION, Calls, GrowingCall, as_text, called
+from .deltas import (
+    STOP,
+    TOOLS,
+    Cut,
+    Delta,
+    End,
+    Failed,
+    Slots,
+    Source,
+    inner,
+    is_object,
+    is_said,
+    listed,
+    meaning,
+    source,
+    usage,
+)
 from .errors import failure, tells_failure
 from .event_reader import DONE, unpadded
-from .protocol import ModelRequest
+from .items import Turn
+from .protocol import ModelRequest, ToolSpec
 
 _ORDINARY: Final = frozenset({"content", "role"})
 _STRANGE: Final = frozenset({"message", "messages", "text", "error"})
@@ -42,20 +60,29 @@ _PIECES: Final = {
 
 
 class ChatTranslator:
-    """Chunks of one completion to parts."""
+    """Chunks of one completion to parts, see :meth:`.protocol.Dialect.translator`."""
 
     joins: ClassVar[bool] = False
 
-    def __init__(self) -> None:
-        self._slots = Slots()
+    def __init__(self, start: int = 0, *, has_tools: bool = False) -> None:
+        self._slots = Slots(start, keeps=has_tools)
+        self._has_tools = has_tools
+        self._calls = Calls()
+        # Whether it ended for calls, and how many came in one delta before those of the present one.
+        self._wants_calls = False
         self._finish: Literal["", "stop"] | Cut = ""
         self._usage: Usage | None = None
+        self.source: Source | None = None
         self._has_spoken = self._has_deltas = self._are_pieces = False
 
     def settled(self) -> End | Failed | None:
         if not self._finish:
             return None
-        return End(None if self._finish == STOP else self._finish, self._usage)
+        why = None if self._finish == STOP else self._finish
+        calls = tuple(self._calls.whole(is_cut=why is not None))
+        if self._wants_calls and not self._calls:
+            return Failed(RunError("upstream_error", said="finish_reason of tool calls, and there are none"))
+        return End(why, self._usage, calls, called(calls, self._slots.said()))
 
     def texts(self, batch: Sequence[tuple[str, Json]]) -> list[Delta] | None:
         return None
@@ -80,6 +107,9 @@ class ChatTranslator:
                 self._slots.unread(choice)
             elif not choice.get("index"):
                 parts += self._choice(choice)
+        if self._finish and self.source is None:
+            # Each piece says it: of the last ones it is taken.
+            self.source = source(data)
         if tells_failure(kind, data):
             parts = [*(part for part in parts if not isinstance(part, Failed)), Failed(failure(data))]
         return parts
@@ -100,9 +130,71 @@ class ChatTranslator:
         finish = choice.get("finish_reason")
         if broken := next((one["error"] for one in (choice, delta, message) if one.get("error")), None):
             return [*parts, Failed(failure(broken))]
-        if any(one.get("tool_calls") or one.get("function_call") for one in (delta, message)):
-            return [*parts, Failed(RunError("tools_not_supported"))]
+        for one in (delta, message):
+            if one.get("tool_calls") or one.get("function_call"):
+                if not self._has_tools:
+                    return [*parts, Failed(RunError("tools_not_supported"))]
+                parts += self._called(one, is_whole=one is message)
         return parts + self._judge(finish)
+
+    def _called(self, said: Json, *, is_whole: bool) -> list[Delta]:
+        """Give what is new of the calls in a delta, or in a whole message. Raises :class:`RunError`."""
+        found = said.get("tool_calls")
+        calls = found if isinstance(found, list) else [found] if isinstance(found, dict) else []
+        if not calls and isinstance(said.get("function_call"), dict):
+            # As it was before tools, of which there can be one.
+            calls = [{"id": "", "index": 0, "function": said["function_call"]}]
+        parts: list[Delta] = []
+        for number, one in enumerate(calls):
+            if not isinstance(one, dict):
+                self._slots.unread(one)
+            elif one.get("type") == "custom":
+                raise RunError("tools_not_supported")
+            else:
+                parts += self._call(one, number, is_whole=is_whole)
+        self._has_spoken = self._has_spoken or bool(self._calls)
+        return parts
+
+    def _call(self, one: Json, number: int, *, is_whole: bool) -> list[Delta]:
+        function, call_id = inner(one, "function") or one, one.get("id")
+        name, arguments = function.get("name"), function.get("arguments")
+        place = one["index"] if isinstance(one.get("index"), int) else None
+        call = self._known(place, call_id, number, name)
+        if call is None and is_whole:
+            call = self._calls.alike("message", number, name, arguments, ())
+        elif call is not None and not is_whole and self._is_another(call, call_id, name, arguments):
+            call = None
+        call = call or self._calls.begin(FUNCTION, number if place is None else place)
+        self._calls.know(call, call_id)
+        call.ways |= {"message"} if is_whole else set()
+        parts = call.named(call_id, name)
+        if is_whole or isinstance(arguments, dict):
+            return [*parts, *call.complete(arguments)]
+        text = as_text(arguments)
+        # Some tell it whole once more at last.
+        return parts if text == call.told else [*parts, *call.grow(text)]
+
+    def _known(self, place: int | None, call_id: object, number: int, name: object) -> GrowingCall | None:
+        """Give the call that a piece is of, as far as its id, its index or its place tells."""
+        call = self._calls.of(call_id)
+        if call is None and place is not None:
+            return self._calls.at(place)
+        if call is None and not call_id:
+            # What has neither goes on with the last one, or in its place where several come in one delta.
+            return (self._calls.at(number) if number or name else None) or (None if name else self._calls.open())
+        return call
+
+    def _is_another(self, call: GrowingCall, call_id: object, name: object, arguments: object) -> bool:
+        """Tell whether a call begins here, though its index is that of ``call``: some servers give all the same."""
+        if not (name and call.name):
+            return False
+        is_other = bool(call_id and call.call_id and call_id != call.call_id)
+        if is_other and name != call.name:
+            return True
+        text = as_text(arguments)
+        # One that is told again, by whichever id, is none: the tool would be executed twice.
+        is_new = is_other or (not call_id and text != call.told)
+        return is_new and bool(text.strip()) and is_object(call.arguments)
 
     def _judge(self, finish: Any) -> list[Delta]:
         """Take a reason for the end; give the failure that it means."""
@@ -113,7 +205,9 @@ class ChatTranslator:
             return []
         why = meaning(finish)
         if why == TOOLS:
-            return [Failed(RunError("tools_not_supported"))]
+            if not self._has_tools:
+                return [Failed(RunError("tools_not_supported"))]
+            why, self._wants_calls = STOP, True
         if not why:
             return [Failed(RunError("upstream_error", said=f"finish_reason {finish!r}"))]
         if why != STOP or not self._finish:
@@ -248,20 +342,60 @@ class Chat:
 
     def create(self, client: openai.OpenAI, request: ModelRequest) -> Any:
         """Start a completion, and give the SDK's stream."""
-        messages: list[Any] = [{"role": turn.role, "content": turn.text} for turn in request.turns]
+        messages = [message for turn in request.turns for message in _messages(turn)]
         if request.system is not None:
             messages.insert(0, {"role": "system", "content": request.system})
         arguments: Json = {"stream_options": {"include_usage": True, **unpadded(client)}, **request.arguments}
-        # As it is, see the Responses API.
-        arguments["extra_body"] = {**(arguments.get("extra_body") or {}), "messages": messages}
+        arguments["extra_body"] = request.body(ToolSpec.function, messages=messages)
         return client.chat.completions.create(
             model=request.model or "", messages=[], stream=True, timeout=request.stall, **arguments
         )
 
-    def translator(self, most_tokens: int | None = None) -> ChatTranslator:
+    def instead(self, client: openai.OpenAI, request: ModelRequest, error: openai.APIStatusError) -> None:
+        """Give nothing: what is sent has nothing that could be left out."""
+
+    def learner(self, client: openai.OpenAI, request: ModelRequest) -> None:
+        """Give nothing: reasoning is not resent."""
+
+    def translator(
+        self,
+        most_tokens: int | None = None,
+        *,
+        start: int = 0,
+        has_tools: bool = False,
+        learn: Callable[[], None] | None = None,
+    ) -> ChatTranslator:
         """Make a translator for one completion, which says itself why it ended."""
-        return ChatTranslator()
+        return ChatTranslator(start, has_tools=has_tools)
 
     def recognises(self, kind: str, data: Json) -> bool:
         """Tell it by what is in a chunk, which has no type; what has the name of an Assistants event is one."""
         return "choices" in data and not kind.startswith("thread.")
+
+
+def _messages(turn: Turn) -> list[Json]:
+    if not turn.items:
+        return [{"role": turn.role, "content": turn.text}]
+    found: list[Json] = []
+    for item in turn.items:
+        if item["type"] == "function_call_output":
+            found.append({"role": "tool", "tool_call_id": item["call_id"], "content": _output(item["output"])})
+        elif item["type"] in ("message", "function_call"):
+            if not found or found[-1]["role"] == "tool":
+                found.append({"role": "assistant", "content": None})
+            _add(found[-1], item)
+    return found
+
+
+def _add(message: Json, item: Mapping[str, Any]) -> None:
+    """Add what a model said in one answer to its message."""
+    if item["type"] == "message":
+        texts = [message["content"], *(part["text"] for part in item["content"])]
+        message["content"] = "\n\n".join(text for text in texts if text)
+        return
+    function = {"name": item["name"], "arguments": item["arguments"]}
+    message.setdefault("tool_calls", []).append({"id": item["call_id"], "type": FUNCTION, "function": function})
+
+
+def _output(output: Any) -> str:
+    return output if isinstance(output, str) else dumps(output)

@@ -7,9 +7,11 @@ import logging
 import re
 import zlib
 from collections import Counter
-from collections.abc import Sequence
-from itertools import groupby
+from collections.abc import Iterator, Sequence
+from itertools import chain, groupby
 from typing import Any, Final, Literal, NamedTuple, TypeAlias, cast
+
+from pydantic_core import from_json
 
 from .. import types
 from ..errors import RunError, masked
@@ -21,9 +23,10 @@ _TEXTS: Final = ("text", "content", "value", "reasoning", "thinking", "summary")
 _PIECES: Final = 64
 """So many are added up at a time."""
 _PARTS: Final = 1_000
-"""So many texts and thoughts an answer may have: each that is told once more is looked for among all."""
-_LOOKS: Final = 5_000_000
+"""So many texts and thoughts an answer may have: one that is told once more may be looked for among all."""
+_LOOKS: Final = 500_000
 """So many may be looked at for that, in one answer."""
+_LONGEST_NAME: Final = 255
 
 Cut: TypeAlias = Literal["max_tokens", "content_filter"]
 """Why an answer is not complete."""
@@ -63,12 +66,51 @@ class Reasoning(NamedTuple):
     value: str
 
 
+class Call(NamedTuple):
+    """``value`` goes to the end of the arguments of the answer's tool call ``at``, whose id and name are those of the
+    model server: ``""`` as long as they are not known. ``kind`` is ``function``, or what a tool is called that the
+    model server executes itself."""
+
+    at: int
+    call_id: str
+    name: str
+    kind: str
+    value: str
+
+
+class WholeCall(NamedTuple):
+    """A function that the model calls, as it is known once the answer is over: what the model server calls the call,
+    and its arguments as they came, which may be no JSON."""
+
+    call_id: str
+    name: str
+    arguments: str
+
+
+class Source(NamedTuple):
+    """What a model server says of an answer as a whole: what it calls it, and the model that gave it; ``None`` for what
+    it does not say."""
+
+    id: str | None
+    model: str | None
+
+
 class End(NamedTuple):
     """The answer is over. ``reason`` is ``None`` for a complete one, else ``max_tokens`` or ``content_filter``.
-    ``usage`` counts tokens, in the words of the Assistants API."""
+    ``usage`` counts tokens, in the words of the Assistants API.
+
+    ``calls`` are the functions that the model calls, in the order of their :class:`Call` deltas of the kind
+    ``function``; the last of them is missing where the answer was cut within its arguments. ``items`` is what the
+    answer is resent as, in the words of the Responses API and as every server takes it: reasoning that has
+    ``encrypted_content``, texts, function calls, without ids and status. It is empty where the texts alone say as much.
+    ``followup`` is there where the server waits for the outputs of the calls: JSON for :func:`.answer_stream.open`.
+    """
 
     reason: Cut | None
     usage: types.Usage | None
+    calls: Sequence[WholeCall] = ()
+    items: Sequence[Json] = ()
+    followup: Json | None = None
 
 
 class Failed(NamedTuple):
@@ -77,7 +119,7 @@ class Failed(NamedTuple):
     error: RunError
 
 
-Delta = Begun | Text | Refusal | Annotation | Reasoning | End | Failed
+Delta = Begun | Text | Refusal | Annotation | Reasoning | Call | End | Failed
 
 
 def merged(parts: Sequence[Delta]) -> Sequence[Delta]:
@@ -87,8 +129,8 @@ def merged(parts: Sequence[Delta]) -> Sequence[Delta]:
     found: list[Delta] = []
     for _, group in groupby(parts, lambda part: (type(part), *part[:-1])):
         first, *more = group
-        if more and isinstance(first, Text | Refusal | Reasoning):
-            rest = [part.value for part in more if isinstance(part, Text | Refusal | Reasoning)]
+        if more and isinstance(first, Text | Refusal | Reasoning | Call):
+            rest = [part.value for part in more if isinstance(part, Text | Refusal | Reasoning | Call)]
             found.append(first._replace(value="".join([first.value, *rest])))
         else:
             found += [first, *more]
@@ -134,13 +176,8 @@ class _Slot:
         """Count a piece; give what is to be told of it, as pages and databases can read it."""
         if not value:
             return value
-        if self.half:
-            value, self.half = self.half + value, ""
-        if not value.isascii() or "\0" in value:
-            if "\ud800" <= value[-1] <= "\udbff":
-                value, self.half = value[:-1], value[-1]
-            # PostgreSQL stores no NUL, and no reader wants one.
-            value = clean(value).replace("\0", "\ufffd")
+        if self.half or not value.isascii() or "\0" in value:
+            value, self.half = readable(self.half + value)
         before, self.seen = self.seen, self.seen + len(value)
         if self.seen <= self.told:
             return value
@@ -161,12 +198,16 @@ class Slots:
 
     Where a text is cut inside a surrogate pair, the first half waits for the second. What was given is counted, so that
     another process can go on behind it, and added up, so that a text which is told once more, as a whole, is known.
+
+    The first part is number ``start``. ``keeps`` has the texts kept, for :meth:`said`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, start: int = 0, *, keeps: bool = False) -> None:
         self._slots: dict[tuple[str, object], _Slot] = {}
-        self._next = self._looks = 0
+        self._next = start
+        self._looks = 0
         self._has_unread = False
+        self._said: list[str] | None = [] if keeps else None
 
     def state(self) -> list[list[Any]]:
         """Give all that :meth:`restore` needs but the sums, as JSON."""
@@ -199,7 +240,13 @@ class Slots:
     def text(self, key: object, value: object) -> list[Delta]:
         """Give the text for the part that ``key`` names."""
         slot, whole = self._take("text", key, value)
+        if self._said is not None:
+            self._said.append(whole)
         return [Text(self._place(slot), whole)] if whole else []
+
+    def said(self) -> str:
+        """Give all texts that were told, in the order in which they came, where they are kept."""
+        return "".join(self._said or ())
 
     def refusal(self, key: object, value: object) -> list[Delta]:
         """Give the refusal for the part that ``key`` names."""
@@ -215,14 +262,10 @@ class Slots:
 
     def annotation(self, key: object, value: object) -> list[Delta]:
         """Give the annotation for the text part that ``key`` names; nothing for one that no page may have."""
-        if not _may_leave(value):
+        if not may_leave(value):
             self.unread(value)
             return []
-        try:
-            # As pages and every database can read it.
-            whole: Any = json.loads(dumps(value).replace("\\u0000", "\\ufffd"))
-        except (ValueError, TypeError):
-            whole = None
+        whole = storable(value)
         if not isinstance(whole, dict):
             self.unread(value)
             return []
@@ -241,7 +284,7 @@ class Slots:
         before = max(0, slot.notes - known.total())
         parts: list[Delta] = []
         # What may not leave was not counted.
-        for value in [value for value in values if _may_leave(value)][before:]:
+        for value in [value for value in values if may_leave(value)][before:]:
             identity = _identity(as_object(value))
             if known[identity]:
                 known[identity] -= 1
@@ -259,29 +302,32 @@ class Slots:
         if not isinstance(value, str):
             self.unread(value)
             return keys[0], ""
+        # Half a pair at its end is no text.
+        whole = clean(re.sub("[\ud800-\udbff]$", "", value)).replace("\0", "\ufffd")
+        named = [(key, slot) for key in keys if (slot := self._slots.get((kind, key)))]
+        known = [(key, slot) for key, slot in named if slot.wholes.get(way, keys[0]) == keys[0]]
+        for key, slot in chain(known, self._alike(way, kind, keys[0], len(whole), bool(known))):
+            if slot.begins(whole):
+                slot.wholes[way], slot.half = keys[0], ""
+                return key, whole[slot.seen :]
+        for key, slot in known:
+            # It was told in other words, such as without the blanks around it: those that came first count.
+            slot.wholes[way] = keys[0]
+            return key, ""
+        return keys[0], whole
+
+    def _alike(self, way: str, kind: str, own: object, size: int, is_known: bool) -> Iterator[tuple[object, _Slot]]:
+        """Give what may have been told of a whole of ``size`` under another key than its ``own``."""
         self._looks += len(self._slots)
         if self._looks > _LOOKS:
             raise RunError("answer_too_long", said=f"{len(self._slots)} parts are told again and again")
-        # Half a pair at its end is no text.
-        whole = clean(re.sub("[\ud800-\udbff]$", "", value)).replace("\0", "\ufffd")
-        free = {
-            key: slot
-            for (one, key), slot in self._slots.items()
-            if one == kind and slot.wholes.get(way, keys[0]) == keys[0]
-        }
-        known = [key for key in keys if key in free]
-        same = [key for key, slot in free.items() if slot.told == len(whole)]
-        # Of these the rest may come under another key: nothing said so far what their whole is.
-        begun = [] if known else [key for key, slot in free.items() if slot.told and not slot.wholes]
-        for key in (*known, *same, *begun):
-            if (slot := free[key]).begins(whole):
-                slot.wholes[way], slot.half = keys[0], ""
-                return key, whole[slot.seen :]
-        if known:
-            # It was told in other words, such as without the blanks around it: those that came first count.
-            free[known[0]].wholes[way] = keys[0]
-            return known[0], ""
-        return keys[0], whole
+        free = [
+            (key, slot) for (one, key), slot in self._slots.items() if one == kind and slot.wholes.get(way, own) == own
+        ]
+        yield from (one for one in free if one[1].told == size)
+        if not is_known:
+            # Of these the rest may come under another key: nothing said so far what their whole is.
+            yield from (one for one in free if one[1].told and not one[1].wholes)
 
     def begins(self, kind: str, key: object, whole: str) -> bool:
         """Tell whether what was told of a text, if anything, is the beginning of ``whole``."""
@@ -324,6 +370,21 @@ class Slots:
         return slot.at
 
 
+def storable(value: object) -> Any:
+    """Give JSON as pages and every database can read it; ``None`` for what is no JSON."""
+    try:
+        return json.loads(dumps(value).replace("\\u0000", "\\ufffd"))
+    except (ValueError, TypeError):
+        return None
+
+
+def readable(text: str) -> tuple[str, str]:
+    """Give ``text`` as pages and databases can read it, and the first half of a surrogate pair at its end."""
+    half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
+    # PostgreSQL stores no NUL, and no reader wants one.
+    return clean(text.removesuffix(half)).replace("\0", "\ufffd"), half
+
+
 def _summed(text: str, so_far: int = 0) -> int:
     return zlib.crc32(text.encode(), so_far)
 
@@ -337,14 +398,14 @@ def _identity(note: Json) -> str:
     return repr([place, *(note.get(name) for name in ("type", "url", "file_id", "end_index"))])
 
 
-def _may_leave(value: object, name: str = "", deep: int = 8) -> bool:
+def may_leave(value: object, name: str = "", deep: int = 8) -> bool:
     """Tell whether each URL in an annotation is one of http or https, or empty: what a page has as a link would run
     ``javascript:`` as its own script. URLs are known by their names, such as ``url`` or ``imageUrls``; wherever a text
     with such a name stands, in whatever is nested."""
     if isinstance(value, dict):
-        return deep > 0 and all(_may_leave(one, str(key), deep - 1) for key, one in value.items())
+        return deep > 0 and all(may_leave(one, str(key), deep - 1) for key, one in value.items())
     if isinstance(value, list):
-        return deep > 0 and all(_may_leave(one, name, deep - 1) for one in value)
+        return deep > 0 and all(may_leave(one, name, deep - 1) for one in value)
     is_url = isinstance(value, str) and value != "" and _URL_NAMES.search(name) is not None
     # As it begins: browsers pass over blanks and line ends before and within a scheme.
     return not is_url or _WEB.match(str(value)) is not None
@@ -374,6 +435,15 @@ def as_object(value: Any) -> Json:
     return value if isinstance(value, dict) else {}
 
 
+def is_object(text: str) -> bool:
+    """Tell whether a text is a JSON object."""
+    try:
+        return isinstance(from_json(text, allow_inf_nan=False), dict)
+    except (ValueError, TypeError):
+        # The other one is of lone surrogates.
+        return False
+
+
 def inner(data: Any, name: str) -> Json:
     """Give the object that stands there, an empty one where there is none."""
     return as_object(as_object(data).get(name))
@@ -399,6 +469,13 @@ def usage(value: Any) -> types.Usage | None:
         "completion_tokens": completion,
         "total_tokens": total if isinstance(total, int) else prompt + completion,
     }
+
+
+def source(data: Json) -> Source | None:
+    """Give what an object of a model server's, of any dialect, says of the answer that it is, or is a piece of."""
+    told = (data.get(name) for name in Source._fields)
+    found = Source(*(clean(value)[:_LONGEST_NAME] if isinstance(value, str) and value else None for value in told))
+    return found if any(found) else None
 
 
 STOP: Final = "stop"

@@ -16,13 +16,21 @@ from ..events import Json
 from ..fast import chunk_reader, event_template, read_gate
 from ..fast.event_template import EventTemplate
 from ..fast.read_gate import ReadGate, TimeSlice
+from ..platform import openai_sdk
 from ..sse import Decoder, TooLongError
 from .errors import failure
 
 LONGEST_EVENT: Final = 16 << 20
 """So many bytes an event may have. The last of a long answer tells it whole, perhaps twice, with escapes of six bytes a
 character and with its annotations: that is a few megabytes."""
+_LARGE: Final = 65_536
+_MOST_VALUES: Final = 50_000
+"""So many values an event may have. Each may be looked at, while nobody else in the worker has a turn."""
+_OF_TOKENS: Final = frozenset({"logprobs", "prompt_logprobs", "prompt_token_ids", "token_ids"})
+"""What may say something of each token, of a long prompt too, and nobody here looks at: vLLM has all of these."""
 _LONGEST: Final = 1 << 20
+_MOST_SILENCE: Final = 4 << 20
+"""So many bytes may come without an event, such as comments against a proxy's time-out."""
 _HEARTBEATS: Final = frozenset({"ping", "heartbeat", "keepalive", "keep-alive", "keep_alive"})
 _SENTENCE: Final = re.compile(r"\[?[A-Za-z][A-Za-z ]{3}")
 DONE: Final = "[DONE]"
@@ -51,6 +59,7 @@ def read(stream: Any, gate: ReadGate | None = None, *, joined: bool = False) -> 
     template: EventTemplate | None = None
     if hasattr(response, "iter_bytes") and not response.is_stream_consumed:
         # Typed events cost twenty times what their bytes do, and an unknown one is built as the wrong class.
+        openai_sdk.drop_events(stream)
         reads, split, parse = chunk_reader.body(response, gate), decoder.split, _parsed
         template = event_template.for_stream(joined)
     else:
@@ -81,6 +90,7 @@ def _events(
             turn.share()
         is_gated = False
         if template is not None and decoder.between and (known := template.read(some)):
+            decoder.silence = 0
             yield [known]
             continue
         batch: list[tuple[str, Json]] = []
@@ -99,6 +109,7 @@ def _events(
             # What came before what can't be read was said.
             if batch:
                 yield batch
+        decoder.listen(0 if batch else len(some))
 
 
 class _Decoder(Decoder):
@@ -110,6 +121,17 @@ class _Decoder(Decoder):
         # The lines of an object that is not whole yet.
         self._object: list[bytes] = []
         self._size = 0
+        self.silence = self._held = 0
+        """How many bytes came since the last event."""
+
+    def listen(self, silent: int) -> None:
+        """Count the bytes of a read that had no event, 0 where it had. Raises :class:`TooLongError` where there were
+        too many, one after the other."""
+        # What is kept is of an event that goes on.
+        kept, self._held = self.held - self._held, self.held
+        self.silence = self.silence + max(0, silent - max(0, kept)) if silent else 0
+        if self.silence > _MOST_SILENCE:
+            raise TooLongError(f"{self.silence} bytes came without an event")
 
     def other(self, line: bytes) -> Iterable[tuple[bytes, bytes]]:
         if line.startswith(b"error:"):
@@ -174,10 +196,24 @@ def _parsed(frame: tuple[bytes, bytes]) -> tuple[str, Json] | list[tuple[str, Js
             # A mere sentence is an error's, and may say which.
             code = failure(words).code if _SENTENCE.match(words) else "upstream_error"
             raise RunError("upstream_malformed" if code == "upstream_error" else code, said=words) from error
+    if len(text) > _LARGE:
+        _count(data)
     kind = name.decode("utf-8", "replace")
     if isinstance(data, dict) and data.get("type") == kind != "":
         return kind, data
     return _kind(kind, data)
+
+
+def _count(data: Any) -> None:
+    """Raise :class:`RunError` for an event of more values than a worker can look at in between."""
+    count, left = 0, [data] if isinstance(data, dict | list) else []
+    while left:
+        one = left.pop()
+        values = [value for key, value in one.items() if key not in _OF_TOKENS] if isinstance(one, dict) else one
+        count += len(values)
+        if count > _MOST_VALUES:
+            raise RunError("answer_too_long", said=f"an event has more than {_MOST_VALUES} values")
+        left += [value for value in values if isinstance(value, dict | list)]
 
 
 def _no_constant(name: str) -> None:
@@ -205,6 +241,7 @@ def _kind(name: str, data: Any) -> tuple[str, Json]:
 def _from_object(event: Any) -> tuple[str, Json]:
     """Give an event object of the SDK, or the mapping it was made from."""
     data = event if isinstance(event, dict) else event.to_dict(mode="json", warnings=False)
+    _count(data)
     if data.get("type") == "chunk" and isinstance(data.get("chunk"), dict):
         # What client.chat.completions.stream() gives beside its own events.
         data = data["chunk"]

@@ -7,21 +7,38 @@ are found by their names. The contract suite asks the offline server in it, whic
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import openai
 
 from ..events import Json
-from .deltas import Delta, End, Failed
+from .deltas import Delta, End, Failed, Source
 from .items import Turn
+
+
+class ToolSpec(NamedTuple):
+    """A function as a model is told of it: ``parameters`` is a JSON schema of an object, ``strict`` whether it
+    qualifies for OpenAI's strict mode."""
+
+    name: str
+    description: str
+    parameters: Json
+    strict: bool
+
+    def function(self) -> Json:
+        """Give it as Chat Completions and the Assistants API are told of it."""
+        return {"type": "function", "function": self._asdict()}
 
 
 class ModelRequest(NamedTuple):
     """What a model server is asked for: the next message of an assistant after ``turns``.
 
     ``system`` is what is sent as instructions by themselves, ``arguments`` are the app's own for the SDK's call. The
-    server is to fail that sends no byte for ``stall`` seconds.
+    server is to fail that sends no byte for ``stall`` seconds. ``tools`` are the functions that the model may call, and
+    ``hosted`` what the server executes itself, as the app gave it; ``may_call`` says whether it may call any now.
+    ``followup`` is that of the answer whose calls the last turn has the outputs of, see :class:`.deltas.End`, with
+    these as its ``outputs``.
     """
 
     assistant_id: str
@@ -31,6 +48,23 @@ class ModelRequest(NamedTuple):
     background: bool
     turns: Sequence[Turn]
     stall: float
+    tools: Sequence[ToolSpec] = ()
+    hosted: Sequence[Mapping[str, Any]] = ()
+    may_call: bool = True
+    followup: Json | None = None
+
+    def body(self, told: Callable[[ToolSpec], Json], **sent: Any) -> Json:
+        """Give the ``extra_body`` of the SDK's call: ``sent`` and the tools, beside what the app gave there.
+
+        The SDK looks through typed arguments, at more cost than all else that a request needs; this it sends as it is.
+        """
+        body = {**(self.arguments.get("extra_body") or {}), **sent}
+        if tools := [*map(told, self.tools), *self.hosted]:
+            body["tools"] = [*body.get("tools", ()), *tools]
+        if not self.may_call and body.get("tools"):
+            # What the app says of it in its arguments is overwritten by a body's.
+            body["tool_choice"] = "none"
+        return body
 
 
 class Translator(Protocol):
@@ -38,6 +72,8 @@ class Translator(Protocol):
 
     joins: ClassVar[bool]
     """Whether the texts of one read may come in one event."""
+    source: Source | None
+    """What the server says of the answer as a whole, known once that is over."""
 
     def feed(self, kind: str, data: Json) -> list[Delta]:
         """Take one event, and give its deltas. Raise :class:`.errors.RunError`, or give :class:`.deltas.Failed` where
@@ -55,7 +91,8 @@ class Translator(Protocol):
 
 
 class Dialect(Protocol):
-    """One of the APIs that model servers speak. It keeps nothing: one object serves all answers of a process."""
+    """One of the APIs that model servers speak. One object serves all answers of a process: it keeps nothing, but for
+    what it learned of the servers."""
 
     name: ClassVar[str]
     """What ``Assistant(upstream=...)`` calls it."""
@@ -73,8 +110,28 @@ class Dialect(Protocol):
         """Ask the server, once, and give the SDK's stream. Raise whatever the SDK raises."""
         ...
 
-    def translator(self, most_tokens: int | None = None) -> Translator:
-        """Make a translator for one answer, one of at most so many tokens where the request said so."""
+    def instead(
+        self, client: openai.OpenAI, request: ModelRequest, error: openai.APIStatusError
+    ) -> ModelRequest | None:
+        """Give what to ask for instead of a request that the server refused with ``error``; ``None`` where nothing else
+        would help. Each gives the server less to refuse, so that asking comes to an end."""
+        ...
+
+    def learner(self, client: openai.OpenAI, request: ModelRequest) -> Callable[[], None] | None:
+        """Give what a translator of the answer calls when it sees that the model reasons, where that matters."""
+        ...
+
+    def translator(
+        self,
+        most_tokens: int | None = None,
+        *,
+        start: int = 0,
+        has_tools: bool = False,
+        learn: Callable[[], None] | None = None,
+    ) -> Translator:
+        """Make a translator for one answer, one of at most so many tokens where the request said so. Its first text is
+        part ``start`` of the message. An answer that calls a function fails unless the assistant ``has_tools``.
+        ``learn`` is of :meth:`learner`."""
         ...
 
     def recognises(self, kind: str, data: Json) -> bool:

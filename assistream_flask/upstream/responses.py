@@ -6,22 +6,57 @@ indexes and whole event types, so only ``type`` is relied on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, Final, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar, Final, NamedTuple, TypeAlias
 
 import openai
 
 from ..errors import RunError
 from ..events import Json
 from ..platform import openai_sdk
-from .deltas import Cut, Delta, End, Failed, Slots, as_object, indexed, inner, listed, reason, usage, words
+from .calls import FUNCTION, Calls, GrowingCall, as_text, called, hosted_kind
+from .deltas import (
+    Cut,
+    Delta,
+    End,
+    Failed,
+    Slots,
+    Source,
+    WholeCall,
+    as_object,
+    indexed,
+    inner,
+    listed,
+    reason,
+    source,
+    storable,
+    usage,
+    words,
+)
 from .errors import failure, tells_failure
 from .event_reader import unpadded
-from .items import Turn
-from .protocol import ModelRequest
+from .items import Turn, followed, message_item, plain
+from .protocol import ModelRequest, ToolSpec
 
 _TEXT: Final = "response.output_text.delta"
-_TOOLS: Final = ("function_call", "custom_tool_call", "computer_call", "local_shell_call", "mcp_approval_request")
+# Calls that nobody here can answer.
+_TOOLS: Final = (
+    *("custom_tool_call", "computer_call", "local_shell_call", "shell_call", "apply_patch_call"),
+    "mcp_approval_request",
+)
+_ARGUMENTS: Final = "response.function_call_arguments"
+_ENCRYPTED: Final = "reasoning.encrypted_content"
+# What is to be told of tools that the server executes, by the beginnings of their types: else their steps are empty.
+_INCLUDES: Final = {
+    "web_search": "web_search_call.action.sources",
+    "file_search": "file_search_call.results",
+    "code_interpreter": "code_interpreter_call.outputs",
+}
+_ITEMS: Final = 1_000
+"""So many items an answer may have."""
+_MODELS: Final = 1_000
+"""Of so many models it is known whether they give their reasoning; then that is learned anew."""
 _Key: TypeAlias = tuple[object, object]
 """Those of an item, and of a part of it."""
 # The kind of thought that an event tells of, and the field that counts those of an item.
@@ -34,10 +69,8 @@ _THOUGHTS: Final = {
 }
 
 
-def _item(turn: Turn) -> Any:
-    # llama.cpp takes an assistant's turn in this form only; OpenAI takes both.
-    kind = "output_text" if turn.role == "assistant" else "input_text"
-    return {"type": "message", "role": turn.role, "content": [{"type": kind, "text": turn.text}]}
+def _input(turn: Turn) -> Sequence[Mapping[str, Any]]:
+    return turn.items or [message_item(turn.role, turn.text)]
 
 
 class _Pieces:
@@ -87,13 +120,27 @@ class _Pieces:
 
 
 class ResponsesTranslator:
-    """Events of one response to parts. ``limit`` is the number of tokens that the answer may have."""
+    """Events of one response to parts. ``limit`` is the number of tokens that the answer may have; the rest is as
+    :meth:`.protocol.Dialect.translator` has it."""
 
     joins: ClassVar[bool] = True
 
-    def __init__(self, limit: int | None = None) -> None:
-        self._slots = Slots()
-        self._limit = limit
+    def __init__(
+        self,
+        limit: int | None = None,
+        *,
+        start: int = 0,
+        has_tools: bool = False,
+        learn: Callable[[], None] | None = None,
+    ) -> None:
+        self._slots = Slots(start, keeps=has_tools)
+        self.start = start
+        self._limit, self._has_tools, self._learn = limit, has_tools, learn
+        self._calls = Calls()
+        self.source: Source | None = None
+        # What the answer is resent as, each with the place that the server gave it; a call, which stands where it
+        # began, as its number among all.
+        self._items: list[tuple[object, Json]] = []
         # Where events name no item, they are of the one that was begun last.
         self._item_index: object = None
         self._speaks = False
@@ -123,13 +170,20 @@ class ResponsesTranslator:
             "thought": self._thought,
             "thought_events": dict(self._thought_events),
             "pieces": {kind: pieces.state() for kind, pieces in self._pieces.items()},
+            "start": self.start,
+            "calls": self._calls.state(),
+            "items": list(self._items),
         }
 
     def restore(self, state: Json, *, from_start: bool = False) -> None:
         """Go on from ``state`` with the next event, or with the first one ``from_start``."""
         self._slots.restore(state["slots"], state.get("sums", ()), from_start=from_start)
+        # Workers of older releases know of no calls.
+        if "calls" in state:
+            self._calls.restore(state["calls"], from_start=from_start)
         if from_start:
             return
+        self._items = [(place, item) for place, item in state.get("items", ())]
         self._paragraph, self._item_index = state["paragraph"], state.get("item")
         thought = state.get("thought")
         self._thought = tuple(thought) if thought is not None else None
@@ -189,7 +243,12 @@ class ResponsesTranslator:
             case "response.content_part.done":
                 return self._content(kind, data.get("output_index"), data.get("content_index"), data.get("part"))
             case "response.output_item.done":
-                return self._whole(kind, data.get("output_index"), data.get("item"))
+                return self._whole(kind, data.get("output_index"), data.get("item"), _Told(self._items))
+            case "response.function_call_arguments.delta" if self._has_tools:
+                return self._call_of(data).grow(as_text(data.get("delta")))
+            case "response.function_call_arguments.done" if self._has_tools:
+                call = self._call_of(data)
+                return [*call.named(None, data.get("name")), *call.complete(data.get("arguments"))]
             case "error" | "response.error":
                 raise failure(data)
         return self._told_else(kind, data)
@@ -226,14 +285,56 @@ class ResponsesTranslator:
 
     def _begin(self, data: Json) -> list[Delta]:
         item = inner(data, "item")
-        if item.get("type") in _TOOLS:
-            raise RunError("tools_not_supported")
+        self._look_at(item)
         index = data.get("output_index")
         before = self._item_index
         self._item_index = indexed(index) if index is not None else (before + 1 if isinstance(before, int) else 0)
         for number, content in enumerate(listed(item, "content") if item.get("type") == "message" else ()):
             self._added[self._item_index, number] = content
-        return []
+        return self._call_begins(item) if self._has_tools else []
+
+    def _look_at(self, item: Json) -> None:
+        """Raise for what nobody here can answer; learn what an item says of the model."""
+        kind = item.get("type")
+        if kind in _TOOLS or (kind == "function_call" and not self._has_tools):
+            raise RunError("tools_not_supported")
+        if kind == "reasoning" and self._learn is not None:
+            self._learn()
+
+    def _call_begins(self, item: Json) -> list[Delta]:
+        if item.get("type") != "function_call":
+            return self._calls.hosted(item, self._item_index, is_whole=False)
+        ids = item.get("call_id"), item.get("id")
+        call = self._calls.of(*ids) or self._calls.begin(FUNCTION, self._item_index)
+        self._note(call, self._item_index, *ids)
+        call.begun(item.get("arguments"))
+        return call.named(item.get("call_id"), item.get("name"))
+
+    def _call_of(self, data: Json) -> GrowingCall:
+        """Give the call that arguments are of. Some servers name none."""
+        ids, place = (data.get("item_id"), data.get("call_id")), indexed(data.get("output_index"))
+        call = self._calls.of(*ids) or (self._calls.at(place) if place is not None else None)
+        if call is None or call.kind != FUNCTION:
+            call = self._calls.open(data.get("arguments")) or self._calls.begin(FUNCTION, self._key(place, None)[0])
+        self._note(call, self._key(place, None)[0], *ids)
+        return call
+
+    def _note(self, call: GrowingCall, place: object, *ids: object) -> None:
+        self._calls.know(call, *ids)
+        if not any(item.get("at") == call.at for _, item in self._items):
+            self._items.append((place, {"type": "function_call", "at": call.at}))
+
+    def _whole_call(self, way: str, place: object, item: Json, told: _Told) -> list[Delta]:
+        """Give what of a whole call was not told before."""
+        ids, name, arguments = (item.get("call_id"), item.get("id")), item.get("name"), item.get("arguments")
+        call = self._calls.of(*ids) or self._calls.alike(way, place, name, arguments, told.call_ids)
+        call = call or self._calls.begin(FUNCTION, place)
+        self._note(call, place, *ids)
+        call.ways.add(way)
+        call.is_cut = item.get("status") == "incomplete"
+        if told.items is not self._items:
+            told.items.append((place, {"type": "function_call", "at": call.at}))
+        return [*call.named(ids[0], name), *call.complete(arguments)]
 
     def _text(self, way: str, index: object, number: object, content: Json) -> list[Delta]:
         """Give what of a whole text was not told before, with its annotations."""
@@ -256,22 +357,39 @@ class ResponsesTranslator:
         self._slots.unread(content)
         return []
 
-    def _whole(self, way: str, index: object, item: Any) -> list[Delta]:
+    def _whole(self, way: str, index: object, item: Any, told: _Told) -> list[Delta]:
         """Give what of a whole item was not told before."""
         found = as_object(item)
-        if found.get("type") in _TOOLS:
-            raise RunError("tools_not_supported")
+        self._look_at(found)
+        place = self._key(index, None)[0]
         parts: list[Delta] = []
-        if found.get("type") == "message":
-            content = found.get("content")
+        resent: Json | None = None
+        if found.get("type") == "function_call":
+            parts = self._whole_call(way, place, found, told)
+        elif hosted_kind(found):
+            resent = {"type": "hosted"}
+            parts = self._calls.hosted(found, place, is_whole=True) if self._has_tools else []
+        else:
+            parts = self._words(way, index, found) if told.has_words else []
+            resent = storable(plain(found))
+        if resent is not None:
+            told.items.append((place, resent))
+        if len(told.items) > _ITEMS:
+            raise RunError("answer_too_long", said=f"an answer has more than {_ITEMS} items")
+        return parts
+
+    def _words(self, way: str, index: object, item: Json) -> list[Delta]:
+        parts: list[Delta] = []
+        if item.get("type") == "message":
+            content = item.get("content")
             # Some tell a text here as it is.
-            told = [{"type": "output_text", "text": content}] if isinstance(content, str) else listed(found, "content")
+            told = [{"type": "output_text", "text": content}] if isinstance(content, str) else listed(item, "content")
             for number, one in enumerate(told):
                 parts += self._content(way, index, number, one)
-        elif found.get("type") == "reasoning":
+        elif item.get("type") == "reasoning":
             for kind, thoughts in (
-                ("summary", found.get("summary")),
-                ("content", found.get("content") or found.get("text")),
+                ("summary", item.get("summary")),
+                ("content", item.get("content") or item.get("text")),
             ):
                 for number, one in enumerate(thoughts if isinstance(thoughts, list) else [thoughts]):
                     parts += self._thought_rest(way, kind, self._key(index, number), words(one))
@@ -311,33 +429,81 @@ class ResponsesTranslator:
         status = indexed(response.get("status")) or what
         output = listed(response, "output")
         texts = [f"{as_object(one).get('text')}" for item in output for one in listed(item, "content")]
-        parts: list[Delta] = []
-        for (index, number), content in {} if self._slots.has_text() else self._added.items():
-            # What only the beginning of an item had.
-            parts += self._content("added", index, number, content)
-        if not output and not self._slots.has_text() and response.get("output_text"):
-            parts += self._text("response", None, None, {"text": response["output_text"]})
         # Some tell several items as one in their deltas.
-        if len(texts) < 2 or not self._slots.says("".join(texts)):
-            try:
-                for index, item in enumerate(output):
-                    parts += self._whole("response", index, item)
-            except RunError as error:
-                return [*parts, Failed(error)]
+        is_one = len(texts) > 1 and self._slots.says("".join(texts))
+        told = _Told([], [as_object(item).get("call_id") for item in output], not is_one)
+        parts: list[Delta] = []
+        try:
+            parts += self._missing(response, output)
+            for index, item in enumerate(output):
+                parts += self._whole("response", index, item, told)
+        except RunError as error:
+            return [*parts, Failed(error)]
         details = inner(response, "incomplete_details") or inner(response, "status_details")
         if broken := response.get("error") or details.get("error"):
             return [*parts, Failed(failure(broken))]
         if {"failed", "cancelled"} & {status, what}:
             self._failure = RunError("upstream_error", said=f"{data}")
             return parts
-        tokens = usage(response.get("usage"))
+        tokens, self.source = usage(response.get("usage")), source(response)
         why: Cut | None = None
         if "incomplete" in (status, what) or inner(response, "incomplete_details").get("reason"):
             why = reason(details.get("reason"))
         elif self._limit is not None and tokens is not None and tokens["completion_tokens"] >= self._limit:
             # Some call an answer completed that they cut there.
             why = "max_tokens"
-        return [*parts, End(why, tokens)]
+        calls = tuple(self._calls.whole(is_cut=why is not None))
+        return [*parts, End(why, tokens, calls, self._resent(told.items, calls))]
+
+    def _missing(self, response: Json, output: Sequence[Any]) -> list[Delta]:
+        """Give what only the beginning of an item had, or the response itself."""
+        parts: list[Delta] = []
+        for (index, number), content in {} if self._slots.has_text() else self._added.items():
+            parts += self._content("added", index, number, content)
+        if not output and not self._slots.has_text() and response.get("output_text"):
+            parts += self._text("response", None, None, {"text": response["output_text"]})
+        return parts
+
+    def _resent(self, told: Sequence[tuple[object, Json]], calls: Sequence[WholeCall]) -> Sequence[Json]:
+        """Give what the answer is resent as: of what its items and its end told, that which has more."""
+        known = self._items
+        if all(isinstance(place, int) for place, _ in known):
+            known = sorted(known, key=lambda one: int(f"{one[0]}"))
+        less, more = sorted(([item for _, item in known], [item for _, item in told]), key=len)
+        if len(less) == len(more):
+            less, more = more, less
+        # Calls in the order in which they were told, wherever each of them stands.
+        resent, found = list(called(calls)), list[Json]()
+        for item in more:
+            if item["type"] != "function_call":
+                found.append(item)
+            elif resent:
+                found.append(resent.pop(0))
+        found += resent
+        if not _says(found) and self._slots.has_text():
+            if not (words := [item for item in less if _says([item])] or self._heard()) and not self._has_tools:
+                # What it said is not known any more.
+                return ()
+            first = next((at for at, item in enumerate(found) if item["type"] == "function_call"), len(found))
+            found[first:first] = words
+        found = [item for item in followed(found) if item["type"] != "hosted"]
+        return found if any(item["type"] != "message" or "phase" in item for item in found) else ()
+
+    def _heard(self) -> list[Json]:
+        said = self._slots.said()
+        return [message_item("assistant", said)] if said.strip() else []
+
+
+def _says(items: Sequence[Json]) -> bool:
+    return any(item["type"] == "message" for item in items)
+
+
+class _Told(NamedTuple):
+    """What is told of whole items at one time: by the event of one, or by the answer's end."""
+
+    items: list[tuple[object, Json]]
+    call_ids: Sequence[object] = ()
+    has_words: bool = True
 
 
 def _keys(key: _Key) -> Sequence[_Key]:
@@ -352,6 +518,11 @@ class Responses:
     name: ClassVar[str] = "responses"
     needs_model: ClassVar[bool] = True
     can_resume: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        # Whether a model gives its reasoning, by the server's URL and its name. Each change is one step: a lock that is
+        # made at import is none of gevent's.
+        self._reasons: dict[tuple[str, str], bool] = {}
 
     def keywords(self) -> frozenset[str] | None:
         """Name what ``client.responses.create`` takes."""
@@ -369,19 +540,69 @@ class Responses:
             arguments["instructions"] = request.system
         if options := unpadded(client):
             arguments.setdefault("stream_options", options)
-        # The SDK looks through typed arguments, at more cost than all else that a request needs; this it sends as it
-        # is.
-        sent = {"input": [_item(turn) for turn in request.turns]}
-        arguments["extra_body"] = {**(arguments.get("extra_body") or {}), **sent}
+        body = request.body(_tool, input=[item for turn in request.turns for item in _input(turn)])
+        if "include" not in {*arguments, *body} and (include := self._include(client, request)):
+            body["include"] = include
+        arguments["extra_body"] = body
         return client.responses.create(
             model=request.model or "", input=[], stream=True, timeout=request.stall, **arguments
         )
 
-    def translator(self, most_tokens: int | None = None) -> ResponsesTranslator:
+    def _include(self, client: openai.OpenAI, request: ModelRequest) -> list[str]:
+        kinds = [f"{tool.get('type')}" for tool in request.hosted]
+        found = [word for begin, word in _INCLUDES.items() if any(kind.startswith(begin) for kind in kinds)]
+        return [*found, _ENCRYPTED] if self._reasons.get(_model(client, request)) else found
+
+    def instead(
+        self, client: openai.OpenAI, request: ModelRequest, error: openai.APIStatusError
+    ) -> ModelRequest | None:
+        """Give a request without reasoning where the server takes none, or can't read what it gave once."""
+        said = f"{error.body} {error}".lower()
+        if error.status_code not in (400, 404, 422) or "encrypted" not in said:
+            return None
+        model = _model(client, request)
+        turns = [turn._replace(items=_without_reasoning(turn.items)) for turn in request.turns]
+        asked = bool(self._reasons.get(model)) and "include" not in request.arguments
+        if asked and "not supported" in said:
+            # For good: whether it reasons is no matter then.
+            self._reasons[model] = False
+        elif turns == list(request.turns):
+            return None
+        return request._replace(turns=turns)
+
+    def learner(self, client: openai.OpenAI, request: ModelRequest) -> Callable[[], None]:
+        """Give what has the model asked for its reasoning from now on."""
+        return partial(self._learn, _model(client, request))
+
+    def _learn(self, model: tuple[str, str]) -> None:
+        if len(self._reasons) >= _MODELS:
+            self._reasons.clear()
+        self._reasons.setdefault(model, True)
+
+    def translator(
+        self,
+        most_tokens: int | None = None,
+        *,
+        start: int = 0,
+        has_tools: bool = False,
+        learn: Callable[[], None] | None = None,
+    ) -> ResponsesTranslator:
         """Make a translator for one response. Some servers call an answer completed that they cut at ``most_tokens``:
         that is told by the number."""
-        return ResponsesTranslator(most_tokens)
+        return ResponsesTranslator(most_tokens, start=start, has_tools=has_tools, learn=learn)
 
     def recognises(self, kind: str, data: Json) -> bool:
         """Tell it by the event's type."""
         return kind.startswith("response.")
+
+
+def _tool(spec: ToolSpec) -> Json:
+    return {"type": "function", **spec._asdict()}
+
+
+def _model(client: openai.OpenAI, request: ModelRequest) -> tuple[str, str]:
+    return f"{client.base_url}", request.model or ""
+
+
+def _without_reasoning(items: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    return [item for item in items if item.get("type") != "reasoning"] if items else items

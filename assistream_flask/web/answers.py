@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
-from typing import Final, cast
+from functools import partial
+from typing import Any, Final, cast
 
 from flask import Response, request
 from sqlalchemy.exc import SQLAlchemyError
@@ -16,19 +17,29 @@ from ..errors import AssistreamError, RequestError
 from ..events import Json
 from ..extension import current_assistream
 from ..log.protocol import LogUnavailableError
+from ..platform import connection, gunicorn
 from ..platform.log_throttle import LogThrottle
 from ..runs import values
 from ..runs.runtime import Runtime
-from . import validation
+from . import addresses, validation
 
 _log = logging.getLogger(__name__)
 
 NOTHING: Final = "There is nothing at this address. assistream's README says where all routes are listed."
 
 
+class Answer(Response):
+    """An answer whose reader is cut off where they take nothing of it for ``ASSISTREAM_SLOW_SECONDS``."""
+
+    def __call__(self, environ: Any, start_response: Any) -> Any:
+        """Give the server the body, as any WSGI app does."""
+        seconds = current_assistream.slow_seconds
+        return connection.TimedBody(environ, super().__call__(environ, start_response), seconds)
+
+
 def json_answer(value: object, status: int = 200) -> Response:
     """Answer with ``value`` as JSON, which nothing on the way may keep."""
-    return private(Response(events.dumps(value) + "\n", status, mimetype="application/json"))
+    return private(Answer(events.dumps(value) + "\n", status, mimetype="application/json"))
 
 
 def private(response: Response) -> Response:
@@ -40,15 +51,29 @@ def private(response: Response) -> Response:
 
 def read_body(runtime: Runtime, allowed: Sequence[str], required: Sequence[str] = ()) -> Json:
     """Read the request's body, a JSON object with no fields but the ``allowed`` and all that are ``required``. Raises
-    :class:`RequestError` for any other."""
+    :class:`RequestError` for any other, and for one that does not come within ``ASSISTREAM_BODY_SECONDS``."""
     # Twelve bytes a character is JSON's longest escape: a surrogate pair.
     limit = runtime.settings.max_message_chars * 12 + 65_536
     request.max_content_length = limit + 1
+    seconds = runtime.settings.body_seconds
+    begin = partial(runtime.bodies.begin, addresses.origin(request.environ).address)
     try:
-        raw = request.get_data(cache=True)
+        with connection.read_within(request.environ, seconds, begin):
+            raw = request.get_data(cache=True)
         # One without Content-Length is cut there, in silence.
         if len(raw) > limit:
             raise RequestEntityTooLarge
+    except TimeoutError:
+        raise RequestError(
+            408,
+            "body_too_slow",
+            f"The body did not come whole within {seconds:g} s, or before many others from your address. "
+            "Send the request again.",
+        ) from None
+    except gunicorn.malformed():
+        raise RequestError(
+            400, "invalid_json", "The body's chunks are not as HTTP has them. Send a JSON object with Content-Length."
+        ) from None
     except RequestEntityTooLarge:
         raise RequestError(
             413, "message_too_long", f"The body has more than the {limit} bytes that are allowed. Send a shorter one."

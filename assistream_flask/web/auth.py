@@ -20,7 +20,7 @@ from ..platform import gunicorn, threaded
 from ..runs.runtime import Runtime
 from ..runs.service import Service
 from ..store.sql import Owner
-from . import validation
+from . import addresses, validation
 from .answers import throttle
 
 _log = logging.getLogger(__name__)
@@ -32,12 +32,14 @@ _NO_ANSWER: Final = {429, 502, 503, 504}
 
 
 class Call(NamedTuple):
-    """The current request's part, runtime, service and caller."""
+    """The current request's part, runtime, service and caller, and the ``address`` that counts for limits, ``None``
+    where none does."""
 
     part: Registration
     runtime: Runtime
     service: Service
     owner: Owner | None
+    address: str | None = None
 
 
 def route(view: Callable[..., Response], *, is_crowded: bool = False) -> Callable[..., Response]:
@@ -56,15 +58,32 @@ def route(view: Callable[..., Response], *, is_crowded: bool = False) -> Callabl
             allowed = state.runtime().settings.allowed_origins.split()
             validation.same_origin(request.headers.get("Origin"), request.host, allowed)
         runtime = state.runtime()
-        call = Call(part, runtime, Service(runtime, part.listed), _caller(part, request.blueprint or ""))
+        address = _address(part)
+        service = Service(runtime, part.listed, address)
+        call = Call(part, runtime, service, _caller(part, request.blueprint or ""), address)
         if "thread_id" not in path:
             return view(call)
         # A crowd of viewers leaves connections to the database, and the processor, to commands.
         with runtime.arrivals() if is_crowded else nullcontext():
             thread = call.service.open(call.owner, path["thread_id"])
-        return view(call, thread, **{key: path[key] for key in ("run_id",) if key in path})
+        return view(call, thread, **{key: path[key] for key in ("run_id", "call_id") if key in path})
 
     return checked
+
+
+def _address(part: Registration) -> str | None:
+    """Give the address that counts for who calls: without ``owner=`` anybody can be a new caller at each request. An
+    app's own users are limited by their names, and thousands of them may sit behind one company's address."""
+    if part.owner is not None:
+        return None
+    found = addresses.origin(request.environ)
+    if found.is_a_proxys:
+        current_assistream.warn_once(
+            _log,
+            "all visitors come from a proxy's address, %s, so limits for each address are off: %s",
+            *(request.remote_addr, addresses.PROXY_FIX),
+        )
+    return found.address
 
 
 def check_server() -> None:
@@ -126,5 +145,9 @@ def someone(call: Call) -> Owner:
         raise RequestError(
             401, "unauthenticated", "This address is for the app's own pages to ask. Open the app's page, not this one."
         )
+    wait = 0 if call.address is None else call.runtime.sessions.take(call.address, 1)
+    if wait:
+        said = "Too many new visitors came from your address. Try again in a moment, and keep the cookie."
+        raise RequestError(429, "too_many_sessions", said, retry_after=wait)
     session[SESSION_KEY] = secrets.token_hex(16)
     return Owner(request.blueprint or "", call.part.caller() or "")

@@ -19,7 +19,7 @@ from ..log.protocol import LogUnavailableError
 from ..platform import gunicorn
 from ..settings import Settings, check_names
 from ..store import database
-from . import answers, doctor, routes_events, routes_runs, routes_threads
+from . import answers, doctor, routes_events, routes_runs, routes_threads, routes_tools
 from .auth import Call, check_server, route
 
 
@@ -71,6 +71,13 @@ def create_blueprint(
     blueprint.add_url_rule(f"{thread}/messages", "add_message", route(routes_threads.add_message), methods=["POST"])
     blueprint.add_url_rule(f"{thread}/runs", "create_runs", route(routes_runs.create_runs), methods=["POST"])
     blueprint.add_url_rule(f"{thread}/runs/<run_id>/cancel", "cancel", route(routes_runs.cancel), methods=["POST"])
+    run = f"{thread}/runs/<run_id>"
+    for rule, endpoint, view in (
+        ("submit_tool_outputs", "submit_tool_outputs", routes_tools.submit_tool_outputs),
+        ("approvals", "approvals", routes_tools.approvals),
+        ("tool_calls/<call_id>/claim", "claim", routes_tools.claim),
+    ):
+        blueprint.add_url_rule(f"{run}/{rule}", endpoint, route(view), methods=["POST"])
     blueprint.add_url_rule(f"{thread}/events", "events", route(routes_events.events, is_crowded=True))
     blueprint.add_url_rule("/doctor", "doctor", _doctor)
     return blueprint
@@ -88,6 +95,7 @@ def _register(setup: BlueprintSetupState, part: Registration) -> None:
     check_names(app.config)
     settings = Settings.read(app.config)
     switches.wanted(settings.fast)
+    state.slow_seconds = settings.slow_seconds
     if settings.database_url:
         database.check(settings.database_url)
     if not settings.redis_url:
@@ -103,7 +111,7 @@ def _register(setup: BlueprintSetupState, part: Registration) -> None:
 def _helper(file: str, **_: str) -> Response:
     response = send_from_directory(os.path.join(os.path.dirname(os.path.dirname(__file__)), "static"), file)
     response.mimetype = "text/javascript"
-    return response
+    return cast(Response, answers.Answer.force_type(response))
 
 
 def _assistants(call: Call) -> Response:
@@ -122,7 +130,7 @@ def _doctor(**_: str) -> Response:
         runtime = current_assistream.runtime()
         if doctor.admitted(runtime.store, key):
             patient = _patient(current_assistream)._replace(
-                health=doctor.Health(runtime.longest_pause(), runtime.leases.skew)
+                health=doctor.Health(runtime.longest_pause(), runtime.leases.skew, runtime.runner.executions.abandoned)
             )
             frames = doctor.frames(request.environ, request.host, patient)
             return Response(frames, headers=doctor.headers())

@@ -6,6 +6,7 @@ an answer proves that shell and worker share a database, and it comes the way of
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -16,7 +17,7 @@ import ssl
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from email.message import Message
@@ -33,12 +34,14 @@ from .. import sse
 from ..errors import ConfigurationError, RequestError, RunError, masked
 from ..fast import install
 from ..log import redis_requirements
+from ..mcp import McpServer
 from ..platform import gunicorn, openai_sdk, reliances
+from ..runs import mcp_tools
 from ..settings import Settings
 from ..store import tables
 from ..store.leases import SKEW_SECONDS
 from ..store.sql import Owner, StoredAnswer, ThreadStore
-from . import validation
+from . import addresses, validation
 
 HEADER: Final = "X-Assistream-Doctor"
 
@@ -48,6 +51,7 @@ _KEY_SECONDS: Final = 60
 _SILENCES: Final = 2
 _SILENCE_SECONDS: Final = 1.5
 _HELD_SECONDS: Final = 1.0
+_MCP_SECONDS: Final = 10.0
 # Caddy before 2.6.3 compresses, and so holds, what begins with more than 512 bytes; others have 4 KiB.
 _SNAPSHOT_BYTES: Final = 8_192
 _LOOKS: Final = 8
@@ -122,13 +126,18 @@ class Part(Protocol):
         """Give the client of its runs."""
         ...
 
+    def mcp_servers(self) -> Sequence[tuple[McpServer, Callable[[], dict[str, str]]]]:
+        """Give the MCP servers that are known, and what gives the headers of each."""
+        ...
+
 
 class Health(NamedTuple):
-    """How a worker is: the longest time within ten minutes in which nothing else went on in it, and by how much its
-    clock is ahead of the database's, in seconds."""
+    """How a worker is: the longest time within ten minutes in which nothing else went on in it, by how much its clock
+    is ahead of the database's, in seconds, and how many threads compute for tools that were given up."""
 
     pause: float
     skew: float | None
+    abandoned: int = 0
 
 
 class Patient(NamedTuple):
@@ -178,6 +187,8 @@ def _examine(patient: Callable[[], Patient], url: str | None) -> Iterator[Findin
         yield from _redis(app.settings.redis_url)
     for name, part in app.parts.items():
         yield _model_server(name, part)
+        for server, headers_of in part.mcp_servers():
+            yield _mcp_server(server, headers_of)
     try:
         with closing(ThreadStore(app.settings.database_url)) as store:
             yield _store(store)
@@ -233,7 +244,7 @@ def _database(url: sa.URL) -> str:
 
 
 def _store(store: ThreadStore) -> Finding:
-    with store._read() as connection:
+    with store.read() as connection:
         version = ".".join(map(str, connection.dialect.server_version_info or ()))
         newest = connection.scalar(sa.select(sa.func.max(tables.schema.c.version)))
         return Finding("ok", f"database {_database(connection.engine.url)}: version {version}, schema {newest}")
@@ -255,6 +266,9 @@ def _health(health: Health) -> Iterator[Finding]:
     else:
         fix = "have gevent.get_hub().threadpool, or a job queue, do what computes or waits outside of Python"
         yield Finding("warn", f"{said}, and all its streams with it", fix)
+    if health.abandoned:
+        said = f"{health.abandoned} threads still compute for tools whose time was over"
+        yield Finding("warn", said, "have those functions end by themselves in time: nothing else can end a thread")
 
 
 def _fast(settings: Settings, *, in_worker: bool) -> Iterator[Finding]:
@@ -362,6 +376,42 @@ def _model_server(name: str, part: Part) -> Finding:
     return Finding("ok", f"{label} takes the key")
 
 
+def _mcp_server(server: McpServer, headers_of: Callable[[], dict[str, str]]) -> Finding:
+    label = f"MCP server {server.name!r} at {urlsplit(server.url).hostname}"
+    try:
+        # Its package is an extra.
+        from ..upstream import mcp_session
+    except Exception as error:
+        said = f"{label} cannot be asked: of the package mcp, {type(error).__name__} was met"
+        return Finding("FAIL", said, "pip install --force-reinstall 'assistream-flask[mcp]'")
+    try:
+        sent = headers_of()
+    except Exception as error:
+        fix = "see what it needs: the doctor asks it of no run, with empty ids and no owner"
+        return Finding("warn", f"{label} was not asked: headers= raised {type(error).__name__}", fix)
+
+    async def listed() -> mcp_session.Listed:
+        try:
+            return await mcp_session.listed(server.url, sent, _MCP_SECONDS, server.allowed)
+        finally:
+            await mcp_session.ended()
+
+    mcp_session.keep_quiet()
+    try:
+        found = asyncio.run(listed())
+    except mcp_session.McpError as error:
+        fix = "start it, or correct its address and headers=; runs go on without its tools meanwhile"
+        return Finding("FAIL", f"{label} gives no list of tools: {error.why}", fix)
+    given = mcp_tools.told(server, found.tools)
+    if given.missing:
+        return Finding("warn", f"{label} has no tool {given.missing[0]!r}", "correct allowed=")
+    if given.left_out:
+        name, why = next(iter(given.left_out.items()))
+        said = f"{label} has {len(given.left_out)} tools that no model can be told of, such as {name[:80]!r}: {why}"
+        return Finding("warn", said, "leave them out with allowed=, or correct them at the server")
+    return Finding("ok", f"{label} answers; models are told of {len(given.tools)} tools")
+
+
 # From the worker
 
 
@@ -388,6 +438,7 @@ def frames(environ: Mapping[str, Any], host: str, patient: Patient) -> Iterator[
         found = [*_worker(environ, patient.patched), *_ends(environ, patient.settings)]
         found += _fast(patient.settings, in_worker=True)
         found += _health(patient.health) if patient.health else []
+        found += _visitors(environ, patient)
         found += [_model_server(name, part) for name, part in patient.parts.items()]
         redis = patient.settings.redis_url
         found += _redis(redis) if redis else []
@@ -438,6 +489,13 @@ def _ends(environ: Mapping[str, Any], settings: Settings) -> Iterator[Finding]:
             f"({settings.drain_seconds:g}) at a deploy",
             "run gunicorn with a longer --graceful-timeout, or shorten the drain",
         )
+    if gunicorn.setting("keepalive") == 0:
+        yield Finding(
+            "warn",
+            "with a --keep-alive of 0 gunicorn waits for a request's headers for ever: who sends half of them holds "
+            "one of the worker's connections for good",
+            "run gunicorn with --keep-alive 2, or let a proxy before it wait for whole requests, as nginx does",
+        )
     if most := gunicorn.setting("max_requests"):
         if gunicorn.is_kept():
             yield Finding("ok", f"a worker that has served {most} requests (--max-requests) ends between answers")
@@ -447,6 +505,20 @@ def _ends(environ: Mapping[str, Any], settings: Settings) -> Iterator[Finding]:
                 f"a worker that has served {most} requests (--max-requests) ends in the midst of answers",
                 "drop --max-requests: this server does not count requests as gunicorn's own workers do",
             )
+
+
+def _visitors(environ: Mapping[str, Any], patient: Patient) -> Iterator[Finding]:
+    if all(part.owner for part in patient.parts.values()):
+        # None is limited by an address.
+        return
+    if addresses.origin(environ).is_a_proxys:
+        yield Finding(
+            "warn",
+            f"all visitors have the proxy's address, {environ['REMOTE_ADDR']}: there are no limits for each address",
+            addresses.PROXY_FIX,
+        )
+    else:
+        yield Finding("ok", f"this request comes from {environ.get('REMOTE_ADDR') or 'a Unix socket'}")
 
 
 def _unpatched() -> list[str]:

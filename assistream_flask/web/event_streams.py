@@ -17,6 +17,7 @@ from .. import events, sse
 from ..errors import RequestError
 from ..events import RUN_ENDS, TERMINAL
 from ..log.protocol import EventId, LogUnavailableError, PositionExpiredError, Receipt, Record, Subscription
+from ..runs.open_streams import OpenStream
 from ..runs.runtime import Runtime
 
 _AWAY: Final = (LogUnavailableError, RequestError, SQLAlchemyError)
@@ -35,7 +36,7 @@ class _Reader:
 
     ``frames_of`` gives what the viewer is to see of records, which is sent as soon as they come; ``None`` where they
     are for :meth:`read`. ``ask_again`` is asked once a heartbeat or more often, and after ``seconds`` the stream is
-    over whatever it says.
+    over whatever it says, and where its ``place`` is another's.
     """
 
     def __init__(
@@ -46,13 +47,14 @@ class _Reader:
         send: Send,
         frames_of: Callable[[list[Record]], bytes | None],
         ask_again: AskAgain,
+        place: OpenStream,
         seconds: float = math.inf,
     ) -> None:
         self._runtime, self._thread_id, self._event_id = runtime, thread_id, event_id
         self._send, self._frames_of = send, frames_of
         self._subscription: Subscription | None = None
         self._heartbeat = runtime.settings.heartbeat_seconds
-        self._ask_again = ask_again
+        self._ask_again, self._place = ask_again, place
         now = time.monotonic()
         self._due = now + self._heartbeat
         # A crowd that came at once is neither to be asked about at once nor to come back so.
@@ -67,6 +69,7 @@ class _Reader:
             if self._event_id is None:
                 raise PositionExpiredError
             self._subscription = self._runtime.log.subscribe(self._thread_id, self._event_id)
+            self._place.on_end(self._subscription.interrupt)
 
     def read(self) -> list[Record]:
         """Give the next records, none when a heartbeat is due, or :meth:`is_over` is to be asked. Raises
@@ -96,7 +99,7 @@ class _Reader:
     def is_over(self) -> bool:
         """Tell whether the viewer is to come back, as somebody else or as nobody maybe."""
         now = time.monotonic()
-        if now >= self._end_at:
+        if now >= self._end_at or self._place.is_over:
             return True
         if now < self._ask_at:
             return False
@@ -119,19 +122,27 @@ class _Reader:
             self._subscription = None
 
 
-def view(runtime: Runtime, thread_id: str, event_id: EventId | None, send: Send, ask_again: AskAgain) -> Frames:
+def view(
+    runtime: Runtime,
+    thread_id: str,
+    event_id: EventId | None,
+    send: Send,
+    ask_again: AskAgain,
+    place: OpenStream,
+) -> Frames:
     """Give the thread's events after ``event_id``, without an end; a snapshot first where that can't be proven.
 
-    Ends when the thread is deleted, the server shuts down, ``ask_again`` says no, the stream is old or, once it has
-    begun, log or store are away: the viewer comes back then. Raises what says so before its first frame, for the
-    answer.
+    Ends when the thread is deleted, the server shuts down, ``ask_again`` says no, the stream is old, its ``place`` is
+    another's or, once it has begun, log or store are away: the viewer comes back then. Raises what says so before its
+    first frame, for the answer.
     """
 
     def frames_of(records: list[Record]) -> bytes | None:
         found, gone = _until_deleted(records)
         return None if gone else _joined(found)
 
-    reader = _Reader(runtime, thread_id, event_id, send, frames_of, ask_again, runtime.settings.stream_seconds)
+    seconds = runtime.settings.stream_seconds
+    reader = _Reader(runtime, thread_id, event_id, send, frames_of, ask_again, place, seconds)
     first = sse.RETRY
     try:
         while True:
@@ -169,16 +180,18 @@ def follow(
     event_id: EventId | None,
     send: Send,
     ask_again: AskAgain,
+    place: OpenStream,
 ) -> Frames:
     """Give the events of ``runs`` and of the user's message after ``event_id``, then ``done``.
 
-    At a shutdown, when ``ask_again`` says no, or when log or store are away, it ends without ``done``: the runs go on.
+    At a shutdown, when ``ask_again`` says no, its ``place`` is another's, or log or store are away, it ends without
+    ``done``: the runs go on.
     """
 
     def frames_of(records: list[Record]) -> bytes | None:
         return None if first else _frames_of(records, runs)
 
-    reader = _Reader(runtime, thread_id, event_id, send, frames_of, ask_again)
+    reader = _Reader(runtime, thread_id, event_id, send, frames_of, ask_again, place)
     waiting = set(runs)
     first = sse.RETRY
     try:

@@ -64,3 +64,27 @@ def start(
         assert given is not None
         return given
     return StoredAnswer("", "", status, body(started), str(started.event_id))
+
+
+def answered(
+    call: Call,
+    thread: OwnedThread,
+    status: int,
+    act: Callable[[Callable[[Mapping[str, Any]], StoredAnswer | None]], Mapping[str, Any]],
+) -> Mapping[str, Any]:
+    """Do what the request asks for, once; give what it is answered with. ``act`` is given what makes of that what is to
+    be stored beside the change."""
+    once = Once(call, thread.owner)
+    given = once.before()
+    if given is None:
+        try:
+            return act(lambda body: once.answer(status, body))
+        except AnsweredBefore:
+            given = once.before()
+            assert given is not None
+        except RequestError as error:
+            # The same request may have been the one that was first.
+            given = once.before() if error.status == 409 else None
+            if given is None:
+                raise
+    return given.body

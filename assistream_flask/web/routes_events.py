@@ -12,6 +12,7 @@ from ..errors import RequestError
 from ..fast import direct_send
 from ..log.protocol import EventId
 from ..platform import threaded
+from ..runs.open_streams import OpenStream
 from ..runs.service import OwnedThread
 from ..settings import Settings
 from . import event_streams
@@ -26,12 +27,15 @@ def events(call: Call, thread: OwnedThread) -> Response:
     ask_again = asking_again(call)
     return streamed(
         call,
-        lambda send: event_streams.view(call.runtime, thread.id, EventId.parse(asked), send, ask_again),
+        lambda send, place: event_streams.view(call.runtime, thread.id, EventId.parse(asked), send, ask_again, place),
         begin=True,
     )
 
 
-def streamed(call: Call, start: Callable[[event_streams.Send], event_streams.Frames], begin: bool = False) -> Response:
+Start = Callable[[event_streams.Send, OpenStream], event_streams.Frames]
+
+
+def streamed(call: Call, start: Start, begin: bool = False) -> Response:
     """Answer with a stream; one that is to ``begin`` before the headers can still be answered with an error."""
     runtime, settings = call.runtime, call.runtime.settings
     if request.method == "HEAD":
@@ -41,23 +45,18 @@ def streamed(call: Call, start: Callable[[event_streams.Send], event_streams.Fra
     server = threaded.server(request.environ)
     if server is not None:
         threaded.warn(server, server.most_streams(settings.worker_streams))
-    if runtime.full(server):
+    place = OpenStream(call.owner, call.address)
+    if not runtime.streams.enter(place, runtime.most_streams(server)):
         raise _full(server)
-    if not runtime.enter_stream(call.owner):
-        fix = f"You may have {settings.max_streams} event streams open. Close one, such as a tab."
-        raise RequestError(429, "too_many_streams", fix, retry_after=5)
     try:
-        # Of several that came at once each may have found room for one.
-        if server is not None and runtime.full(server, 1):
-            raise _full(server)
         # Closed when a heartbeat stays unacknowledged for nine tenths of the interval: before the second one after it.
         peer = direct_send.ViewerConnection(request.environ, settings.slow_seconds, 0.9 * settings.heartbeat_seconds)
-        stream = start(peer.send)
+        stream = start(peer.send, place)
         first = next(stream) if begin else b""
     except BaseException:
-        runtime.leave_stream(call.owner)
+        runtime.streams.leave(place)
         raise
-    g.assistream_body = direct_send.Body(first, stream, peer, lambda: runtime.leave_stream(call.owner))
+    g.assistream_body = direct_send.Body(first, stream, peer, lambda: runtime.streams.leave(place))
     return _Streamed(g.assistream_body, headers=sse.HEADERS)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from flask import Response, request
 
 from ..log.protocol import EventId
+from ..runs.open_streams import OpenStream
 from ..runs.runner import Started
 from ..runs.service import OwnedThread
 from ..store.sql import AnsweredBefore, StoredAnswer
@@ -23,13 +24,14 @@ def create_runs(call: Call, thread: OwnedThread) -> Response:
     def begin() -> StoredAnswer:
         return start(call, thread, command, 202, Started.public)
 
-    def follow(send: event_streams.Send) -> event_streams.Frames:
+    def follow(send: event_streams.Send, place: OpenStream) -> event_streams.Frames:
         given = begin()
         message = given.body["message"]
         runs = {run["id"] for run in given.body["runs"]}
         message_id = message["message"]["id"] if message else None
         event_id = EventId.parse(given.event_id)
-        return event_streams.follow(call.runtime, thread.id, message_id, runs, event_id, send, asking_again(call))
+        ask_again = asking_again(call)
+        return event_streams.follow(call.runtime, thread.id, message_id, runs, event_id, send, ask_again, place)
 
     if any(kind.lower() == "text/event-stream" and quality for kind, quality in request.accept_mimetypes):
         return streamed(call, follow)

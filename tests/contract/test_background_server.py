@@ -99,7 +99,7 @@ def test_after_any_number_comes_exactly_the_rest(
 
 
 def test_an_answer_goes_on_when_its_client_leaves(server: OfflineServer, client: openai.OpenAI) -> None:
-    server.replies = Reply("one two three four five", delay=0.2)
+    server.replies = Reply("one two three four five", delay=1)
     id = begin(client)
     assert server.requests[0].wait()
     assert server.requests[0].disconnected

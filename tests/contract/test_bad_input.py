@@ -426,7 +426,7 @@ def test_over_the_limit_of_runs_is_429_with_retry_after_until_one_ends(
         assert "You may have 2" in refused(answer, 429, "too_many_runs")
         assert int(answer.headers["Retry-After"]) > 0
     assert rows(app) == before
-    assert app.extensions["assistream"].runtime().streams == {}
+    assert app.extensions["assistream"].runtime().streams.callers == {}
     # Another thread is no way round, another caller and a message without a run are not concerned.
     other = caller.client.post(f"{P}/threads").get_json()["id"]
     refused(caller.client.post(f"{P}/threads/{other}/runs", json=body), 429, "too_many_runs")
@@ -456,7 +456,7 @@ def test_over_the_limit_of_streams_is_429_with_retry_after_until_one_closes(make
     streams[0].close()
     assert read(caller.client.get(f"{caller.url}/events"), lambda frame: True)[0].event == "thread.snapshot"
     streams[1].close()
-    assert app.extensions["assistream"].runtime().streams == {}
+    assert app.extensions["assistream"].runtime().streams.callers == {}
 
 
 # The server's own state

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +15,7 @@ from assistream_flask import Assistant, ConfigurationError
 from assistream_flask.events import Json
 from assistream_flask.testing import OfflineServer, Reply
 from assistream_flask.upstream import answer_stream, event_reader
-from assistream_flask.upstream.deltas import Delta, End, Failed, Text
+from assistream_flask.upstream.deltas import Delta, End, Failed, Source, Text
 from assistream_flask.upstream.dialects import DIALECTS
 from assistream_flask.upstream.items import Turn
 from assistream_flask.upstream.protocol import Dialect, ModelRequest, Translator
@@ -155,7 +155,20 @@ class Letters:
     def create(self, client: openai.OpenAI, request: ModelRequest) -> Any:
         return iter([{"type": "letter", "letter": letter} for letter in request.turns[-1].text] + [{"type": "last"}])
 
-    def translator(self, most_tokens: int | None = None) -> Translator:
+    def instead(self, client: openai.OpenAI, request: ModelRequest, error: openai.APIStatusError) -> None:
+        return None
+
+    def learner(self, client: openai.OpenAI, request: ModelRequest) -> None:
+        return None
+
+    def translator(
+        self,
+        most_tokens: int | None = None,
+        *,
+        start: int = 0,
+        has_tools: bool = False,
+        learn: Callable[[], None] | None = None,
+    ) -> Translator:
         return LettersTranslator()
 
     def recognises(self, kind: str, data: Mapping[str, Any]) -> bool:
@@ -164,6 +177,7 @@ class Letters:
 
 class LettersTranslator:
     joins: ClassVar[bool] = False
+    source: Source | None = None
 
     def feed(self, kind: str, data: Json) -> list[Delta]:
         if kind == "last":

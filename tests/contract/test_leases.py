@@ -64,7 +64,7 @@ class Kept:
 
     def known(self) -> list[tuple[str, str, bool]]:
         """Give the workers that are known."""
-        with self.store._read() as connection:
+        with self.store.read() as connection:
             return [(row.id, row.name, row.is_shared) for row in connection.execute(sa.select(workers))]
 
 
@@ -229,7 +229,7 @@ def test_a_run_whose_row_its_holder_locks_for_longer_than_a_lease_stays_its_own(
         one.held.append(run)
         other.beat("w2", "host/7", is_shared=True)
         found: list[object] = []
-        with one.store._write() as connection:
+        with one.store.write() as connection:
             # As one that stores its text while the app computes.
             connection.execute(runs.update().where(runs.c.id == run).values(place="0a-1"))
             wait_until(lambda: one.left(run) < -LEASE)
@@ -322,7 +322,7 @@ def test_a_thread_that_ends_leaves_nothing_open(url: str) -> None:
 def test_a_process_ends_in_time_while_the_database_is_silent(postgres_url: str, how: str) -> None:
     work = f"""
         import signal
-        with kept.store._read() as connection:
+        with kept.store.read() as connection:
             others = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
             pids = [row[0] for row in connection.exec_driver_sql(others)]
         print(*pids, flush=True)

@@ -857,6 +857,25 @@ def test_a_reader_is_woken_once_by_an_event_whatever_its_time_outs_were(
     assert reads <= 20
 
 
+def test_a_read_that_is_interrupted_gives_nothing_and_the_next_one_misses_nothing(make: MakeLog) -> None:
+    log = make()
+    reader = log.subscribe("t", log.end("t"))
+    # Before a read, and in the midst of one.
+    reader.interrupt()
+    assert reader.read(60) == []
+    waker = threading.Timer(0.1, reader.interrupt)
+    waker.start()
+    assert reader.read(60) == []
+    waker.join()
+    log.append("t", [event(0)])
+    log.append("t", [event(1)])
+    found = list[int]()
+    while len(found) < 2:
+        found += numbers(reader.read(5))
+    reader.close()
+    assert found == [0, 1]
+
+
 def test_writers_at_once_leave_no_hole_and_each_batch_whole(make: MakeLog) -> None:
     log = make()
     start = log.end("t")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from alembic.script import ScriptDirectory
 
 from assistream_flask.store import migrations, tables
 from assistream_flask.store.sql import ThreadStore
+from assistream_flask.store.tool_calls import StoredCall, ToolCallStore
 from tests.conftest import at_once
 from tests.contract import schema_1
 from tests.contract.test_store import FUTURE, ME, entries, new_thread, over, start, user
@@ -230,3 +232,92 @@ def test_alembic_is_imported_for_an_upgrade_only(tmp_path: Path) -> None:
     command = [sys.executable, "-c", f"{look}; assert 'alembic' not in sys.modules", url]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+# The release before tools
+
+
+@pytest.fixture
+def before_tools(engine: sa.Engine) -> sa.MetaData:
+    """Give the tables of a database as the release before tools made it, with one thread of one run."""
+    with engine.begin() as connection:
+        migrations.upgrade(connection, 0, to="0003")
+        tables_then = sa.MetaData()
+        tables_then.reflect(connection)
+        connection.execute(tables_then.tables["assistream_schema"].insert().values(version=3))
+        thread = {"id": "t", "scope": "blue", "owner": "me", "created_at": 1, "metadata": {}}
+        connection.execute(tables_then.tables["assistream_threads"].insert().values(thread))
+        answer(connection, tables_then, 1)
+    return tables_then
+
+
+def answer(connection: sa.Connection, then: sa.MetaData, number: int) -> None:
+    """Store a run, and that it thought and answered, as a worker of that release does."""
+    messages, runs = then.tables["assistream_messages"], then.tables["assistream_runs"]
+    run_id, message_id = f"r{number}", f"m{number}"
+    step = {
+        "id": "s", "object": "thread.run.step", "run_id": run_id, "thread_id": "t", "assistant_id": "tutor",
+        "type": "reasoning", "status": "completed", "created_at": 1, "completed_at": 1,
+        "step_details": {"type": "reasoning", "reasoning": {"text": "Hm."}},
+    }  # fmt: skip
+    message = {
+        "id": message_id, "thread_id": "t", "position": number, "role": "assistant", "status": "in_progress",
+        "content": [], "assistant_id": "tutor", "run_id": run_id, "created_at": 1, "metadata": {},
+    }  # fmt: skip
+    connection.execute(messages.insert().values(message))
+    connection.execute(runs.insert().values(old_run(run_id, message_id)))
+    connection.execute(runs.update().where(runs.c.id == run_id).values(steps=[step], claim=runs.c.claim + 1))
+
+
+def test_what_the_release_before_tools_stored_is_read_with_what_it_lacked(
+    url: str, engine: sa.Engine, before_tools: sa.MetaData
+) -> None:
+    store = ThreadStore(url)
+    assert (recorded(engine), differences(engine, tables.metadata)) == (NEWEST, [])
+    [held] = store.held()
+    assert (held.loop, held.run["required_action"], held.run["expires_at"]) == (None, None, None)
+    assert [step["content_index"] for step in entries(store, "t")[0]["steps"]] == [0]
+    assert store.history("m1", 100, 100) == ([], False)
+    calls = ToolCallStore(store)
+    state = (held.run, held.message, held.steps, None, None, held.claim)
+    call = StoredCall("r1", "call_1", 1, 0, "step_1", "add", "server", "{}", "pending")
+    assert calls.begin_round("old", state, {"round": 1}, [{"type": "message"}], [call])
+    assert calls.claim("old", held.claim, "r1", "call_1")
+    store.close()
+
+
+def test_workers_of_the_release_before_tools_answer_while_and_after_the_schema_is_upgraded(
+    url: str, engine: sa.Engine, before_tools: sa.MetaData
+) -> None:
+    is_upgraded, failed, count = threading.Event(), list[sa.exc.SQLAlchemyError](), 1
+
+    def work() -> None:
+        nonlocal count
+        after = 0
+        while after < 20 and not failed:
+            after += is_upgraded.is_set()
+            try:
+                with engine.begin() as connection:
+                    answer(connection, before_tools, count + 1)
+                count += 1
+            except sa.exc.SQLAlchemyError as error:
+                failed.append(error)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    store = ThreadStore(url)
+    is_upgraded.set()
+    worker.join(60)
+    assert (worker.is_alive(), failed) == (False, [])
+    assert len(store.held()) == count > 20
+    # They delete a thread with what they know nothing of.
+    [held, *_] = store.held()
+    state = (held.run, held.message, held.steps, None, None, held.claim)
+    assert ToolCallStore(store).begin_round("old", state, {"round": 1}, [{"type": "message"}], [])
+    with engine.begin() as connection:
+        if connection.dialect.name == "sqlite":
+            connection.exec_driver_sql("PRAGMA foreign_keys=ON")
+        for name in ("runs", "messages", "threads"):
+            connection.execute(before_tools.tables[f"assistream_{name}"].delete())
+        assert connection.execute(sa.select(tables.items)).all() == []
+    store.close()

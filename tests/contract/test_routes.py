@@ -60,6 +60,8 @@ RUN = {
     "last_error",
     "incomplete_details",
     "usage",
+    "required_action",
+    "expires_at",
     "model",
     "created_at",
     "started_at",
@@ -412,13 +414,16 @@ def test_the_routes_are_those_of_the_contract(app: Flask) -> None:
         f"{thread}/messages": {"GET", "POST"},
         f"{thread}/runs": {"POST"},
         f"{thread}/runs/<run_id>/cancel": {"POST"},
+        f"{thread}/runs/<run_id>/submit_tool_outputs": {"POST"},
+        f"{thread}/runs/<run_id>/approvals": {"POST"},
+        f"{thread}/runs/<run_id>/tool_calls/<call_id>/claim": {"POST"},
         f"{thread}/events": {"GET"},
         f"{P}/doctor": {"GET"},
     }
 
 
 def filled(url: str, caller: Caller, run_id: str = "run_0") -> str:
-    return url.replace("<thread_id>", caller.thread_id).replace("<run_id>", run_id)
+    return url.replace("<thread_id>", caller.thread_id).replace("<run_id>", run_id).replace("<call_id>", "call_0")
 
 
 def test_head_and_options_change_nothing(app: Flask, caller: Caller) -> None:
@@ -436,7 +441,7 @@ def test_head_and_options_change_nothing(app: Flask, caller: Caller) -> None:
         assert "Access-Control-Allow-Origin" not in options.headers
     assert caller.entries() == before
     assert len(caller.client.get(f"{P}/threads").get_json()["data"]) == 1
-    assert app.extensions["assistream"].runtime().streams == {}
+    assert app.extensions["assistream"].runtime().streams.callers == {}
 
 
 def test_another_method_is_our_405_with_allow(app: Flask, caller: Caller) -> None:
@@ -657,9 +662,9 @@ def test_at_a_shutdown_streams_end_and_no_done_is_said_of_runs_that_go_on(
 def test_a_stream_that_is_left_is_counted_out(app: Flask, caller: Caller) -> None:
     for _ in range(3):
         stream = caller.client.get(f"{caller.url}/events")
-        assert len(app.extensions["assistream"].runtime().streams) == 1
+        assert app.extensions["assistream"].runtime().streams.count == 1
         stream.close()
-        assert app.extensions["assistream"].runtime().streams == {}
+        assert app.extensions["assistream"].runtime().streams.callers == {}
 
 
 def test_a_prefix_with_a_variable_works(make_app: MakeApp, server: OfflineServer) -> None:

@@ -28,7 +28,9 @@ from assistream_flask.store.sql import (
     State,
     StoredAnswer,
     ThreadStore,
+    TooManyMessagesError,
     TooManyRunsError,
+    TooManyThreadsError,
     thread_object,
 )
 from assistream_flask.types import ContentPart, Message, Run, Thread
@@ -106,7 +108,7 @@ def over(run: Run, message: Message, status: Any = "completed") -> tuple[Run, Me
 def test_a_file_is_in_wal_mode_with_foreign_keys_on(tmp_path: Path) -> None:
     path = tmp_path / "a.sqlite3"
     store = ThreadStore(f"sqlite:///{path}")
-    with store._read() as connection:
+    with store.read() as connection:
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
         assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 1
     store.close()
@@ -136,14 +138,14 @@ def test_the_schema_is_created_at_first_use_and_its_version_recorded_once(lastin
     for _ in range(2):
         ThreadStore(lasting).close()
     store = ThreadStore(lasting)
-    with store._read() as connection:
+    with store.read() as connection:
         assert connection.execute(sa.select(tables.schema)).all() == [(tables.VERSION,)]
     store.close()
 
 
 def test_a_newer_schema_is_refused_with_what_to_do(lasting: str) -> None:
     store = ThreadStore(lasting)
-    with store._write() as connection:
+    with store.write() as connection:
         connection.execute(tables.schema.update().values(version=tables.VERSION + 1))
     thread = new_thread(store)
     with pytest.raises(ConfigurationError, match="upgrade assistream"):
@@ -260,9 +262,9 @@ def test_no_stored_answer_says_what_a_deleted_threads_words_were(store: ThreadSt
 def test_the_database_itself_deletes_what_hangs_on_a_thread(store: ThreadStore) -> None:
     thread_id = new_thread(store)["id"]
     store.add(ME, thread_id, user(thread_id), [pair(thread_id)])
-    with store._write() as connection:
+    with store.write() as connection:
         connection.execute(tables.threads.delete())
-    with store._read() as connection:
+    with store.read() as connection:
         for table in (tables.messages, tables.runs):
             assert connection.execute(sa.select(sa.func.count()).select_from(table)).scalar() == 0
 
@@ -271,7 +273,7 @@ def test_the_number_of_a_deleted_thread_is_not_used_again(store: ThreadStore) ->
     first = new_thread(store)["id"]
     store.delete_thread(first)
     second = new_thread(store)["id"]
-    with store._read() as connection:
+    with store.read() as connection:
         assert connection.execute(sa.select(tables.threads.c.number)).scalar_one() == 2
     assert store.owns(ME, second)
 
@@ -327,6 +329,62 @@ def test_a_page_is_the_newest_in_order_and_before_goes_back(store: ThreadStore) 
     other = new_thread(store)["id"]
     assert store.page(other, 2, ids[1]) is None
     assert store.page(thread_id, 2, "msg_unknown") is None
+
+
+def test_a_page_has_no_more_than_its_bytes_but_for_the_newest_and_says_that_there_are_older_ones(
+    store: ThreadStore,
+) -> None:
+    thread_id, texts = new_thread(store)["id"], list[str]()
+    for number in range(6):
+        texts.append(f"{number}" + "x" * 1000)
+        store.add(ME, thread_id, user(thread_id, texts[-1]))
+    run, message = start(store, thread_id)
+    step = events.reasoning_step(run, 0)
+    step["step_details"] = {"type": "reasoning", "reasoning": {"text": "y" * 5000}}
+    assert store.save("w1", run, message, [step], "0a-7")
+
+    def page(most: int, limit: int = 200, before: str | None = None) -> tuple[list[str], bool]:
+        found = store.page(thread_id, limit, before, most)
+        assert found is not None
+        return [text_of(one.entry["message"]["content"]) for one in found[0]], found[1]
+
+    assert page(100_000) == ([*texts, ""], False)
+    # What a model thought is on the page too.
+    assert page(5000) == ([""], True)
+    assert page(1) == ([""], True)
+    assert page(7000) == ([texts[5], ""], True)
+    newest = message["id"]
+    assert page(3500, before=newest) == (texts[3:], True)
+    assert page(3500, 2, before=newest) == (texts[4:], True)
+    assert page(7000, before=newest) == (texts, False)
+    assert page(7000, 6, before=newest) == (texts, False)
+    # Whoever goes back by them has all of it, each once.
+    back, before, more = list[str](), None, True
+    while more:
+        found = store.page(thread_id, 200, before, 2500)
+        assert found is not None
+        entries, more = found
+        back = [text_of(one.entry["message"]["content"]) for one in entries] + back
+        before = entries[0].entry["message"]["id"]
+    assert back == [*texts, ""]
+
+
+def test_what_a_page_leaves_out_is_not_read(store: ThreadStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    thread_id = new_thread(store)["id"]
+    for _ in range(20):
+        store.add(ME, thread_id, user(thread_id, "x" * 1000))
+    every, read = sa.CursorResult.all, list[int]()
+
+    def counted(result: sa.CursorResult[Any]) -> Any:
+        rows = every(result)
+        read.append(len(rows))
+        return rows
+
+    monkeypatch.setattr(sa.CursorResult, "all", counted)
+    page = store.page(thread_id, 200, None, 2500)
+    assert page is not None
+    assert len(page[0]) == 2
+    assert read == [2]
 
 
 def test_a_page_tells_the_place_of_what_grows_and_of_nothing_else(store: ThreadStore) -> None:
@@ -385,7 +443,7 @@ def test_history_is_read_from_its_end_and_no_further_than_its_limit(store: Threa
 def test_save_stores_run_message_and_steps(store: ThreadStore) -> None:
     thread_id = new_thread(store)["id"]
     run, message = start(store, thread_id)
-    step = events.reasoning_step(run)
+    step = events.reasoning_step(run, 0)
     run = {**run, "status": "in_progress", "started_at": 7, "usage": cast(Any, {"total_tokens": 3})}
     message = {**message, "content": [events.text_part("é")]}
     assert store.save("w1", run, message, [step], "0a-3")
@@ -409,7 +467,7 @@ def test_what_has_grown_is_stored_at_once_of_those_runs_that_are_the_workers_and
     store.delete_thread(other)
     store.save("w1", *over(*ended), [], "0a-1")
     grown: list[ContentPart] = [events.text_part("grown")]
-    step, state = events.reasoning_step(mine[0]), {"response_id": "resp_1"}
+    step, state = events.reasoning_step(mine[0], 0), {"response_id": "resp_1"}
     states: list[State] = [
         (run, {**message, "content": grown}, [step], "0a-3", state, 0) for run, message in (mine, also, theirs, gone)
     ]
@@ -449,7 +507,7 @@ def test_adds_at_once_get_positions_without_gap_or_doubling(store: ThreadStore) 
         return position
 
     assert all(isinstance(found, int) for found in at_once(8, add))
-    with store._read() as connection:
+    with store.read() as connection:
         positions = connection.execute(sa.select(tables.messages.c.position).order_by(sa.text("1"))).scalars()
         assert list(positions) == list(range(1, 161))
     roles = [one["message"]["role"] for one in entries(store, thread_id)]
@@ -479,6 +537,50 @@ def test_runs_asked_for_at_once_never_exceed_the_limit(store: ThreadStore) -> No
     found = at_once(8, lambda at: store.add(ME, threads[at], None, [pair(threads[at])], max_runs=3))
     assert sorted(type(one).__name__ for one in found) == ["TooManyRunsError"] * 5 + ["int"] * 3
     assert len(store.held()) == 3
+
+
+def test_the_limit_of_threads_counts_the_callers_own_and_a_deleted_one_makes_room(store: ThreadStore) -> None:
+    def create(owner: Owner = ME, answer: StoredAnswer | None = None) -> str:
+        thread = thread_object({"id": events.new_id("thread"), "created_at": 1, "metadata": {}})
+        store.create_thread(owner, thread, answer, max_threads=2)
+        return thread["id"]
+
+    first, _ = create(), create()
+    create(OTHER)
+    with pytest.raises(TooManyThreadsError):
+        create(ME, StoredAnswer("key", "print", 201, {}))
+    assert store.answer(ME, "key") is None
+    store.delete_thread(first)
+    create(ME, StoredAnswer("key", "print", 201, {}))
+
+
+def test_threads_made_at_once_never_exceed_the_limit(store: ThreadStore) -> None:
+    made = [thread_object({"id": events.new_id("thread"), "created_at": 1, "metadata": {}}) for _ in range(8)]
+    found = at_once(8, lambda at: store.create_thread(ME, made[at], max_threads=3))
+    assert sorted(type(one).__name__ for one in found) == ["NoneType"] * 3 + ["TooManyThreadsError"] * 5
+    threads = store.threads(ME, 50, None)
+    assert threads is not None
+    assert len(threads[0]) == 3
+
+
+def test_the_limit_of_messages_counts_all_of_a_thread_and_nothing_is_stored_beyond_it(store: ThreadStore) -> None:
+    full, other = new_thread(store)["id"], new_thread(store)["id"]
+    assert store.add(ME, full, user(full), [pair(full)], max_messages=3) == 1
+    with pytest.raises(TooManyMessagesError):
+        store.add(ME, full, user(full), [pair(full)], max_messages=3, answer=StoredAnswer("key", "print", 202, {}))
+    assert store.answer(ME, "key") is None
+    assert store.add(ME, full, user(full), max_messages=3) == 3
+    with pytest.raises(TooManyMessagesError):
+        store.add(ME, full, user(full), max_messages=3)
+    assert len(entries(store, full)) == 3
+    assert store.add(ME, other, user(other), max_messages=3) == 1
+
+
+def test_messages_added_at_once_never_exceed_the_limit(store: ThreadStore) -> None:
+    thread_id = new_thread(store)["id"]
+    found = at_once(8, lambda _: store.add(ME, thread_id, user(thread_id), max_messages=3))
+    assert sorted(type(one).__name__ for one in found) == ["TooManyMessagesError"] * 5 + ["int"] * 3
+    assert len(entries(store, thread_id)) == 3
 
 
 def test_an_answer_comes_back_to_the_caller_that_got_it_and_to_no_other(store: ThreadStore) -> None:
@@ -537,12 +639,12 @@ def test_held_gives_the_runs_that_are_not_over_with_all_their_worker_needs(store
     run, message = start(store, thread_id, group_id="g7", mode="sequential")
     done = start(store, thread_id)
     store.save("w1", *over(*done), [], None)
-    step = events.reasoning_step(run)
+    step = events.reasoning_step(run, 0)
     upstream = {"id": "resp_1", "sequence_number": 7}
     store.save("w1", run, message, [step], "0a-3", upstream)
     store.release("w1")
     [held] = store.held()
-    whole = (run, message, [step], 2, ME, "g7", "sequential", "0a-3", upstream, 0, "w1", 0, "host/7")
+    whole = (run, message, [step], 2, ME, "g7", "sequential", "0a-3", upstream, 0, "w1", 0, None, "host/7")
     assert tuple(held)[:-1] == whole
     assert held.overdue > 1e9
     assert store.held(tables.runs.c.worker != "w1") == []
@@ -615,7 +717,7 @@ def test_a_run_whose_holder_came_back_since_it_was_read_is_not_claimed(store: Th
     thread_id = new_thread(store)["id"]
     run, message = start(store, thread_id)
     store.renew("w1", [run["id"]], -1)
-    with store._write() as connection:
+    with store.write() as connection:
         connection.execute(tables.runs.update().values(lease=5.0))
     read = seen(store, run)
     match back:
@@ -636,7 +738,7 @@ def test_a_run_whose_holder_came_back_since_it_was_read_is_not_claimed(store: Th
 def test_a_run_is_claimed_from_a_holder_that_is_not_heard_of_and_by_a_worker_that_is(store: ThreadStore) -> None:
     def heard_of(worker: str, seconds: float) -> None:
         store.beat(worker, "host/7", is_shared=True)
-        with store._write() as connection:
+        with store.write() as connection:
             ago = tables.workers.update().where(tables.workers.c.id == worker)
             connection.execute(ago.values(seen=tables.workers.c.seen - seconds))
 
@@ -645,7 +747,7 @@ def test_a_run_is_claimed_from_a_holder_that_is_not_heard_of_and_by_a_worker_tha
 
     thread_id = new_thread(store)["id"]
     lapsed, released = (start(store, thread_id, lease=0)[0] for _ in range(2))
-    with store._write() as connection:
+    with store.write() as connection:
         connection.execute(tables.runs.update().where(tables.runs.c.id == lapsed["id"]).values(lease=5.0))
     read = seen(store, lapsed)
     heard_of("w1", 3500)
@@ -657,7 +759,7 @@ def test_a_run_is_claimed_from_a_holder_that_is_not_heard_of_and_by_a_worker_tha
     assert not claims(read, "w2")
     heard_of("w2", 1700)
     assert claims(read, "w2")
-    with store._write() as connection:
+    with store.write() as connection:
         connection.execute(tables.runs.update().where(tables.runs.c.id == lapsed["id"]).values(lease=5.0))
     assert claims(seen(store, lapsed), "w2")
 
@@ -667,7 +769,7 @@ def test_who_claims_a_run_gets_what_its_last_holder_stored_until_then(store: Thr
     run, message = start(store, thread_id)
     run["status"] = "in_progress"
     store.save("w1", run, message, [], "0a-1")
-    with store._write() as connection:
+    with store.write() as connection:
         connection.execute(tables.runs.update().values(lease=5.0))
     read = seen(store, run)
     message["content"] = [events.text_part("w0 w1")]
@@ -685,7 +787,7 @@ def test_the_other_workers_are_those_that_were_heard_of_a_moment_ago(store: Thre
     for worker in ("w1", "w2", "w3"):
         store.beat(worker, f"host/{worker}", is_shared=False)
     assert store.others("w1", 5) == ["host/w2", "host/w3"]
-    with store._write() as connection:
+    with store.write() as connection:
         connection.execute(tables.workers.update().where(tables.workers.c.id == "w3").values(seen=database.Now() - 6))
     assert store.others("w1", 5) == ["host/w2"]
     store.retire("w2")
@@ -720,7 +822,7 @@ def test_a_worker_that_died_is_buried_by_one_when_its_runs_are_over_and_its_late
         run, message = start(store, thread_id, worker="dead")
         store.save("dead", {**over(run, message)[0], "completed_at": at}, message, [], None)
     run, message = start(store, busy, worker="busy")
-    with store._write() as connection:
+    with store.write() as connection:
         connection.execute(tables.workers.update().where(tables.workers.c.id != "lives").values(seen=5.0))
     found = at_once(4, lambda _: store.bury(60, 1000))
     assert sorted(found, key=len) == [[], [], [], [late]]
@@ -849,7 +951,7 @@ def test_a_store_has_no_more_connections_than_its_pool_and_waiting_for_one_ends(
     store = ThreadStore(postgres_url, pool=2)
     assert isinstance(store._engine.pool, sa.QueuePool)
     store._engine.pool._timeout = 0.1
-    with store._read(), store._read(), pytest.raises(sa.exc.SQLAlchemyError, match="QueuePool limit"):
+    with store.read(), store.read(), pytest.raises(sa.exc.SQLAlchemyError, match="QueuePool limit"):
         store.held()
     assert store.held() == []
     store.close()
@@ -857,7 +959,7 @@ def test_a_store_has_no_more_connections_than_its_pool_and_waiting_for_one_ends(
 
 def test_nothing_waits_for_ever(postgres_url: str) -> None:
     store = ThreadStore(postgres_url)
-    with store._read() as connection:
+    with store.read() as connection:
         limits = "statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout"
         assert [connection.exec_driver_sql(f"SHOW {name}").scalar() for name in limits] == ["15s", "5s", "30s"]
     store.close()
@@ -866,7 +968,7 @@ def test_nothing_waits_for_ever(postgres_url: str) -> None:
 def test_a_limit_that_the_operator_set_stays_and_ends_a_wait(postgres_url: str) -> None:
     store = ThreadStore(f"{postgres_url}&options=-clock_timeout%3D100&connect_timeout=7")
     thread_id = new_thread(store)["id"]
-    with store._write() as connection:
+    with store.write() as connection:
         connection.execute(sa.select(tables.threads).with_for_update())
         with pytest.raises(sa.exc.SQLAlchemyError, match="lock timeout"):
             store.add(ME, thread_id, user(thread_id))
@@ -880,7 +982,7 @@ def test_what_another_transaction_holds_is_left_for_the_next_time_where_many_row
     store = ThreadStore(postgres_url)
     thread_id = new_thread(store)["id"]
     one, two = (start(store, thread_id, answer=StoredAnswer(key, "", 202, {}))[0]["id"] for key in "ab")
-    with store._write() as connection:
+    with store.write() as connection:
         connection.execute(sa.select(tables.runs).where(tables.runs.c.id == two).with_for_update())
         connection.execute(sa.select(tables.answers).where(tables.answers.c.key == "b").with_for_update())
         store.renew("w1", [one, two], 50_000)
@@ -897,7 +999,7 @@ def test_what_another_transaction_holds_is_left_for_the_next_time_where_many_row
 def test_connections_that_the_server_closed_are_replaced(postgres_url: str) -> None:
     store, other = ThreadStore(postgres_url), ThreadStore(postgres_url)
     assert store.held() == []
-    with other._read() as connection:
+    with other.read() as connection:
         connection.exec_driver_sql(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid != pg_backend_pid()"
         )
@@ -918,7 +1020,7 @@ from assistream_flask.store.sql import Owner, ThreadStore, thread_object
 store, owner = ThreadStore(sys.argv[1], pool=10), Owner("blue", "me")
 
 def query(seconds):
-    with store._read() as connection:
+    with store.read() as connection:
         connection.execute(sa.select(sa.func.pg_sleep(seconds)))
 
 slow = gevent.spawn(query, 2)
@@ -940,7 +1042,7 @@ def work(_):
 
 found = [job.get() for job in gevent.joinall([gevent.spawn(work, n) for n in range(50)], timeout=60)]
 assert found == [1] * 50, found
-with store._read() as connection:
+with store.read() as connection:
     count = connection.exec_driver_sql("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()")
     assert 2 <= count.scalar() <= 10
 assert len(store.threads(owner, 100, None)[0]) == 50

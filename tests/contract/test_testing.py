@@ -246,10 +246,10 @@ def test_a_script_that_fails_is_an_http_500_that_says_why(server: OfflineServer)
 def test_the_script_answers_alike_for_alike_and_otherwise_for_other_personas() -> None:
     def request(who: str, *messages: tuple[str, str]) -> Request:
         made = Request("POST", "/", {}, {}, 0.0)
-        made.instructions, made.messages = who, list(messages)
+        made.instructions, made.messages = f"You are {who}.", list(messages)
         return made
 
-    people = ["You are a patient tutor.", "You are a stern critic.", "You are a poet.", "You are helpful."]
+    people = ["a patient tutor", "a stern critic", "a poet", "an astronomer", "helpful"]
     turns = (("user", "First?"), ("assistant", "Yes."), ("user", "And {this}?"))
     for history in (turns[:1], turns):
         answers = [scripted(request(who, *history)).text or "" for who in people]
@@ -543,7 +543,7 @@ def test_history_is_taken_in_both_forms_unless_strict() -> None:
 
 
 def test_every_fault_is_named_and_described() -> None:
-    assert len(FAULTS) == 20
+    assert len(FAULTS) == 30
     assert all(re.fullmatch(r"[a-z0-9_]+", name) and "\n" not in line for name, line in FAULTS.items())
 
 
@@ -673,11 +673,12 @@ def test_malformed_is_one_broken_event_and_the_rest_follows(
 
 def test_function_call_asks_for_the_first_tool_then_answers_its_output(server: OfflineServer) -> None:
     server.replies = Reply("Done.", fault="function_call")
-    tool = {"type": "function", "name": "weather", "parameters": {}, "strict": True}
+    schema = {"type": "object", "properties": {}, "required": [], "additionalProperties": False}
+    tool = {"type": "function", "name": "weather", "parameters": schema, "strict": True}
     last = ask(server, "responses", tools=[tool]).frames[-1][1]["response"]
     assert (last["status"], last["output"][0]["name"]) == ("completed", "weather")
     assert json.loads(last["output"][0]["arguments"]) == {"query": "Hi"}
-    output = {"type": "function_call_output", "call_id": "call_1", "output": "Sunny"}
+    output = {"type": "function_call_output", "call_id": last["output"][0]["call_id"], "output": "Sunny"}
     answered = ask(server, "responses", input=[{"role": "user", "content": "Hi"}, last["output"][0], output])
     assert text_of("responses", answered.frames) == "Done."
     chat = ask(server, "chat", tools=[{"type": "function", "function": {"name": "weather"}}]).frames

@@ -48,6 +48,12 @@ def described() -> OpenApiSchema:
     api["components"]["parameters"]["ThreadId"]["schema"] = {"enum": [PLACEHOLDER]}
     runs = api["paths"][f"{THREAD}/runs"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     runs["properties"]["assistant_ids"].update(items={"enum": ["tutor", "poet"]}, maxItems=MOST)
+    # That each is of another call, and that what is nested in arguments can be stored, no schema says.
+    for name, field in (("submit_tool_outputs", "tool_outputs"), ("approvals", "approvals")):
+        body = api["paths"][f"{THREAD}/runs/{{run_id}}/{name}"]["post"]["requestBody"]["content"]["application/json"]
+        body["schema"]["properties"][field]["maxItems"] = 1
+    approval = api["components"]["schemas"]["Approval"]["oneOf"][0]["properties"]
+    approval["arguments"]["maxProperties"] = 0
     # Of what is right, a key may have been used for another request (422), and a thing not be there. What is wrong may
     # be so by its length (413).
     expected = {

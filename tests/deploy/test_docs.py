@@ -23,9 +23,16 @@ from werkzeug.test import TestResponse
 
 import assistream_flask
 import example_app
+from assistream_flask import current_assistream as assistream
+from assistream_flask import mcp
 from assistream_flask.errors import RUN_ERRORS
+from assistream_flask.runs import mcp_tools
 from assistream_flask.settings import Settings
-from assistream_flask.testing import FAULTS, OfflineServer
+from assistream_flask.testing import FAULTS, OfflineServer, Reply, ToolCall
+from assistream_flask.tools import ToolArgumentsError, ToolContext
+from assistream_flask.types import Run
+from assistream_flask.upstream import mcp_session
+from tests.conftest import MakeApp, wait_until
 from tests.programs import free_port, program
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,12 +64,19 @@ def code(language: str, page: str) -> list[str]:
 def test_no_example_in_python_stands_where_no_test_runs_it() -> None:
     assert {path.relative_to(ROOT).as_posix(): n for path in DOCS if (n := len(code("python", str(path))))} == {
         "README.md": 1,
+        "docs/guides/approval.md": 1,
+        "docs/guides/deploy.md": 1,
         "docs/guides/existing-app.md": 3,
+        "docs/guides/mcp.md": 1,
         "docs/guides/model-servers.md": 2,
         "docs/guides/owners.md": 1,
+        "docs/guides/page_tools.md": 1,
         # tests/live/test_service.py and tests/unit/test_signals.py run these.
         "docs/guides/python.md": 2,
-        "docs/guides/testing.md": 1,
+        "docs/guides/testing.md": 2,
+        "docs/guides/tools.md": 1,
+        # tests/unit/test_tracing.py runs it.
+        "docs/guides/tracing.md": 1,
         # Of these, tests/browser/test_browser.py makes an app.
         "docs/tutorial/first-app.md": 3,
     }
@@ -122,6 +136,106 @@ def test_the_examples_that_are_deployed_have_safe_cookies(monkeypatch: pytest.Mo
     names["app"].config.update(database)
     assert_safe(names["app"].test_client().get("/assistream/threads", base_url="https://example.org"))
     names["app"].extensions["assistream"].close()
+
+
+def test_the_example_of_tools_makes_an_assistant_that_has_them() -> None:
+    names: dict[str, Any] = {"__name__": __name__}
+    exec(code("python", "docs/guides/tools.md")[0], names)
+    clerk, context = names["clerk"], ToolContext("thread_1", "run_1", "clerk", "42", "call_1")
+    assert [(one.name, one.strict) for one in clerk.specs] == [("find_order", True), ("refund", True)]
+    assert clerk.specs[0].description == "Tell what is known of an order."
+    assert clerk.tools["refund"]("A-7", 250, context) == "Paid back."
+    with pytest.raises(ToolArgumentsError):
+        clerk.tools["refund"]("A-7", 1001, context)
+    found = clerk.tools["find_order"].keywords({"order_id": "A-7"}, context)
+    assert clerk.tools["find_order"](**found) == {"owner": "42", "cents": 1000, "state": "sent"}
+
+
+def test_the_example_of_an_approval_asks_where_much_is_paid_and_only_there(
+    make_app: MakeApp, server: OfflineServer
+) -> None:
+    names: dict[str, Any] = {"__name__": __name__}
+    exec(code("python", "docs/guides/approval.md")[0], names)
+    server.replies = [
+        Reply(
+            calls=[ToolCall("refund", {"order_id": order, "cents": cents}) for order, cents in (("A", 9), ("B", 9999))]
+        ),
+        "Both are paid back.",
+    ]
+    app = make_app([names["clerk"]])
+    with app.app_context():
+        thread = assistream.create_thread(owner="me")["id"]
+        [run] = assistream.run(thread, ["clerk"], content="Pay them back.", owner="me")
+
+        def now() -> Run:
+            found = assistream.messages(thread, owner="me")[-1]["run"]
+            assert found is not None
+            return found
+
+        wait_until(lambda: now()["status"] == "requires_action")
+        required = now()["required_action"]
+        assert required is not None
+        [asked] = required["submit_tool_outputs"]["tool_calls"]
+        assert json.loads(asked["function"]["arguments"]) == {"order_id": "B", "cents": 9999}
+        edited = {"order_id": "B", "cents": 99}
+        assistream.approve(thread, run["id"], asked["id"], owner="me", arguments=edited)
+        wait_until(lambda: now()["status"] == "completed")
+    assert [text for role, text in server.requests[-1].messages if role == "tool"] == [
+        "Paid back 9 cents of A.",
+        "Paid back 99 cents of B.",
+    ]
+
+
+def test_the_example_of_page_tools_makes_an_assistant_that_has_them() -> None:
+    names: dict[str, Any] = {"__name__": __name__}
+    exec(code("python", "docs/guides/page_tools.md")[0], names)
+    guide = names["guide"]
+    assert guide.page_tools == {"highlight", "where_am_i"}
+    script = "".join(code("js", "docs/guides/page_tools.md"))
+    assert [name for name in guide.page_tools if not re.search(rf"^  {name}(\(|:)", script, re.MULTILINE)] == []
+    assert guide.tools["highlight"].checked({"row": 1}) == {"row": 1}
+    with pytest.raises(ToolArgumentsError):
+        guide.tools["highlight"].checked({"row": 0})
+
+
+def test_the_example_of_mcp_servers_makes_an_assistant_that_asks_before_it_closes() -> None:
+    names: dict[str, Any] = {"__name__": __name__}
+    exec(code("python", "docs/guides/mcp.md")[0], names)
+    [tickets] = names["clerk"].mcp
+    with names["app"].app_context():
+        sent = tickets.headers(ToolContext("thread_1", "run_1", "clerk", "42", ""))
+    assert sent == {"Authorization": "Bearer change me too", "X-On-Behalf-Of": "42"}
+    assert (tickets.approval("search"), tickets.approval("close")) == (False, True)
+
+
+def test_what_the_guide_says_of_mcp_servers_is_what_the_code_says() -> None:
+    source = "".join(path.read_text() for path in HOUSE.rglob("*.py"))
+    page = (ROOT / "docs/guides/mcp.md").read_text()
+    told = [said for row in rows("When it is away", page) for said in re.findall(r'"(.+?)"', row[2])]
+    assert [said for said in told if "30 seconds" not in said and f'"{said}"' not in source] == []
+    errors = [word for row in rows("When it is away", page) for word in re.findall(r"`(.+?)`", row[1])]
+    assert len(errors) == 5
+    assert [word for word in errors if f'"{word}"' not in source] == []
+    most = (
+        mcp_session.MOST_BYTES,
+        mcp_session.MOST_MESSAGES,
+        mcp_session.MOST_PIECES,
+        mcp.MOST_TOOLS,
+        mcp_tools.MOST_SCHEMA,
+        mcp_tools.MOST_DESCRIPTION,
+    )
+    assert [one for one in (*most, mcp_tools.MOST_LIST) if f"{one:,}" not in page] == []
+
+
+def test_what_a_model_is_told_of_calls_without_an_output_is_what_the_code_says() -> None:
+    source = "".join(path.read_text() for path in HOUSE.rglob("*.py"))
+    table = rows("What the model is told", (ROOT / "docs/explanation/tools.md").read_text())
+    told = [said for row in table for said in re.findall(r'"(.+?)"', row[3])]
+    fixed = [said for said in told if "'x'" not in said and "30 seconds" not in said]
+    assert len(fixed) > 8
+    assert [said for said in fixed if f'"{said}"' not in source] == []
+    errors = {word for row in table for word in re.findall(r"`(.+?)`", row[2])}
+    assert [word for word in errors if f'"{word}"' not in source] == []
 
 
 def test_the_example_of_a_list_for_each_user_gives_each_their_own() -> None:
@@ -198,6 +312,17 @@ def test_the_testing_example_runs(tmp_path: Path) -> None:
     (tmp_path / "test_example.py").write_text(code("python", "docs/guides/testing.md")[0])
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", str(tmp_path)], capture_output=True, text=True)
     assert "1 passed" in done.stdout, done.stdout
+    from assistream_flask.testing import OfflineServer
+
+    with OfflineServer(delay=0) as server, server.client() as client:
+        exec(code("python", "docs/guides/testing.md")[1], {"openai_server": server})
+        assert [item.type for item in client.responses.create(model="m", input="Who was Ada?").output] == [
+            "reasoning",
+            "message",
+            "function_call",
+            "function_call",
+        ]
+        assert client.responses.create(model="m", input="Who?").output_text == "She wrote the first program."
 
 
 def test_the_docs_say_where_the_helper_and_its_types_are_installed() -> None:
@@ -242,7 +367,7 @@ def test_every_dependency_has_a_lowest_version_and_says_in_its_line_what_it_is_f
 def test_a_major_version_of_what_is_known_from_within_comes_only_when_it_was_looked_at() -> None:
     known = runpy.run_path(str(ROOT / "run_tests.py"))["lowest"]
     text = (ROOT / "pyproject.toml").read_text()
-    for name in ("openai", "httpx2", "httpcore2", r"gunicorn\[gevent\]", r"redis\[hiredis\]"):
+    for name in ("openai", "httpx2", "httpcore2", "mcp", r"gunicorn\[gevent\]", r"redis\[hiredis\]"):
         assert re.search(rf'"{name}>=[\d.]+,<\d+"', text), name
     assert {"flask", "gunicorn[gevent]", "redis[hiredis]"} <= {one.partition("==")[0] for one in known()}
 
@@ -289,6 +414,16 @@ def test_all_servers_are_started_by_the_same_command() -> None:
     for started in (shlex.split(unit[1]), json.loads(image[1])[1:]):
         assert started[: len(words) - 1] == words[:-1]
         assert started[-1] == words[-1]
+
+
+def test_behind_a_proxy_the_docs_lines_tell_visitors_from_each_other(make_app: MakeApp) -> None:
+    app = make_app(address_sessions=1)
+    [given] = code("python", "docs/guides/deploy.md")
+    exec(given, {"app": app})
+    client = app.test_client(use_cookies=False)
+    for address, status in (("93.184.216.34", 201), ("93.184.216.34", 429), ("151.101.1.69", 201)):
+        headers = {"X-Forwarded-For": f"1.1.1.1, {address}"}
+        assert client.post("/assistream/threads", headers=headers).status_code == status
 
 
 def test_nginx_takes_its_file(tmp_path: Path) -> None:

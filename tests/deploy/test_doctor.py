@@ -23,13 +23,14 @@ import pytest
 from click.testing import CliRunner
 from flask import Flask
 
-from assistream_flask import Assistant, create_blueprint
+from assistream_flask import Assistant, McpServer, create_blueprint
 from assistream_flask.settings import Settings
 from assistream_flask.store.sql import StoredAnswer
 from assistream_flask.testing import OfflineServer
 from assistream_flask.web import doctor
 from tests.conftest import KEY, MakeApp, wait_until
 from tests.gunicorn_server import Gunicorn
+from tests.mcp_server import mcp_server
 from tests.postgres_server import PostgresServer
 from tests.programs import BUFFERS, HOST, behind_nginx, free_port
 from tests.redis_server import RedisServer
@@ -37,9 +38,11 @@ from tests.redis_server import RedisServer
 APP = """
 import json, os, time
 from flask import Flask, redirect
+from werkzeug.middleware.proxy_fix import ProxyFix
 from assistream_flask import Assistant, create_blueprint
 
 app = Flask(__name__)
+app.wsgi_app = ProxyFix(app.wsgi_app)
 app.config.update(SECRET_KEY="long enough for a test", **json.loads(os.environ["APP_CONFIG"]))
 app.register_blueprint(create_blueprint([Assistant("tutor", model="m")]), url_prefix="/assistream")
 
@@ -170,6 +173,7 @@ def test_a_good_deployment_has_nothing_to_mend(good: Deployment, tmp_path: Path)
         "ok   the clock agrees with the database's",
         "in the worker: the clock agrees with the database's",
         "in the worker: within ten minutes it stood still for",
+        "in the worker: this request comes from 127.0.0.1",
         "one by one",
         "not compressed",
         "the host that browsers see",
@@ -237,6 +241,14 @@ def test_a_proxy_that_buffers_is_found(good: Deployment, tmp_path: Path) -> None
     assert "fix: nginx: `proxy_buffering off;`" in output
 
 
+def test_a_proxy_that_hides_the_visitors_addresses_is_found(good: Deployment, tmp_path: Path) -> None:
+    with behind_nginx(tmp_path, good.url, "proxy_set_header Host $http_host;") as url:
+        status, output = good.doctor(f"{url}/assistream")
+    assert (status, failures(output)) == (0, [])
+    assert "warn in the worker: all visitors have the proxy's address, 127.0.0.1: there are no limits for" in output
+    assert "     fix: app.wsgi_app = ProxyFix(app.wsgi_app, x_for=1), from werkzeug.middleware.proxy_fix" in output
+
+
 def test_compression_is_found(good: Deployment, tmp_path: Path) -> None:
     with behind_nginx(tmp_path, good.url, GZIP) as url:
         status, output = good.doctor(f"{url}/assistream")
@@ -245,12 +257,13 @@ def test_compression_is_found(good: Deployment, tmp_path: Path) -> None:
 
 
 def test_how_a_worker_ends_is_told(good: Deployment, tmp_path: Path) -> None:
-    options = ("--max-requests 1000", "--graceful-timeout 10")
+    options = ("--max-requests 1000", "--graceful-timeout 10", "--keep-alive 0")
     with Deployment(tmp_path, good.env["OPENAI_BASE_URL"], *options) as gunicorn:
         status, output = gunicorn.doctor(f"{gunicorn.url}/assistream")
     assert (status, failures(output)) == (0, [])
     assert "warn in the worker: gunicorn ends its workers after 10 s, before answers had" in output
     assert "ok   in the worker: a worker that has served 1000 requests (--max-requests) ends between answers" in output
+    assert "warn in the worker: with a --keep-alive of 0 gunicorn waits for a request's headers for ever" in output
 
 
 def test_a_limit_of_requests_that_is_not_in_our_hands_is_found(good: Deployment, tmp_path: Path) -> None:
@@ -353,6 +366,9 @@ class _Part:
     def client(self) -> openai.OpenAI:
         return self._make()
 
+    def mcp_servers(self) -> list[Any]:
+        return []
+
 
 def examine(
     client: Callable[[], openai.OpenAI] | None = None,
@@ -454,6 +470,27 @@ def test_logins_without_an_owner_are_warned_of(server: OfflineServer, monkeypatc
     assert "logins" not in examine(server.client, has_logins=True)
 
 
+def test_each_mcp_server_is_asked_for_its_tools(server: OfflineServer, tmp_path: Path) -> None:
+    app = Flask("mcp", instance_path=str(tmp_path))
+    app.secret_key = "long enough for a test"
+
+    def no_headers() -> dict[str, str]:
+        raise KeyError("pa55")
+
+    with mcp_server(tmp_path / "mcp") as mcp, server.client() as client:
+        given: dict[str, Any] = {"dice": {}, "few": {"allowed": ["add", "roll"]}, "bad": {"headers": no_headers}}
+        servers = [McpServer(mcp.url, name=name, **options) for name, options in given.items()]
+        away = McpServer(f"http://127.0.0.1:{free_port()}/mcp?key=pa55", name="away", headers={"Authorization": "pa55"})
+        blueprint = create_blueprint([Assistant("tutor", model="m", mcp=[*servers, away])], client=client)
+        app.register_blueprint(blueprint, url_prefix="/assistream")
+        result = app.test_cli_runner().invoke(args=["assistream", "doctor"])
+    assert "ok   MCP server 'dice' at 127.0.0.1 answers; models are told of 7 tools" in result.output
+    assert "warn MCP server 'few' at 127.0.0.1 has no tool 'roll'\n     fix: correct allowed=" in result.output
+    assert "warn MCP server 'bad' at 127.0.0.1 was not asked: headers= raised KeyError" in result.output
+    assert failures(result.output) == ["MCP server 'away' at 127.0.0.1 gives no list of tools: unreachable"]
+    assert "pa55" not in result.output
+
+
 def test_two_blueprints_of_one_app_share_the_command(server: OfflineServer, tmp_path: Path) -> None:
     app = Flask("two", instance_path=str(tmp_path))
     app.secret_key = "long enough for a test"
@@ -468,6 +505,12 @@ def test_two_blueprints_of_one_app_share_the_command(server: OfflineServer, tmp_
 
 
 # Strangers
+
+
+def test_threads_that_compute_for_nobody_are_counted() -> None:
+    *_, told = doctor._health(doctor.Health(0.2, None, 3))
+    assert (told.level, "3 threads" in told.text) == ("warn", True)
+    assert [one.level for one in doctor._health(doctor.Health(0.2, None))] == ["ok"]
 
 
 def test_a_clock_that_differs_from_the_databases_is_warned_of() -> None:

@@ -18,7 +18,9 @@ from sqlalchemy.exc import OperationalError
 from werkzeug.test import TestResponse
 from werkzeug.wrappers import Response
 
-from assistream_flask.testing import OfflineServer, Reply
+from assistream_flask import Assistant, page_tool, tool
+from assistream_flask.events import RUN_ENDS
+from assistream_flask.testing import HostedCall, OfflineServer, Reply, ToolCall
 from tests.conftest import Caller, MakeApp
 from tests.http_helpers import Frame, P, named, read
 
@@ -141,8 +143,108 @@ def test_all_answers_and_events_of_the_app_are_as_the_file_says(make_app: MakeAp
     stream = client.get(f"{url}/events")
     checked(client.delete(url), THREAD, 204)
     events |= seen(read(stream))
-    # That one is kept for tools.
-    assert set(EVENTS) - events == {"thread.run.requires_action"}
+    # Those of tool calls are below.
+    assert set(EVENTS) - events == {
+        "thread.run.requires_action",
+        "thread.run.expired",
+        "thread.run.step.failed",
+        "thread.run.step.cancelled",
+    }
+
+
+@tool
+def find(order_id: str) -> str:
+    """Find an order."""
+    return "Found."
+
+
+@tool(approval=True)
+def refund(order_id: str) -> str:
+    """Pay an order back."""
+    return "Paid back."
+
+
+CLERK = Assistant(
+    "clerk", model="m", tools=[find, refund, page_tool("pick", "Pick a day."), {"type": "web_search"}], max_rounds=1
+)
+
+
+class Asked:
+    """A thread of an app whose clerk has tools."""
+
+    def __init__(self, app: Flask, server: OfflineServer) -> None:
+        self.client, self.server = app.test_client(), server
+        self.url = f"{P}/threads/{self.client.post(f'{P}/threads', json={}).get_json()['id']}"
+
+    def run(self, *replies: Reply | str) -> str:
+        """Have the clerk answer so; give the address of the run."""
+        self.server.replies = list(replies)
+        self.place = checked_place(self.client.get(f"{self.url}/messages"))
+        body = {"assistant_ids": ["clerk"], "content": "And?"}
+        return f"{self.url}/runs/{self.client.post(f'{self.url}/runs', json=body).get_json()['runs'][0]['id']}"
+
+    def seen(self, last: str) -> set[str]:
+        """Give the names of the events since it was asked, each of which is as the file says, to that of a run."""
+        answer = self.client.get(f"{self.url}/events", headers={"Last-Event-ID": self.place})
+        ends = {last, *RUN_ENDS}
+        found = seen(read(answer, lambda frame: frame.event in ends))
+        assert last in found
+        return found
+
+    def post(self, run: str, path: str, body: object, status: int) -> Any:
+        """POST to a run; give the answer, which is as the file says."""
+        rule = re.sub("/tool_calls/[^/]+/", "/tool_calls/{call_id}/", f"{THREAD}/runs/{{run_id}}/{path}")
+        return checked(self.client.post(f"{run}/{path}", json=body), rule, status)
+
+
+ORDER = {"order_id": "A-7"}
+CALLS = [ToolCall("find", ORDER, "call_1"), ToolCall("refund", ORDER, "call_2"), ToolCall("pick", {}, "call_3")]
+
+
+def test_what_tool_calls_are_answered_with_is_as_the_file_says(make_app: MakeApp, server: OfflineServer) -> None:
+    asked = Asked(make_app([CLERK]), server)
+    run = asked.run(Reply("I look.", calls=[HostedCall("web_search"), *CALLS]), "Done.")
+    asked.seen("thread.run.requires_action")
+    checked(asked.client.get(f"{asked.url}/messages"), f"{THREAD}/messages", 200)
+    for path, holder, status in (
+        ("tool_calls/call_3/claim", "a", 200),
+        ("tool_calls/call_3/claim", "b", 409),
+        ("tool_calls/call_9/claim", "b", 404),
+        ("tool_calls/call_3/claim", "", 400),
+    ):
+        asked.post(run, path, {"holder": holder}, status)
+    asked.post(run, "tool_calls/call_3/claim", {"holder": "a", "release": True}, 200)
+    approval = {"approvals": [{"tool_call_id": "call_2", "approve": True, "arguments": ORDER, "remember": True}]}
+    asked.post(run, "approvals", approval, 200)
+    refused = asked.post(run, "approvals", approval, 409)["error"]
+    assert (refused["code"], refused["decision"]["arguments"]) == ("already_answered", ORDER)
+    output = {"tool_outputs": [{"tool_call_id": "call_3", "output": "Today."}]}
+    asked.post(run, "submit_tool_outputs", output, 200)
+    asked.seen("thread.run.completed")
+    asked.post(run, "submit_tool_outputs", output, 409)
+    asked.post(run, "submit_tool_outputs", {}, 400)
+
+
+@pytest.mark.parametrize(("fault", "end"), [(None, "cancelled"), ("cut", "failed")])
+def test_what_is_told_of_calls_that_go_with_their_run_is_as_the_file_says(
+    make_app: MakeApp, server: OfflineServer, fault: str | None, end: str
+) -> None:
+    asked = Asked(make_app([CLERK]), server)
+    run = asked.run(Reply(calls=CALLS, fault=fault))
+    if end == "cancelled":
+        asked.seen("thread.run.requires_action")
+        asked.post(run, "cancel", {}, 202)
+    assert f"thread.run.step.{end}" in asked.seen(f"thread.run.{end}")
+
+
+def test_what_is_told_of_a_run_that_nobody_answers_is_as_the_file_says(
+    make_app: MakeApp, server: OfflineServer
+) -> None:
+    asked = Asked(make_app([CLERK], action_seconds=1), server)
+    asked.run(Reply(calls=CALLS))
+    assert "thread.run.step.cancelled" in asked.seen("thread.run.expired")
+    [_, entry] = checked(asked.client.get(f"{asked.url}/messages"), f"{THREAD}/messages", 200)["data"]
+    assert entry["message"]["incomplete_details"] == {"reason": "run_expired"}
 
 
 def test_what_is_refused_is_as_the_file_says(make_app: MakeApp) -> None:

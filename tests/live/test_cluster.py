@@ -268,7 +268,8 @@ def _each_saw_all_before(entries: list[Any], asked: Asked, plans: list[list[tupl
             assert entry["run"]["status"] == "completed"
             ours = history if mode == "sequential" else before
             said = [Said(speaker, words) for speaker, words in ours]
-            assert asked[text(entry)] == [*map(tuple, closed(turns_of(said, entry["assistant_id"], {})))]
+            turns = closed(turns_of(said, entry["assistant_id"], {}))
+            assert asked[text(entry)] == [(turn.role, turn.text) for turn in turns]
             history.append((entry["assistant_id"], text(entry)))
 
 

@@ -160,6 +160,57 @@ def test_at_the_workers_limit_streams_are_told_to_come_again_and_commands_are_an
         view(live, thread).close()
 
 
+ANONYMOUS = APP.replace("client=client, owner=owner", "client=client").replace(
+    "app.config.update(", 'app.config.update(SECRET_KEY="only for tests", **', 1
+)
+
+
+class Visitor:
+    """One at an address of this machine's, with a name and a thread of their own."""
+
+    def __init__(self, live: Gunicorn, address: str, leaving: contextlib.ExitStack) -> None:
+        self._live, self._from, self._leaving = live, (address, 0), leaving
+        answer = self._ask("POST", "/assistream/threads")
+        self._cookie = (answer.headers["Set-Cookie"] or "").partition(";")[0]
+        self._thread = f"/assistream/threads/{json.load(answer)['id']}"
+
+    def _ask(self, method: str, path: str, timeout: float = 30, **headers: str) -> http.client.HTTPResponse:
+        line = http.client.HTTPConnection("127.0.0.1", self._live.port, timeout=timeout, source_address=self._from)
+        self._leaving.callback(line.close)
+        line.request(method, path, headers=headers)
+        answer = line.getresponse()
+        self._leaving.callback(answer.close)
+        return answer
+
+    def watch(self, timeout: float = 30) -> http.client.HTTPResponse:
+        return self._ask("GET", f"{self._thread}/events", timeout, Cookie=self._cookie)
+
+
+def test_of_a_full_worker_the_heaviest_address_gives_a_place_to_another_address(tmp_path: Path) -> None:
+    # Heartbeats are long, so that what ends was told to.
+    options = ["--worker-connections", "40"]
+    with (
+        running(tmp_path, app=ANONYMOUS, heartbeat_seconds=60, options=options) as live,
+        contextlib.ExitStack() as leaving,
+    ):
+        streams = []
+        for at in range(36):
+            visitor = Visitor(live, "127.0.0.8", leaving)
+            streams.append(visitor.watch(timeout=1 if at else 30))
+            assert streams[-1].status == 200
+        more = visitor.watch()
+        assert (more.status, json.load(more)["error"]["code"]) == (503, "server_full")
+        newcomer = Visitor(live, "127.0.0.9", leaving).watch()
+        assert (newcomer.status, newcomer.readline()) == (200, b"retry: 1000\n")
+        # It ends cleanly: the chunks have their last one.
+        assert b"thread.snapshot" in streams[0].read()
+        assert live.get("/open") == 36
+        # Who comes back takes nobody's place.
+        assert visitor.watch().status == 503
+        with pytest.raises(TimeoutError):
+            streams[1].read()
+
+
 VANISHING = """
 import socket, sys, time
 viewer = socket.create_connection((sys.argv[1], int(sys.argv[2])))

@@ -22,6 +22,7 @@ from assistream_flask.events import Event
 from assistream_flask.log.memory import MemoryLog
 from assistream_flask.log.protocol import EventId, Receipt
 from assistream_flask.log.redis import RedisLog
+from assistream_flask.runs.open_streams import OpenStream
 from assistream_flask.runs.runtime import Runtime
 from assistream_flask.runs.thread_history import RunRequest
 from assistream_flask.settings import Settings
@@ -40,7 +41,9 @@ WORD = "unsayable"
 
 @pytest.fixture(autouse=True)
 def _scripted(monkeypatch: pytest.MonkeyPatch) -> None:
-    def ask(client: Script, assistant: Assistant, turns: list[Turn], stall: float, *more: object) -> Script:
+    def ask(
+        client: Script, assistant: Assistant, turns: list[Turn], stall: float, *more: object, **named: object
+    ) -> Script:
         client.opened.set()
         return client
 
@@ -59,10 +62,13 @@ class Watcher:
         runs: set[str] | None = None,
     ) -> None:
         runtime, self._choose, self._said = choose.choice(workers.all), choose, b""
+        place = OpenStream("me")
         if runs is None:
-            self._frames = event_streams.view(runtime, thread_id, event_id, self._send, lambda: True)
+            self._frames = event_streams.view(runtime, thread_id, event_id, self._send, lambda: True, place)
         else:
-            self._frames = event_streams.follow(runtime, thread_id, None, runs, event_id, self._send, lambda: True)
+            self._frames = event_streams.follow(
+                runtime, thread_id, None, runs, event_id, self._send, lambda: True, place
+            )
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 

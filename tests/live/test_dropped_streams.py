@@ -13,6 +13,7 @@ from flask import Flask, Response, stream_with_context
 from werkzeug.test import EnvironBuilder
 
 from assistream_flask import event_response
+from assistream_flask.runs.open_streams import OpenStream
 from assistream_flask.runs.runtime import Runtime
 from assistream_flask.testing import OfflineServer, Reply
 from tests.conftest import Caller, MakeApp, quick_client, wait_until
@@ -116,7 +117,7 @@ def test_streams_that_an_apps_hook_replaced_are_counted_out_and_let_go_of(
     app.after_request_funcs.clear()
     # What an exception holds in a circle only the garbage collector finds.
     gc.collect()
-    assert (runtime(app).streams, runtime(app).open_streams) == ({}, 0)
+    assert (runtime(app).streams.callers, runtime(app).open_streams) == ({}, 0)
     caller.wait()
     (tail,) = runtime(app).log._threads._buffers.values()  # type: ignore[attr-defined]
     assert tail.users == 0
@@ -131,7 +132,7 @@ def test_a_stream_is_counted_out_as_its_request_fails_not_when_garbage_is_collec
     try:
         for _ in range(ALLOWED + 1):
             assert ask(app, "GET", f"{caller.url}/events")[0] == 500
-        assert runtime(app).streams == {}
+        assert runtime(app).streams.callers == {}
     finally:
         gc.enable()
 
@@ -142,7 +143,7 @@ def test_streams_that_a_middleware_neither_reads_nor_closes_are_counted_out(watc
     try:
         for _ in range(ALLOWED + 1):
             assert ask(app, "GET", f"{caller.url}/events")[0] == 200
-        assert runtime(app).streams == {}
+        assert runtime(app).streams.callers == {}
     finally:
         gc.enable()
 
@@ -158,7 +159,7 @@ def test_a_stream_within_an_apps_own_response_is_whole_and_counted_until_that_en
     for _ in range(ALLOWED + 1):
         status, frames = ask(app, "POST", f"{caller.url}/runs", json=body, headers={"Accept": "text/event-stream"})
         assert status == 200
-        assert list(runtime(app).streams.values()) == [1]
+        assert list(runtime(app).streams.callers.values()) == [1]
         gc.collect()
         found = next(iter(frames)) if ends == "closed" else b"".join(frames)
         assert found.startswith(b"retry:") or not found
@@ -167,28 +168,29 @@ def test_a_stream_within_an_apps_own_response_is_whole_and_counted_until_that_en
         frames.close()  # type: ignore[attr-defined]
         del frames
         gc.collect()
-        assert runtime(app).streams == {}
+        assert runtime(app).streams.callers == {}
 
 
 def test_a_stream_that_is_let_go_of_while_another_is_counted_is_counted_out(make_app: MakeApp) -> None:
-    ours, freed = runtime(make_app()), list[bool]()
+    ours, freed = runtime(make_app()).streams, list[bool]()
+    others = OpenStream("other")
 
     class Rude:
         """Is looked up in the midst of a count, and there somebody leaves, as where garbage is collected."""
 
         def __hash__(self) -> int:
-            if ours.streams and not freed:
+            if ours.callers and not freed:
                 freed.append(True)
-                ours.leave_stream("other")
+                ours.leave(others)
             return 1
 
-    ours.enter_stream("other")
-    rude = Rude()
-    assert ours.enter_stream(rude)
+    ours.enter(others, 9)
+    rude = OpenStream(Rude())
+    assert ours.enter(rude, 9)
     assert freed
-    assert (list(ours.streams.values()), ours.open_streams) == ([1], 1)
-    ours.leave_stream(rude)
-    assert (ours.streams, ours.open_streams) == ({}, 0)
+    assert (list(ours.callers.values()), ours.count) == ([1], 1)
+    ours.leave(rude)
+    assert (ours.callers, ours.count) == ({}, 0)
 
 
 def test_a_relayed_stream_that_an_app_drops_is_closed_at_the_model_server(server: OfflineServer) -> None:

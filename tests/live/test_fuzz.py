@@ -377,7 +377,7 @@ def test_ten_thousand_malformed_requests_get_no_500_and_only_our_errors(
     assert {"invalid_json", "unknown_field", "invalid_value", "assistant_not_found", "run_not_found"} <= set(codes)
     assert min(statuses[status] for status in (200, 400, 404, 405)) > 100, statuses
     # Nothing stuck: no stream is still counted, and the app works.
-    assert app.extensions["assistream"].runtime().streams == {}
+    assert app.extensions["assistream"].runtime().streams.callers == {}
     assert client.post(f"{P}/threads/{ids.threads[0]}/messages", json={"content": "Hi"}).status_code == 201
 
 

@@ -89,7 +89,7 @@ def test_each_transaction_has_the_limits_of_its_store_and_leaves_none_in_the_ses
     ):
         for _ in range(3):
             for store, limits in ((hasty, ("3s", "1s", "30s")), (patient, ("15s", "5s", "30s"))):
-                for way in (store._read, store._write):
+                for way in (store.read, store.write):
                     with way() as connection:
                         assert tuple(connection.execute(shown).one()) == limits
             with other.connect() as connection:

@@ -32,7 +32,7 @@ RIGHTS = [right for right in DOCUMENTED.split() if right[0] in "+~&" and right !
 CLUSTER = "it is a Redis Cluster, or a Sentinel, which assistream cannot use: in ASSISTREAM_REDIS_URL give one Redis"
 REPLICA = "it is a replica, which takes no writes: in ASSISTREAM_REDIS_URL give the primary's address"
 SCRIPTS = "it lacks commands that are needed: in ASSISTREAM_REDIS_URL give a Redis that runs Lua scripts"
-FULL = "it is full: raise its maxmemory, or lower ASSISTREAM_LOG_SECONDS"
+FULL = "it is full: raise its maxmemory, or give assistream a Redis of its own"
 DISK = "it cannot save to its disk, and takes no writes: run it with `--save ''`, or make room there"
 UNKNOWN = "its certificate is of no authority that is known here: add ?ssl_ca_certs="
 PASSWORD = "it refuses the user or the password: correct ASSISTREAM_REDIS_URL and the password in it"
@@ -87,8 +87,9 @@ def check_said(url: str, what: str, caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_all_that_scripts_and_client_ask_for_is_what_the_docs_allow() -> None:
-    scripts = [text for name, text in vars(redis_log).items() if isinstance(text, str) and "redis.call" in text]
-    called = set(re.findall(r"redis\.call\('(\w+)'(?:, '(USAGE)')?", "".join(scripts)))
+    scripts = [file.read_text() for file in Path(redis_log.__file__).parent.glob("lua/*.lua")]
+    called = set(re.findall(r"redis\.call\('(\w+)'(?:, '(USAGE|NUMSUB)')?", "".join(scripts)))
+    assert called
     assert {f"+{'|'.join(filter(None, one)).lower()}" for one in called} <= set(RIGHTS)
     assert set(redis_requirements.RULE.split()) == set(RIGHTS)
 

@@ -192,7 +192,7 @@ class Houses(House):
         self.members.remove(worker.member)
 
     def end_leases(self, worker: Worker) -> None:
-        with self.store._write() as connection:
+        with self.store.write() as connection:
             connection.execute(runs.update().where(runs.c.worker == worker.name).values(lease=0))
 
     def close(self) -> None:
@@ -212,7 +212,9 @@ class Houses(House):
 
 @pytest.fixture(autouse=True)
 def _scripted(monkeypatch: pytest.MonkeyPatch) -> None:
-    def ask(client: Script, assistant: Assistant, turns: list[Turn], stall: float, *more: object) -> Any:
+    def ask(
+        client: Script, assistant: Assistant, turns: list[Turn], stall: float, *more: object, **named: object
+    ) -> Any:
         client.turns = turns
         client.opened.set()
         return client.connect(None) if isinstance(client, Response) else client
@@ -409,6 +411,8 @@ class Response(Script):
 
 class Connection:
     """One reader of a response."""
+
+    source = None
 
     def __init__(self, response: Response, state: Json | None, delivered: Delivered | None = None) -> None:
         self._response, self._state, self._delivered = response, state, delivered
@@ -659,7 +663,7 @@ class Paused(Houses):
 
     def lapse(self, worker: Worker) -> bool:
         """End the leases of the worker's runs; give whether there are any."""
-        with self.store._write() as connection:
+        with self.store.write() as connection:
             mine = runs.c.worker == worker.name, runs.c.status.not_in(TERMINAL)
             return bool(connection.execute(runs.update().where(*mine).values(lease=5.0)).rowcount)
 

@@ -28,8 +28,9 @@ PICTURE = HOUSE.parent / "docs/explanation/rooms.md"
 # app has is a room of one file, which joins the rooms below to Flask.
 WORDS, APP, FACE = "words", "extension", "face"
 ROOMS = (WORDS, "platform", "log", "fast", "upstream", "store", "runs", APP, "web", FACE)
-# An app names a dialect where it makes an Assistant, so that is checked there; it stands where apps look for it.
-BESIDE = {"assistants": "upstream"}
+# An app names a dialect where it makes an Assistant, so that is checked there; it stands where apps look for it. So do
+# tools, which are what a dialect tells a model of, and the servers that have some.
+BESIDE = {"assistants": "upstream", "mcp": "upstream", "tools": "upstream"}
 # The offline server imports none of them, and none of them imports it.
 ALONE = "testing"
 
@@ -136,7 +137,7 @@ def test_imports_among_ourselves_stand_at_the_top_where_they_cannot_hide_a_circl
         top = {node.lineno for node in tree(path).body} | for_types(path)
         # What needs an extra is imported when it is asked for.
         hidden = [other for other, line in ours(path) if line not in top]
-        assert set(hidden) <= {"log.redis"}, path
+        assert set(hidden) <= {"log.redis", "upstream.mcp_session"}, path
 
 
 def test_the_offline_server_stands_alone_and_the_rest_does_not_know_it() -> None:
@@ -219,8 +220,9 @@ def test_only_the_routes_and_the_extension_import_flask() -> None:
         for module, _ in imports(path)
         if module.split(".")[0] in ("flask", "werkzeug")
     }
-    routes = {"routes_threads", "routes_runs", "routes_events", "answers", "auth", "blueprint", "idempotency"}
-    assert found == {"extension", *(f"web.{name}" for name in routes)}
+    routes = {f"routes_{name}" for name in ("threads", "runs", "events", "tools")}
+    others = {"answers", "auth", "blueprint", "idempotency"}
+    assert found == {"extension", *(f"web.{name}" for name in routes | others)}
 
 
 def test_neither_sse_nor_events_nor_errors_knows_openai() -> None:
@@ -245,20 +247,23 @@ def test_the_top_of_a_module_only_imports_and_defines(path: Path) -> None:
     for node in tree(path).body:
         docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         typing = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        kinds = ast.Import | ast.ImportFrom | ast.Assign | ast.AnnAssign | ast.FunctionDef | ast.ClassDef
+        functions = ast.FunctionDef | ast.AsyncFunctionDef
+        kinds = ast.Import | ast.ImportFrom | ast.Assign | ast.AnnAssign | functions | ast.ClassDef
         definition = isinstance(node, kinds)
         assert docstring or typing or definition, f"{path}:{node.lineno}"
 
 
 # Names with an underscore that a library documents: those of named tuples, and of SQLAlchemy's rows.
-DOCUMENTED = {"_asdict", "_mapping", "_replace"}
+DOCUMENTED = {"_asdict", "_fields", "_mapping", "_replace"}
 
 
 def names(tree: ast.AST) -> Iterator[tuple[str, int, bool]]:
     """Give the names in a module that are defined, or asked of an object, each with its line and which it is."""
     for node in ast.walk(tree):
         match node:
-            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.Name(id=name, ctx=ast.Store()):
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                yield name, node.lineno, True
+            case ast.Name(id=name, ctx=ast.Store()):
                 yield name, node.lineno, True
             case ast.Attribute(value=ast.Name(id="self"), attr=name, ctx=ast.Store()):
                 yield name, node.lineno, True
@@ -284,8 +289,10 @@ def test_private_names_of_other_libraries_are_for_two_rooms_only() -> None:
 def test_every_library_that_is_imported_is_a_dependency() -> None:
     project = tomllib.loads((HOUSE.parent / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    declared = [*project["dependencies"], *extras["postgres"], *extras["redis"]]
-    known = {re.split(r"[\[<>=]", one)[0].replace("-", "_") for one in declared}
+    optional = [one for name in ("mcp", "otel", "postgres", "redis") for one in extras[name]]
+    declared = [*project["dependencies"], *optional]
+    other_names = {"griffelib": "griffe", "opentelemetry-api": "opentelemetry"}
+    known = {other_names.get(name := re.split(r"[\[<>=]", one)[0], name).replace("-", "_") for one in declared}
     imported = {module.split(".")[0] for path in MODULES for module, _ in imports(path)}
     assert {"click", "greenlet", "openai"} <= imported
     assert imported - known - sys.stdlib_module_names == {"assistream_flask"}

@@ -60,7 +60,8 @@ class Got:
                     assert not self.parts
                     self.begun += 1
                 case End():
-                    self.end = part
+                    # What it is resent as is of each response its own.
+                    self.end = part._replace(items=())
 
     def all(self) -> Any:
         return self.parts, self.notes, self.end, self.begun

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 from contextlib import closing
 
 import pytest
@@ -29,6 +30,20 @@ def test_all_logs_together_stay_within_their_memory_whatever_is_written() -> Non
         log.append(f"t{choose.randrange(500)}", [TEXT] * choose.randrange(1, 4))
         assert kept(log) <= MIB + MIB // 16 + 4 * 11_000
     assert kept(log) > MIB // 2
+
+
+@pytest.mark.parametrize("size", [10, 500])
+def test_a_log_of_short_events_takes_no_more_memory_than_it_may_with_what_python_needs_for_them(size: int) -> None:
+    short = events.text_delta(events.message("t", "assistant", [], run_id="run_1"), 0, "x" * size)
+    tracemalloc.start()
+    try:
+        log = MemoryLog(max_memory=4 * MIB)
+        for number in range(20_000):
+            log.append(f"t{number % 20}", [short])
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert 3 * MIB < taken < 4 * MIB + MIB // 2
 
 
 def test_what_nobody_views_goes_before_what_somebody_views() -> None:

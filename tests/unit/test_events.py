@@ -88,6 +88,8 @@ def test_a_run_starts_queued() -> None:
         "assistant_id": "tutor",
         "message_id": None,
         "status": "queued",
+        "required_action": None,
+        "expires_at": None,
         "last_error": None,
         "incomplete_details": None,
         "usage": None,
@@ -103,7 +105,7 @@ def test_a_run_starts_queued() -> None:
 
 def test_a_reasoning_step_has_these_keys() -> None:
     run = a_run()
-    assert without_id(events.reasoning_step(run), "step") == {
+    assert without_id(events.reasoning_step(run, 0), "step") == {
         "object": "thread.run.step",
         "run_id": run["id"],
         "thread_id": "thread_1",
@@ -112,6 +114,7 @@ def test_a_reasoning_step_has_these_keys() -> None:
         "status": "in_progress",
         "created_at": 1_700_000_000,
         "completed_at": None,
+        "content_index": 0,
         "step_details": {"type": "reasoning", "reasoning": {"text": ""}},
     }
 
@@ -124,7 +127,7 @@ def test_a_users_entry_has_no_run_and_no_steps() -> None:
 def test_an_assistants_entry_has_its_run_and_steps() -> None:
     run = a_run()
     message = events.message("thread_1", "assistant", [], assistant_id="tutor", run_id=run["id"])
-    step = events.reasoning_step(run)
+    step = events.reasoning_step(run, 0)
     assert events.entry(message, run, [step]) == {
         "assistant_id": "tutor",
         "message": message,
@@ -139,7 +142,7 @@ def test_an_assistants_entry_has_its_run_and_steps() -> None:
 MESSAGE: Any = {"id": "msg_1", "run_id": "run_1", "status": "completed"}
 INCOMPLETE: Any = {**MESSAGE, "status": "incomplete"}
 RUN: Any = {"id": "run_1", "status": "failed"}
-STEP: Any = {"id": "step_1", "run_id": "run_1"}
+STEP: Any = {"id": "step_1", "run_id": "run_1", "status": "completed"}
 PAGE: Any = [{"entry": 1}]
 
 
@@ -184,7 +187,7 @@ def content_delta(part: Any) -> Any:
         (events.run_status(RUN), Event("thread.run.failed", RUN, "run_1")),
         (events.step_created(STEP), Event("thread.run.step.created", STEP, "run_1")),
         (
-            events.step_delta(STEP, "hm"),
+            events.reasoning_delta(STEP, "hm"),
             Event(
                 "thread.run.step.delta",
                 {
@@ -196,7 +199,7 @@ def content_delta(part: Any) -> Any:
                 "run_1",
             ),
         ),
-        (events.step_completed(STEP), Event("thread.run.step.completed", STEP, "run_1")),
+        (events.step_ended(STEP), Event("thread.run.step.completed", STEP, "run_1")),
         (
             events.thread_deleted("thread_1"),
             Event("thread.deleted", {"id": "thread_1", "object": "thread.deleted", "deleted": True}, None),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -25,6 +26,25 @@ def source(count: int, breaks: bool, chance: random.Random) -> Iterator[int]:
         yield number
     if breaks:
         raise Broke
+
+
+def test_a_stream_is_a_flood_for_as_long_as_there_is_more_however_little_a_read_gives() -> None:
+    # Of TLS one gives a record.
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        gate = ReadGate()
+        gate.socket = ours
+        for flood in range(2):
+            theirs.sendall(b"a" * 80_000)
+            assert gate.read()
+            found, record = len(gate.taken_or(ours.recv)), lambda _: ours.recv(4_000)
+            while found < 80_000:
+                assert gate.is_flooded
+                found += len(gate.taken_or(record))
+            assert not gate.is_flooded, flood
+        theirs.sendall(b"a" * 4_000)
+        assert len(gate.taken_or(ours.recv)) == 4_000
+        assert not gate.is_flooded
 
 
 @pytest.mark.parametrize("part", range(4))

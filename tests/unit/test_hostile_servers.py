@@ -7,6 +7,8 @@ import gzip
 import itertools
 import json
 import socket
+import subprocess
+import sys
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterable
@@ -136,6 +138,57 @@ def test_a_read_that_says_nothing_lets_others_go_on(monkeypatch: pytest.MonkeyPa
     assert len(shared) >= 50
 
 
+@pytest.mark.parametrize("piece", [b": ping\n\n", b"id: 1\n\n", b":" + b" " * 2_000 + b"\n"])
+def test_an_answer_fails_of_which_megabytes_say_nothing(piece: bytes) -> None:
+    piece *= 65_536 // len(piece)
+    with mocked(lambda request: httpx2.Response(200, content=itertools.chain([piece] * 80, [RESPONSE]))) as client:
+        assert code_of(client) == "answer_too_long"
+
+
+def test_an_answer_that_says_nothing_for_long_again_and_again_is_read() -> None:
+    told = b'data: {"type":"response.output_text.delta","delta":"x"}\n\n'
+    body = itertools.chain(([b": ping\n\n" * 8_000] * 40 + [told]) * 3, [RESPONSE])
+    with mocked(lambda request: httpx2.Response(200, content=body)) as client:
+        assert answer(client, "responses").startswith("xxx")
+
+
+_GREEDY = """
+from gevent import monkey; monkey.patch_all()
+import socket, threading, time
+from assistream_flask.fast.read_gate import TimeSlice
+
+ours, theirs = socket.socketpair()
+slices = 0
+
+def flood():
+    global slices
+    turn = TimeSlice()
+    while True:
+        until = time.monotonic() + 0.003
+        while time.monotonic() < until:
+            pass
+        slices += 1
+        turn.share()
+
+def echo():
+    while data := theirs.recv(1):
+        theirs.sendall(data)
+
+for one in [flood] * 20 + [echo]:
+    threading.Thread(target=one, daemon=True).start()
+for _ in range(10):
+    ours.sendall(b"x")
+    ours.recv(1)
+print(slices)
+"""
+
+
+def test_floods_however_many_let_others_go_on_whose_bytes_have_come() -> None:
+    found = subprocess.run([sys.executable, "-c", _GREEDY], capture_output=True, text=True, check=True, timeout=60)
+    # Two ways there and back, ten times, with twenty floods: if all of them went on each time, it would be 400.
+    assert int(found.stdout) <= 80
+
+
 @pytest.mark.parametrize("told", ["at once", "one by one", "empty"])
 def test_an_answer_of_very_many_parts_fails(told: str) -> None:
     parts: list[Json] = [{"type": "output_text", "text": "" if told == "empty" else "a"} for _ in range(20_000)]
@@ -151,6 +204,25 @@ def test_an_answer_of_very_many_parts_fails(told: str) -> None:
         events_of = [*known, {**done, "response": {"status": "completed", "output": output}}]
     with mocked(streamed(*events_of)) as client:
         assert code_of(client) == "answer_too_long"
+
+
+@pytest.mark.parametrize("name", ["content", "annotations", "summary"])
+def test_an_event_of_more_values_than_a_worker_can_look_at_in_between_fails(name: str) -> None:
+    item = {"type": "reasoning" if name == "summary" else "message", "content": [{"type": "output_text", "text": "a"}]}
+    item |= {name: [{}] * 60_000}
+    done = {"type": "response.completed", "response": {"status": "completed", "output": [item]}}
+    with mocked(streamed(done)) as client:
+        assert code_of(client) == "answer_too_long"
+
+
+def test_a_long_answer_may_have_something_to_say_of_each_of_its_tokens() -> None:
+    tokens = [{"token": "a", "logprob": -0.1, "bytes": [97], "top_logprobs": []} for _ in range(60_000)]
+    content = [{"type": "output_text", "text": "a" * 60_000, "annotations": [], "logprobs": tokens}]
+    output = [{"type": "message", "content": content}]
+    prompt = {"prompt_token_ids": list(range(60_000))}
+    done = {"type": "response.completed", "response": {"status": "completed", "output": output, **prompt}}
+    with mocked(streamed(done)) as client:
+        assert answer(client, "responses") == "a" * 60_000
 
 
 def test_what_is_read_ahead_is_bounded() -> None:

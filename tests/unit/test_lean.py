@@ -11,6 +11,8 @@ import os
 import random
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -380,3 +382,34 @@ def test_a_client_with_a_transport_of_its_own_stays_as_it_is() -> None:
     own = httpx2.Client(transport=httpx2.MockTransport(lambda _: httpx2.Response(200)))
     assert lean(own) is own
     assert own.get("http://server/").status_code == 200
+
+
+_IDLE = """
+from gevent import monkey; monkey.patch_all()
+import socket, threading, time
+from httpcore2._backends.sync import SyncStream
+from assistream_flask.fast.chunk_reader import Connection
+
+ours, theirs = socket.socketpair()
+idle, turns = Connection(SyncStream(ours)), 0
+
+def others():
+    global turns
+    while True:
+        time.sleep(0)
+        turns += 1
+
+threading.Thread(target=others, daemon=True).start()
+time.sleep(0.01)
+before, found = turns, [idle.get_extra_info("is_readable") for _ in range(100)]
+assert not any(found) and turns == before, turns - before
+theirs.close()
+assert idle.get_extra_info("is_readable")
+idle.close()
+assert idle.get_extra_info("is_readable")
+"""
+
+
+def test_a_look_at_an_idle_connection_gives_no_turn_to_others() -> None:
+    done = subprocess.run([sys.executable, "-c", _IDLE], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

@@ -15,7 +15,7 @@ import pytest
 from assistream_flask import Assistant, events, lean
 from assistream_flask.errors import RunError
 from assistream_flask.events import Json
-from assistream_flask.fast import batch_scheduler
+from assistream_flask.fast import batch_scheduler, read_gate
 from assistream_flask.fast.batch_scheduler import BatchScheduler, ReadSlot
 from assistream_flask.log.memory import MemoryLog
 from assistream_flask.platform.interrupt import Interrupted, Interruptible
@@ -83,6 +83,25 @@ def test_a_few_answers_are_told_as_they_come(
     caller = Caller(make_app(client=quick, pace_seconds=100))
     caller.run("tutor", "critic")
     assert [text(one) for one in caller.wait()[1:]] == ["one two three"] * 2
+
+
+def test_a_stream_that_is_faster_than_it_is_read_is_read_in_no_tick(
+    make_app: MakeApp, server: OfflineServer, quick: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(delta_publisher, "_FEW", 0)
+    monkeypatch.setattr(read_gate, "_FLOOD_BYTES", 1)
+    waited: list[bool] = []
+
+    def wait(self: BatchScheduler[Any], one: Any) -> None:
+        waited.append(one.slot.is_flooded)
+
+    monkeypatch.setattr(BatchScheduler, "wait", wait)
+    server.replies = Reply(WORDS * 40)
+    caller = Caller(make_app(client=quick))
+    caller.run("tutor", "critic")
+    assert [text(one) for one in caller.wait(60)[1:]] == [WORDS * 40] * 2
+    # What came with the head was no read of its own.
+    assert True not in waited
 
 
 def test_a_flood_is_told_in_turns_also_where_answers_are_few(
@@ -230,7 +249,7 @@ def test_others_have_their_turn_before_a_read_and_not_with_its_parts_in_hand(
     live: ActiveRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     did: list[str] = []
-    monkeypatch.setattr(live.reader.turn, "share", lambda: did.append("shared"))
+    monkeypatch.setattr(live.reader.turn, "share", lambda **_: did.append("shared"))
 
     def batches() -> Iterator[list[Delta]]:
         did.append("read")

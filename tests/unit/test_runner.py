@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import socket
 import sqlite3
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ from flask import current_app
 from sqlalchemy.exc import OperationalError
 
 from assistream_flask import Assistant, lean
-from assistream_flask.runs import recovery, runner
+from assistream_flask.runs import executor, recovery, runner
+from assistream_flask.runs.active_run import ActiveRun
 from assistream_flask.runs.runtime import Runtime
 from assistream_flask.store import leases
 from assistream_flask.store.sql import ThreadStore
@@ -54,6 +57,33 @@ def held(server: OfflineServer) -> Iterator[Held]:
     server.replies = held
     yield held
     held.let_go()
+
+
+@pytest.mark.parametrize("client", ["lean", "ordinary"])
+@pytest.mark.parametrize(
+    "fault", [None, "cut", "ends_early", "500", "malformed", "error_flat", "response_failed", "incomplete", "stall"]
+)
+def test_a_run_that_is_over_is_freed_without_the_garbage_collector(
+    make_app: MakeApp, server: OfflineServer, monkeypatch: pytest.MonkeyPatch, fault: str | None, client: str
+) -> None:
+    ours = server.client(api_key=KEY) if client == "ordinary" else None
+    caller = Caller(make_app(client=ours, stall_seconds=0.3 if fault == "stall" else 30))
+    runs: list[weakref.ref[ActiveRun]] = []
+    forget = executor.Executor.forget
+
+    def noted(self: executor.Executor, active: ActiveRun) -> None:
+        runs.append(weakref.ref(active))
+        forget(self, active)
+
+    monkeypatch.setattr(executor.Executor, "forget", noted)
+    server.replies = Reply("one two three", fault=fault)
+    gc.disable()
+    try:
+        caller.run("tutor")
+        caller.wait()
+        wait_until(lambda: bool(runs) and runs[0]() is None)
+    finally:
+        gc.enable()
 
 
 def says(caller: Caller, run_id: str, words: str) -> None:

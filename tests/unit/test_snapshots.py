@@ -25,6 +25,7 @@ from assistream_flask.runs.runner import Runner
 from assistream_flask.runs.thread_history import RunRequest
 from assistream_flask.settings import Settings
 from assistream_flask.store.sql import Owner, State, ThreadStore, thread_object
+from assistream_flask.types import Usage
 from assistream_flask.upstream import answer_stream
 from assistream_flask.upstream.deltas import Annotation, Delta, End, Reasoning, Refusal, Text
 from assistream_flask.upstream.items import AGAIN, GO_ON, Turn, marked
@@ -37,6 +38,8 @@ ENDS = frozenset(f"thread.run.{status}" for status in TERMINAL)
 
 class Script:
     """A model's answer, a batch whenever the test lets one go; closing it breaks it off."""
+
+    source = None
 
     def __init__(self, batches: Sequence[list[Delta] | RunError]) -> None:
         self._batches = batches
@@ -315,7 +318,9 @@ def until(true: Callable[[], object], seconds: float = 10) -> None:
 
 @pytest.fixture(autouse=True)
 def _scripted(monkeypatch: pytest.MonkeyPatch) -> None:
-    def ask(client: Script, assistant: Assistant, turns: list[Turn], stall: float, *more: object) -> Script:
+    def ask(
+        client: Script, assistant: Assistant, turns: list[Turn], stall: float, *more: object, **named: object
+    ) -> Script:
         client.turns = turns
         client.opened.set()
         return client
@@ -358,7 +363,9 @@ def random_script(choose: random.Random) -> Script:
     last = choose.randrange(6)
     if last == 0:
         return Script([*batches, RunError("upstream_cut")])
-    end = End(choose.choice([None, None, "max_tokens"]), cast(Any, {"total_tokens": choose.randrange(99)}))
+    tokens = choose.randrange(99)
+    used: Usage = {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens}
+    end = End(choose.choice([None, None, "max_tokens"]), used)
     return Script([*batches, [part(), end] if last == 1 else [end]])
 
 

@@ -19,8 +19,10 @@ import yaml
 from assistream_flask import Commands, RunList, errors, events, sse, types
 from assistream_flask.events import Event
 from assistream_flask.runs.message_accumulator import MessageAccumulator, Stop
+from assistream_flask.runs.tool_loop import required
 from assistream_flask.store.sql import thread_object
-from assistream_flask.upstream.deltas import Annotation, End, Reasoning, Refusal, Text
+from assistream_flask.store.thread_change import StoredCall
+from assistream_flask.upstream.deltas import Annotation, Call, End, Reasoning, Refusal, Text, WholeCall
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMAS: dict[str, Any] = yaml.safe_load((ROOT / "docs/reference/openapi.yaml").read_text())["components"]["schemas"]
@@ -48,7 +50,7 @@ def test_it_is_imported_where_nothing_is_installed() -> None:
 
 
 def test_every_type_is_public_and_says_what_it_is() -> None:
-    aliases = {"ContentPart", "PartDelta", "EventData"}
+    aliases = {"ContentPart", "PartDelta", "EventData", "StepDetails", "ToolCallStatus"}
     assert set(types.__all__) == TYPED.keys() | aliases
     # A TypedDict without a docstring has none, not dict's.
     assert [name for name, typed in TYPED.items() if not typed.__doc__] == []
@@ -123,15 +125,19 @@ def of_object(hint: Any, schema: Any, at: str) -> Iterator[str]:
         (types.Message, "Message"),
         (types.ContentPart, "ContentPart"),
         (types.Run, "Run"),
+        (types.RequiredAction, "RequiredAction"),
         (types.LastError, "RunError"),
         (types.Step, "Step"),
         (types.ReasoningDetails, "ReasoningDetails"),
+        (types.ToolCallsDetails, "ToolCallsDetails"),
+        (types.ToolCall, "ToolCall"),
         (types.Entry, "Entry"),
         (types.AssistantSummary, "Assistant"),
         (types.StartedRuns, "Started"),
         (types.Snapshot, "Snapshot"),
         (types.MessageDelta, "MessageDelta"),
         (types.StepDelta, "StepDelta"),
+        (types.ToolCallsDelta, "ToolCallsDelta"),
         (types.Deleted, "Deleted"),
         (types.ErrorBody, "Error"),
     ],
@@ -196,10 +202,21 @@ def made(end: Callable[[MessageAccumulator], list[Event]]) -> tuple[list[Event],
     reply = MessageAccumulator(run, message, [])
     told += reply.wait() + reply.begin()
     told += reply.add([Reasoning("hm"), Text(0, "a"), Annotation(0, {"type": "url_citation"}), Refusal(1, "no")])
+    told += called(reply, "call_1") + reply.calls.change("call_1", "completed", "It is.") + reply.calls.end()
+    told += called(reply, "call_2")
+    waiting = StoredCall(run["id"], "call_2", 2, 1, "step_1", "ask", "page", "{}", "requires_action", "output")
+    told += reply.require(required([waiting]), 1) + reply.requeue() + reply.begin()
     told += end(reply)
     whole, message, steps = reply.snapshot()
     entry = events.entry(message, whole, steps)
     return [*told, events.snapshot("thread_1", [entry], False), events.thread_deleted("thread_1")], entry
+
+
+def called(reply: MessageAccumulator, call_id: str) -> list[Event]:
+    """Have the model call a function and a tool of its server; give the events."""
+    told = reply.add([Call(0, call_id, "ask", "function", "{}"), Call(1, "ws_1", "", "web_search", "")])
+    told += reply.calls.complete(reply.run, reply.content_count, [WholeCall(call_id, "ask", '{"whom": "you"}')])
+    return told + reply.calls.start(call_id)
 
 
 TOKENS: types.Usage = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
@@ -209,6 +226,7 @@ ENDS: list[Callable[[MessageAccumulator], list[Event]]] = [
     lambda reply: reply.end(End("content_filter", None)),
     lambda reply: reply.end(errors.RunError("upstream_cut")),
     lambda reply: reply.end(Stop.CANCELLED),
+    lambda reply: reply.end(Stop.EXPIRED),
     lambda reply: reply.end(Stop.SHUTDOWN),
 ]
 
@@ -239,8 +257,9 @@ def test_what_is_no_event_is_of_its_type_too() -> None:
     assert list(misfits(thread, types.Thread, "thread")) == []
     message = events.message("thread_1", "user", [events.text_part("hi")])
     assert list(misfits(events.entry(message), types.Entry, "entry")) == []
-    body = errors.RequestError(400, "invalid_value", "No.").body()
-    assert list(misfits(body, types.ErrorBody, "error")) == []
+    for decision in (None, {"needs": "output", "at": 1}):
+        body = errors.RequestError(409, "already_answered", "No.", decision=decision).body()
+        assert list(misfits(body, types.ErrorBody, "error")) == []
     assert (sse.PING, get_type_hints(types.Ping)) == (b"event: ping\ndata: {}\n\n", {})
 
 
@@ -308,4 +327,6 @@ if typing.TYPE_CHECKING:
         runs.wait()[0]["stauts"]  # type: ignore[typeddict-item]
         reply.run["stauts"]  # type: ignore[typeddict-item]
         events.run("thread_1", "tutor", None)["stauts"]  # type: ignore[typeddict-item]
-        events.reasoning_step(reply.run)["stauts"]  # type: ignore[typeddict-item]
+        events.reasoning_step(reply.run, 0)["stauts"]  # type: ignore[typeddict-item]
+        events.tool_call("call_1", "ask", "page")["stauts"]  # type: ignore[typeddict-item]
+        commands.approve("thread_1", "run_1", "call_1", owner="me")["stauts"]  # type: ignore[typeddict-item]

@@ -119,8 +119,8 @@ export class Page {
     return this.#channels.size;
   }
 
-  fire(type) {
-    this.#events.dispatchEvent(new Event(type));
+  fire(type, about = {}) {
+    this.#events.dispatchEvent(Object.assign(new Event(type), about));
   }
 
   hide(hidden) {
@@ -194,7 +194,7 @@ export const recorder = (page, { onePerFrame = true } = {}) => {
 };
 
 const copy = (value) => JSON.parse(JSON.stringify(value));
-const over = ({ status }) => ["completed", "incomplete", "failed", "cancelled"].includes(status);
+const over = ({ status }) => ["completed", "incomplete", "failed", "cancelled", "expired"].includes(status);
 
 export class Server {
   threads = new Map();
@@ -214,6 +214,11 @@ export class Server {
   epochs = 0;
   ids = 0;
   assistants = [{ id: "tutor", name: "Tutor", description: "Explains." }];
+  /** By call id: what a call needs, who executes it until when, how often another was given it, how it was answered. */
+  needs = new Map();
+  claims = new Map();
+  grants = new Map();
+  decisions = new Map();
   #answers = new Map();
 
   constructor() {
@@ -271,7 +276,7 @@ export class Server {
     const message = this.message(thread, "assistant", { status: "in_progress", completed_at: null, assistant_id, run_id: id });
     const run = {
       id, object: "thread.run", thread_id: thread.id, assistant_id, message_id: message.id, status: "queued",
-      last_error: null, usage: null, metadata: {},
+      required_action: null, expires_at: null, last_error: null, usage: null, metadata: {},
     };
     const entry = { assistant_id, message, run, steps: [] };
     thread.entries.push(entry);
@@ -307,15 +312,21 @@ export class Server {
     });
   }
 
-  think(thread, { run, steps }, text) {
-    let step = steps.at(-1);
-    if (!step) {
-      step = { id: `step_${++this.ids}`, object: "thread.run.step", run_id: run.id, thread_id: thread.id,
-        assistant_id: run.assistant_id, type: "reasoning", status: "in_progress", completed_at: null,
-        step_details: { type: "reasoning", reasoning: { text: "" } } };
-      steps.push(step);
-      this.emit(thread, "run.step.created", step);
-    }
+  /** The open step of a kind, a new one where there is none. */
+  #step(thread, { message, run, steps }, details) {
+    const last = steps.at(-1);
+    if (last?.type === details.type && last.status === "in_progress") return last;
+    const step = { id: `step_${++this.ids}`, object: "thread.run.step", run_id: run.id, thread_id: thread.id,
+      assistant_id: run.assistant_id, type: details.type, status: "in_progress", created_at: 1, completed_at: null,
+      content_index: message.content.length, step_details: details };
+    steps.push(step);
+    this.emit(thread, "run.step.created", step);
+    return step;
+  }
+
+  think(thread, entry, text) {
+    const { run } = entry;
+    const step = this.#step(thread, entry, { type: "reasoning", reasoning: { text: "" } });
     step.step_details.reasoning.text += text;
     this.emit(thread, "run.step.delta", {
       id: step.id, object: "thread.run.step.delta", run_id: run.id,
@@ -323,11 +334,123 @@ export class Server {
     });
   }
 
+  /** The model calls a tool; its arguments are still to come. Gives the call's id. */
+  call(thread, entry, name, kind = "server") {
+    const step = this.#step(thread, entry, { type: "tool_calls", tool_calls: [] });
+    const calls = step.step_details.tool_calls;
+    const call = { id: `call_${++this.ids}`, type: "function", function: { name, arguments: "", output: null },
+      status: "in_progress", kind, error: null, started_at: null, completed_at: null };
+    calls.push(call);
+    this.#tell(thread, step, { index: calls.length - 1, ...call });
+    return call.id;
+  }
+
+  /** A call's arguments grow; all else that is new takes the place of what was there. */
+  grow(thread, { steps }, id, { arguments: value, output, ...more }) {
+    for (const step of steps) {
+      const index = step.step_details.tool_calls?.findIndex((call) => call.id === id) ?? -1;
+      if (index < 0) continue;
+      const call = step.step_details.tool_calls[index];
+      const fresh = {};
+      if (value !== undefined) call.function.arguments += fresh.arguments = value;
+      if (output !== undefined) call.function.output = fresh.output = output;
+      Object.assign(call, more);
+      this.#tell(thread, step, { index, ...more, ...(Object.keys(fresh).length && { function: fresh }) });
+    }
+  }
+
+  #tell(thread, { id, run_id }, call) {
+    this.emit(thread, "run.step.delta", {
+      id, object: "thread.run.step.delta", run_id,
+      delta: { step_details: { type: "tool_calls", tool_calls: [call] } },
+    });
+  }
+
+  /** The run waits: `needs` says of each call whether for an output or an approval. */
+  require(thread, entry, needs) {
+    for (const [id, what] of Object.entries(needs)) {
+      this.needs.set(id, what);
+      this.grow(thread, entry, id, { status: "requires_action" });
+    }
+    entry.run.expires_at = 9;
+    this.#wait(thread, entry);
+  }
+
+  /** The run tells what it waits for, or goes on. */
+  #wait(thread, { run, steps }) {
+    const waiting = steps.flatMap(({ step_details }) => step_details.tool_calls ?? [])
+      .filter(({ status }) => status === "requires_action");
+    const tool_calls = waiting.map(({ id, type, function: { name, arguments: given } }) =>
+      ({ id, type, function: { name, arguments: given }, needs: this.needs.get(id) }));
+    run.status = waiting.length ? "requires_action" : "queued";
+    run.required_action = waiting.length ? { type: "submit_tool_outputs", submit_tool_outputs: { tool_calls } } : null;
+    if (!waiting.length) run.expires_at = null;
+    this.emit(thread, `run.${run.status}`, run);
+  }
+
+  #refused(status, code, more = {}) {
+    return [status, { error: { type: "invalid_request_error", code, message: `No: ${code}.`, ...more } }];
+  }
+
+  /** Why a call cannot be given such an answer. */
+  #refusal(entry, id, needs) {
+    const call = entry.steps.flatMap(({ step_details }) => step_details.tool_calls ?? []).find((one) => one.id === id);
+    if (!call) return this.#refused(404, "tool_call_not_found");
+    if (this.decisions.has(id)) return this.#refused(409, "already_answered", { decision: this.decisions.get(id) });
+    if (call.status !== "requires_action" || this.needs.get(id) !== needs) return this.#refused(409, "not_waiting");
+  }
+
+  /** Answers calls, all or none. */
+  answer(thread, entry, needs, answers) {
+    for (const { tool_call_id } of answers) {
+      const refusal = this.#refusal(entry, tool_call_id, needs);
+      if (refusal) return refusal;
+    }
+    for (const { tool_call_id, output, approve, reason, arguments: given } of answers) {
+      this.decisions.set(tool_call_id, { needs, at: 1, ...(needs === "approval" && { approve, reason }) });
+      if (needs === "output") this.grow(thread, entry, tool_call_id, { status: "completed", output });
+      else if (!approve) this.grow(thread, entry, tool_call_id, { status: "denied", output: "Denied.", error: "denied" });
+      else {
+        if (given) this.#rewrite(thread, entry, tool_call_id, given);
+        this.grow(thread, entry, tool_call_id, { status: "in_progress" });
+      }
+    }
+    this.#wait(thread, entry);
+    return [200, entry.run];
+  }
+
+  /** What was told of a call's arguments is not what they are: its step is told again. */
+  #rewrite(thread, { steps }, id, given) {
+    for (const step of steps)
+      for (const call of step.step_details.tool_calls ?? [])
+        if (call.id === id) {
+          call.function.arguments = JSON.stringify(given);
+          this.emit(thread, "run.step.created", step);
+        }
+  }
+
+  claim(entry, id, holder, release = false) {
+    const refusal = this.#refusal(entry, id, "output");
+    if (refusal) return refusal;
+    const known = this.claims.get(id);
+    if (known && known.holder !== holder && known.until > Date.now()) return this.#refused(409, "already_claimed");
+    if (known?.holder !== holder) this.grants.set(id, (this.grants.get(id) ?? 0) + 1);
+    const seconds = release ? 0 : 90;
+    const until = Date.now() + seconds * 1000;
+    if (release) this.claims.delete(id);
+    else this.claims.set(id, { holder, until });
+    return [200, { until: until / 1000, seconds }];
+  }
+
   finish(thread, { message, run, steps }, status = "completed", code = "upstream_error") {
     for (const step of steps) {
-      step.status = "completed";
-      this.emit(thread, "run.step.completed", step);
+      if (step.status !== "in_progress") continue;
+      for (const call of step.step_details.tool_calls ?? [])
+        if (["in_progress", "requires_action"].includes(call.status)) call.status = "interrupted";
+      step.status = step.type === "reasoning" ? "completed" : { completed: "completed", failed: "failed" }[status] ?? "cancelled";
+      this.emit(thread, `run.step.${step.status}`, step);
     }
+    run.required_action = run.expires_at = null;
     message.status = status === "completed" ? "completed" : "incomplete";
     if (status !== "completed") message.incomplete_details = { reason: `run_${status}` };
     this.emit(thread, `message.${message.status}`, message);
@@ -465,7 +588,8 @@ export class Server {
           const made = this.#handle(request);
           if (request.method === "POST") {
             assert.ok(request.key, "a POST without a key");
-            this.#answers.set(request.key, { request: [request.url, request.body], answer: copy(made) });
+            // Who executes a call may be another by now.
+            if (!url.endsWith("/claim")) this.#answers.set(request.key, { request: [request.url, request.body], answer: copy(made) });
           }
           answer = json(...copy(made));
         }
@@ -482,7 +606,7 @@ export class Server {
 
   #handle({ method, url, body }) {
     const { pathname, searchParams } = new URL(url);
-    const [what, id, part, run_id, verb] = pathname.replace(/^.*\/p\//, "").split("/").map(decodeURIComponent);
+    const [what, id, part, run_id, verb, call_id] = pathname.replace(/^.*\/p\//, "").split("/").map(decodeURIComponent);
     if (what === "assistants") return [200, { data: this.assistants }];
     assert.equal(what, "threads");
     if (!id && method === "GET") return this.#threads(searchParams);
@@ -506,9 +630,12 @@ export class Server {
       const from = Math.max(0, end - Math.min(limit, this.page));
       return [200, { data: thread.entries.slice(from, end), has_more: from > 0 }, { "Last-Event-ID": this.place(thread) }];
     }
+    const entry = thread.entries.find(({ run }) => run?.id === run_id);
+    if (verb && !entry) return none("run_not_found");
+    if (verb === "submit_tool_outputs") return this.answer(thread, entry, "output", body.tool_outputs);
+    if (verb === "approvals") return this.answer(thread, entry, "approval", body.approvals);
+    if (verb === "tool_calls") return this.claim(entry, call_id, body.holder, body.release);
     if (verb === "cancel") {
-      const entry = thread.entries.find(({ run }) => run?.id === run_id);
-      if (!entry) return none("run_not_found");
       if (!over(entry.run)) this.finish(thread, entry, "cancelled");
       return [202, entry.run];
     }

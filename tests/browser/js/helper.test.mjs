@@ -7,7 +7,7 @@ import { Page, Server, freeze, recorder } from "./fakes.mjs";
 
 // HELPER: the URL of a copy that is to keep the same rules.
 const FILE = new URL(process.env.HELPER ?? "../../../assistream_flask/static/assistream.js", import.meta.url);
-const { createAssistream, text } = await import(FILE.href);
+const { createAssistream, parts, text } = await import(FILE.href);
 
 /** A test with a page, a server, a thread "t" and the helper. */
 const rule = (name, body, options) =>
@@ -212,6 +212,9 @@ for (const [what, call] of [
   ["thread_id", (api) => api.deleteThread("")],
   ["thread_id", (api) => api.cancelRun(undefined, "run_1")],
   ["run_id", (api) => api.cancelRun("t")],
+  ["outputs", (api) => api.submitToolOutputs("t", "run_1", { call_1: "out" })],
+  ["run_id", (api) => api.approve("t", "", "call_1")],
+  ["thread_id", (api) => api.deny(null, "run_1", "call_1")],
 ])
   rule(`a wrong ${what} rejects with what was got: ${call}`, async ({ page, server, api }) => {
     await assert.rejects(() => call(api), (error) =>
@@ -1394,16 +1397,27 @@ rule("an error that is no JSON of ours still has a code", async ({ page, server,
   assert.deepEqual([state.error.code, state.error.status], ["http_500", 500]);
 });
 
-for (const [header, tries] of [[{ "Retry-After": "3" }, 5], [{ "Retry-After": "6" }, 1], [{}, 1]])
+for (const [header, tries] of [[{ "Retry-After": "3" }, 5], [{ "Retry-After": "6" }, 1], [{}, 5]])
   rule(`a command that got 429 with ${JSON.stringify(header)} is tried ${tries} times`, async ({ page, server, api, posts, watch }) => {
     server.fault = () => [429, header, { error: { code: "too_many_runs", message: "Wait." } }];
     const state = watch(api.run("t", "a"));
-    await page.pass(2900);
+    await page.pass(header["Retry-After"] ? 2900 : 200);
     assert.equal(posts().length, 1);
     await page.pass(60_000);
     assert.equal(state.error.code, "too_many_runs");
     assert.equal(posts().length, tries);
   });
+
+rule("a command that a proxy refuses for a while (429, a page of its own) is sent again, once", async ({ page, server, thread, api, watch, posts }) => {
+  server.fault = () => 429;
+  const state = watch(api.addMessage("t", "hello"));
+  await page.pass(1000);
+  server.fault = () => undefined;
+  await page.pass(5000);
+  assert.deepEqual(state.value, thread.entries[0]);
+  assert.equal(thread.entries.length, 1);
+  assert.equal(new Set(posts().map(({ key }) => key)).size, 1);
+});
 
 rule("a message typed offline arrives once the network is back", async ({ page, server, thread, api, watch }) => {
   navigator.onLine = false;
@@ -1544,6 +1558,9 @@ for (const [name, command] of [
   ["deleteThread", (api, options) => api.deleteThread("t", options)],
   ["listAssistants", (api, options) => api.listAssistants(options)],
   ["cancelRun", (api, options) => api.cancelRun("t", "run_1", options)],
+  ["submitToolOutputs", (api, options) => api.submitToolOutputs("t", "run_1", [{ tool_call_id: "call_4", output: 1 }], options)],
+  ["approve", (api, options) => api.approve("t", "run_1", "call_5", options)],
+  ["deny", (api, options) => api.deny("t", "run_1", "call_5", options)],
 ]) {
   rule(`${name} rejects with the server's words`, async ({ page, server, api, watch }) => {
     for (const status of [400, 401, 403, 500]) {
@@ -1557,13 +1574,19 @@ for (const [name, command] of [
   });
 
   rule(`${name} is tried again while the server is away, for minutes`, async ({ page, server, thread, api, watch }) => {
-    server.start(thread, "a").run.id = "run_1";
+    const entry = server.start(thread, "a");
+    const [pick, refund] = [server.call(thread, entry, "pick", "page"), server.call(thread, entry, "refund")];
+    server.require(thread, entry, { [pick]: "output", [refund]: "approval" });
+    assert.deepEqual([entry.run.id, pick, refund], ["run_1", "call_4", "call_5"]);
     server.fault = () => "refuse";
     const [one, other] = [watch(command(api)), watch(command(api))];
     await page.pass(20_000);
     server.fault = () => undefined;
     await page.pass(3000);
-    assert.ok(one.over && !one.error && other.over, `${one.error}`);
+    // A question is answered once.
+    const errors = [one, other].flatMap(({ error }) => error ?? []).map(({ code }) => code);
+    assert.ok(one.over && other.over);
+    assert.deepEqual(errors, /^(submit|approve|deny)/.test(name) ? ["already_answered"] : []);
     server.fault = () => "refuse";
     const state = watch(command(api));
     await page.pass(600_000);
@@ -1585,6 +1608,431 @@ for (const [name, command] of [
     assert.equal(page.timers, 0);
   });
 }
+
+// ---- tool calls
+
+rule("events of steps add up to what a snapshot has, at any time", async ({ page, server, thread, load }) => {
+  const set = await load();
+  const entry = server.start(thread, "a");
+  const find = () => entry.steps.at(-1).step_details.tool_calls;
+  const steps = [
+    () => server.begin(thread, entry),
+    () => server.think(thread, entry, "I look."),
+    () => server.delta(thread, entry, "One moment."),
+    () => server.call(thread, entry, "find"),
+    () => server.grow(thread, entry, find()[0].id, { arguments: '{"quer' }),
+    () => server.call(thread, entry, "pick", "page"),
+    () => server.grow(thread, entry, find()[0].id, { arguments: 'y": 1}' }),
+    () => server.grow(thread, entry, find()[1].id, { arguments: "{}" }),
+    () => server.grow(thread, entry, find()[0].id, { started_at: 1 }),
+    () => server.grow(thread, entry, find()[0].id, { status: "failed", output: "Timed out.", error: "timed out", completed_at: 2 }),
+    // What is told twice takes the place of the first.
+    () => server.grow(thread, entry, find()[0].id, { output: "Found." }),
+    () => server.require(thread, entry, { [find()[1].id]: "output" }),
+    () => server.answer(thread, entry, "output", [{ tool_call_id: find()[1].id, output: "today" }]),
+    () => server.begin(thread, entry),
+    () => server.delta(thread, entry, "But no", "refusal"),
+    () => server.finish(thread, entry, "cancelled"),
+  ];
+  for (const step of steps) {
+    step();
+    await page.pass(100);
+    assert.deepEqual(set.last, thread.entries);
+    const fresh = createAssistream({ baseUrl: "http://server.test/p", fetch: server.fetch, EventSource: server.EventSource });
+    const other = recorder(page, { onePerFrame: false }), stop = new AbortController();
+    fresh.loadThread("t", other, stop).catch(() => {});
+    await page.pass(100);
+    assert.deepEqual(other.last, thread.entries);
+    stop.abort();
+    await page.pass(0);
+  }
+  assert.equal(set.last[0].steps[1].step_details.tool_calls[0].function.output, "Found.");
+});
+
+rule("parts are texts, reasoning and calls in the order in which they happened, under keys that stay", async ({ page, server, thread, load }) => {
+  const set = await load();
+  const entry = server.start(thread, "a");
+  const keys = [];
+  const look = async () => {
+    await page.pass(100);
+    const found = parts(set.last[0]);
+    assert.deepEqual(found.slice(0, keys.length).map(({ key }) => key), keys);
+    keys.splice(0, keys.length, ...found.map(({ key }) => key));
+    assert.equal(new Set(keys).size, keys.length);
+    return found;
+  };
+  server.begin(thread, entry);
+  assert.deepEqual(await look(), []);
+  server.think(thread, entry, "Hm.");
+  server.delta(thread, entry, "I look");
+  await look();
+  server.delta(thread, entry, " it up.");
+  const [first, second] = [server.call(thread, entry, "find"), server.call(thread, entry, "find")];
+  server.grow(thread, entry, first, { arguments: "{}" });
+  await look();
+  server.grow(thread, entry, first, { status: "completed", output: "Found." });
+  entry.steps.at(-1).status = "completed";
+  server.emit(thread, "run.step.completed", entry.steps.at(-1));
+  server.think(thread, entry, "Aha.");
+  await look();
+  server.delta(thread, entry, "No.", "refusal");
+  const third = server.call(thread, entry, "note");
+  const found = await look();
+  assert.deepEqual(found.map((part) => [part.type, part.text ?? part.part?.text?.value ?? part.part?.refusal ?? part.call.id]), [
+    ["reasoning", "Hm."], ["text", "I look it up."], ["tool_call", first], ["tool_call", second],
+    ["reasoning", "Aha."], ["refusal", "No."], ["tool_call", third],
+  ]);
+  assert.equal(found[2].call, set.last[0].steps[1].step_details.tool_calls[0]);
+  assert.equal(found[2].step, set.last[0].steps[1]);
+  assert.equal(found[1].part, set.last[0].message.content[0]);
+});
+
+test("parts of a step that an older server told of come first", () => {
+  const step = { id: "step_1", step_details: { type: "reasoning", reasoning: { text: "Hm." } } };
+  const entry = freeze({ message: { id: "msg_1", run_id: null, content: [{ type: "text", text: { value: "a" } }] }, steps: [step] });
+  assert.deepEqual(parts(entry).map(({ key, type }) => [key, type]), [["step_1", "reasoning"], ["msg_1-0", "text"]]);
+});
+
+/** A run that waits for the page's tool `pick`, and for a person's word on `refund`. */
+const waits = (server, thread, given = '{"n": 1}') => {
+  const entry = server.start(thread, "a");
+  server.begin(thread, entry);
+  const [pick, refund] = [server.call(thread, entry, "pick", "page"), server.call(thread, entry, "refund")];
+  server.grow(thread, entry, pick, { arguments: given });
+  server.grow(thread, entry, refund, { arguments: "{}" });
+  server.require(thread, entry, { [pick]: "output", [refund]: "approval" });
+  return { entry, pick, refund, run_id: entry.run.id };
+};
+const callOf = ({ steps }, id) => steps.flatMap(({ step_details }) => step_details.tool_calls ?? []).find((call) => call.id === id);
+
+rule("submitToolOutputs, approve and deny send what was decided, and resolve with the run", async ({ page, server, thread, api, load, posts, watch }) => {
+  const { entry, pick, refund, run_id } = waits(server, thread);
+  const set = await load();
+  const one = watch(api.submitToolOutputs("t", run_id, [{ tool_call_id: pick, output: { day: 1 } }]));
+  await page.pass(100);
+  assert.equal(one.value.status, "requires_action");
+  assert.deepEqual(one.value.required_action.submit_tool_outputs.tool_calls.map(({ id }) => id), [refund]);
+  const other = watch(api.approve("t", run_id, refund, { arguments: { cents: 5 }, remember: true }));
+  await page.pass(100);
+  assert.deepEqual([other.value.status, other.value.required_action], ["queued", null]);
+  assert.deepEqual(set.last, thread.entries);
+  assert.equal(callOf(set.last[0], refund).function.arguments, '{"cents":5}');
+  const again = waits(server, thread);
+  watch(api.deny("t", again.run_id, again.refund, { reason: "Too much." }));
+  watch(api.submitToolOutputs("t", again.run_id, [{ tool_call_id: again.pick, output: "as it is" }]));
+  await page.pass(100);
+  assert.deepEqual(posts().map(({ url, body }) => [new URL(url).pathname.replace("/p/threads/t/runs/", ""), body]), [
+    [`${run_id}/submit_tool_outputs`, { tool_outputs: [{ tool_call_id: pick, output: '{"day":1}' }] }],
+    [`${run_id}/approvals`, { approvals: [{ tool_call_id: refund, approve: true, arguments: { cents: 5 }, remember: true }] }],
+    [`${again.run_id}/approvals`, { approvals: [{ tool_call_id: again.refund, approve: false, reason: "Too much." }] }],
+    [`${again.run_id}/submit_tool_outputs`, { tool_outputs: [{ tool_call_id: again.pick, output: "as it is" }] }],
+  ]);
+  assert.equal(entry.run.status, "queued");
+});
+
+rule("who answers second is told what was decided", async ({ page, server, thread, api, watch }) => {
+  const { refund, run_id } = waits(server, thread);
+  const [yes, no] = [watch(api.approve("t", run_id, refund)), watch(api.deny("t", run_id, refund, { reason: "No." }))];
+  await page.pass(100);
+  assert.equal(yes.value.id, run_id);
+  const { code, status, decision } = no.error;
+  assert.deepEqual([code, status, decision], ["already_answered", 409, { needs: "approval", at: 1, approve: true }]);
+});
+
+/** A tool that counts: what it was called with, and what gives its output, or ends it. */
+const tool = () => {
+  const calls = [];
+  const pick = (args, about) => new Promise((give, fail) => calls.push({ args, ...about, give, fail }));
+  return { calls, tools: { pick } };
+};
+const claims = (server) => server.requests.filter(({ url }) => url.endsWith("/claim"));
+const answers = (server) => server.requests.filter(({ url }) => url.endsWith("/submit_tool_outputs"));
+
+rule("of two tabs one executes a call, once, and both see its output", async ({ page, server, thread, api, watch }) => {
+  const other = createAssistream({ baseUrl: "http://server.test/p", fetch: server.fetch, EventSource: server.EventSource });
+  const { calls, tools } = tool();
+  const sets = [recorder(page), recorder(page, { onePerFrame: false })];
+  watch(api.loadThread("t", sets[0], { tools }));
+  watch(other.loadThread("t", sets[1], { tools }));
+  await page.pass(100);
+  const { entry, pick, refund } = waits(server, thread);
+  await page.pass(100);
+  assert.equal(calls.length, 1);
+  assert.deepEqual(calls[0].args, { n: 1 });
+  assert.deepEqual(calls[0].call, { id: pick, type: "function", function: { name: "pick", arguments: '{"n": 1}' }, needs: "output" });
+  assert.equal(new Set(claims(server).map(({ body }) => body.holder)).size, 2);
+  // Whatever else happens in the thread.
+  server.say(thread, "hello");
+  await page.pass(5000);
+  calls[0].give({ day: 1 });
+  await page.pass(100);
+  assert.deepEqual(callOf(entry, pick).function.output, '{"day":1}');
+  assert.equal(answers(server).length, 1);
+  for (const set of sets) assert.deepEqual(set.last, thread.entries);
+  server.answer(thread, entry, "approval", [{ tool_call_id: refund, approve: true }]);
+  server.begin(thread, entry);
+  await page.pass(120_000);
+  assert.deepEqual([calls.length, answers(server).length], [1, 1]);
+});
+
+rule("a call is claimed before it is executed, by the page's one name", async ({ page, server, thread, load }) => {
+  const { calls, tools } = tool();
+  await load(undefined, { tools });
+  server.delay = () => 50;
+  waits(server, thread);
+  waits(server, thread, "{}");
+  await page.pass(120);
+  assert.deepEqual([claims(server).length, calls.length], [2, 0]);
+  await page.pass(100);
+  assert.deepEqual(calls.map(({ args }) => args), [{ n: 1 }, {}]);
+  const [first, second] = claims(server);
+  assert.equal(first.body.holder, second.body.holder);
+  assert.match(first.body.holder, /^[\d-]{20,255}$/);
+});
+
+rule("a call of a page that is gone is taken once its claim ran out", async ({ page, server, thread, load }) => {
+  const { entry, pick } = waits(server, thread);
+  server.claim(entry, pick, "a page that is gone");
+  const { calls, tools } = tool();
+  await load(undefined, { tools });
+  await page.pass(89_000);
+  assert.equal(calls.length, 0);
+  await page.pass(21_500);
+  assert.equal(calls.length, 1);
+  calls[0].give("today");
+  await page.pass(100);
+  assert.equal(callOf(entry, pick).function.output, "today");
+});
+
+rule("a page that is gone lets go of what it was executing, and of nothing else", async ({ page, server, thread, load }) => {
+  const { entry, pick } = waits(server, thread);
+  const { calls, tools } = tool();
+  await load(undefined, { tools });
+  assert.equal(calls.length, 1);
+  // One that is kept for the back button goes on executing.
+  page.fire("pagehide", { persisted: true });
+  await page.pass(100);
+  assert.deepEqual(claims(server).map(({ body }) => body.release), [undefined]);
+  page.fire("pagehide", { persisted: false });
+  await page.pass(100);
+  const last = claims(server).at(-1);
+  assert.deepEqual([last.body.release, last.body.holder, last.init.keepalive], [true, claims(server)[0].body.holder, true]);
+  assert.equal(server.claim(entry, pick, "another page")[0], 200);
+});
+
+rule("an output that is on its way keeps its claim when the page goes", async ({ page, server, thread, load }) => {
+  const { entry, pick } = waits(server, thread);
+  const { calls, tools } = tool();
+  await load(undefined, { tools });
+  server.delay = () => 1000;
+  calls[0].give("Monday");
+  await page.pass(100);
+  page.fire("pagehide", { persisted: false });
+  await page.pass(100);
+  assert.deepEqual(claims(server).map(({ body }) => body.release), [undefined]);
+  await page.pass(1000);
+  assert.equal(callOf(entry, pick).function.output, "Monday");
+});
+
+for (const [words, seconds, passing, renewals] of [
+  ["three times in the time that it is for", 3, 10_500, 10],
+  // A longer timer than of 24 days fires at once.
+  ["each hour where that is for years", 1e9, 3_700_000, 1],
+]) rule(`a claim is renewed ${words}`, async ({ page, server, thread, load }) => {
+  const { entry, pick } = waits(server, thread);
+  const { tools } = tool();
+  const given = server.claim.bind(server);
+  server.claim = (...about) => {
+    const [status, answer] = given(...about);
+    return [status, status === 200 ? { ...answer, seconds } : answer];
+  };
+  await load(undefined, { tools });
+  const before = claims(server).length;
+  await page.pass(passing);
+  assert.equal(claims(server).length - before, renewals);
+  assert.equal(server.grants.get(pick), 1);
+  assert.equal(callOf(entry, pick).status, "requires_action");
+});
+
+rule("a claim is renewed for as long as the tool works", async ({ page, server, thread, load, api, watch }) => {
+  const { entry, pick } = waits(server, thread);
+  const { calls, tools } = tool();
+  await load(undefined, { tools });
+  const other = createAssistream({ baseUrl: "http://server.test/p", fetch: server.fetch, EventSource: server.EventSource });
+  const second = tool();
+  watch(other.loadThread("t", recorder(page, { onePerFrame: false }), { tools: second.tools }));
+  // The server is away for a while: no renewal is missed for good.
+  await page.pass(100_000);
+  server.fault = ({ url }) => (url.endsWith("/claim") ? "refuse" : undefined);
+  await page.pass(30_000);
+  server.fault = () => undefined;
+  await page.pass(100_000);
+  assert.deepEqual([calls.length, second.calls.length], [1, 0]);
+  assert.equal(server.grants.get(pick), 1);
+  calls[0].give("at last");
+  await page.pass(100);
+  assert.equal(callOf(entry, pick).function.output, "at last");
+  const sent = claims(server).length;
+  await page.pass(120_000);
+  assert.equal(claims(server).length, sent);
+});
+
+for (const [what, end, output] of [
+  ["an error", (call) => call.fail(new Error("No calendar.")), '{"error":"No calendar."}'],
+  ["what is no error", (call) => call.fail("not today"), '{"error":"not today"}'],
+  ["nothing", (call) => call.fail(), '{"error":"undefined"}'],
+])
+  rule(`a tool that throws ${what} tells the model so`, async ({ page, server, thread, load }) => {
+    const { entry, pick } = waits(server, thread);
+    const { calls, tools } = tool();
+    await load(undefined, { tools });
+    end(calls[0]);
+    await page.pass(100);
+    assert.equal(callOf(entry, pick).function.output, output);
+  });
+
+for (const [given, output] of [["as it is", "as it is"], ["", ""], [undefined, "null"], [null, "null"], [[1, "a"], '[1,"a"]'], [false, "false"]])
+  rule(`an output ${JSON.stringify(given)} is told as ${JSON.stringify(output)}`, async ({ page, server, thread, load }) => {
+    const { entry, pick } = waits(server, thread);
+    await load(undefined, { tools: { pick: () => given } });
+    await page.pass(100);
+    assert.equal(callOf(entry, pick).function.output, output);
+  });
+
+rule("arguments that are no JSON are no reason to wait for ever", async ({ page, server, thread, load }) => {
+  const { entry, pick } = waits(server, thread, '{"n": ');
+  const { calls, tools } = tool();
+  await load(undefined, { tools });
+  await page.pass(100);
+  assert.equal(calls.length, 0);
+  assert.match(callOf(entry, pick).function.output, /^{"error":".*JSON/);
+});
+
+for (const [how, end] of [
+  ["was answered elsewhere", ({ server, thread, entry, pick }) => server.answer(thread, entry, "output", [{ tool_call_id: pick, output: "here" }])],
+  ["vanished with its run", ({ server, thread }) => { thread.entries.length = 0; server.lose(thread); }],
+  ["went with its run", ({ server, thread, entry }) => server.finish(thread, entry, "cancelled")],
+  ["went with its thread", ({ server, thread }) => server.delete(thread)],
+  ["is of a thread that nobody shows any more", ({ stop }) => stop.abort()],
+])
+  rule(`a tool is told to stop whose call ${how}, and what it gives is sent nowhere`, async ({ page, server, thread, load }) => {
+    const { entry, pick } = waits(server, thread);
+    const { calls, tools } = tool();
+    const stop = new AbortController();
+    await load(undefined, { tools, signal: stop.signal });
+    assert.ok(!calls[0].signal.aborted);
+    end({ server, thread, entry, pick, stop });
+    await page.pass(1000);
+    assert.ok(calls[0].signal.aborted);
+    calls[0].give("too late");
+    await page.pass(60_000);
+    assert.equal(answers(server).length, 0);
+  });
+
+rule("what waited before the page was loaded is executed, and once, though an answer is lost and a snapshot comes", async ({ page, server, thread, load, streams }) => {
+  const { entry, pick } = waits(server, thread);
+  const { calls, tools } = tool();
+  const faults = ["lose", "lose"];
+  server.fault = ({ url }) => (url.endsWith("outputs") ? faults.shift() : undefined);
+  await load(undefined, { tools });
+  calls[0].give("once");
+  await page.pass(30_000);
+  assert.equal(callOf(entry, pick).function.output, "once");
+  assert.equal(new Set(answers(server).map(({ key }) => key)).size, 1);
+  const again = waits(server, thread);
+  await page.pass(100);
+  assert.equal(calls.length, 2);
+  server.cut([...server.sources][0]);
+  thread.epoch = "new";
+  await page.pass(5000);
+  assert.equal(streams().length, 2);
+  assert.equal(calls.length, 2);
+  calls[1].give("twice");
+  await page.pass(100);
+  assert.equal(callOf(again.entry, again.pick).function.output, "twice");
+});
+
+rule("a call that was answered is not executed again before the stream says so", async ({ page, server, thread, load }) => {
+  for (const answer of [[200, {}, {}], [409, {}, { error: { code: "already_answered", message: "No." } }]]) {
+    const { calls, tools } = tool();
+    const stop = new AbortController();
+    server.fault = ({ url }) => (url.endsWith("outputs") ? answer : undefined);
+    const { entry } = waits(server, thread);
+    await load(undefined, { tools, signal: stop.signal });
+    calls[0].give("today");
+    await page.pass(100);
+    server.say(thread, "hello");
+    await page.pass(30_000);
+    assert.equal(calls.length, 1);
+    server.finish(thread, entry);
+    stop.abort();
+    await page.pass(100);
+  }
+});
+
+rule("a run that waits is not over, and one that nobody answers ends as expired", async ({ page, server, thread, api, watch }) => {
+  const set = recorder(page);
+  const state = watch(api.run("t", "a", set));
+  await page.pass(100);
+  const [entry] = thread.entries;
+  server.begin(thread, entry);
+  server.require(thread, entry, { [server.call(thread, entry, "refund")]: "approval" });
+  await page.pass(3_600_000);
+  assert.ok(!state.over);
+  server.finish(thread, entry, "expired");
+  await page.pass(100);
+  assert.equal(state.value.status, "expired");
+  assert.deepEqual(set.last, thread.entries);
+});
+
+rule("what needs a person, another tool or another round is not executed", async ({ page, server, thread, load }) => {
+  const { calls, tools } = tool();
+  const entry = server.start(thread, "a");
+  server.begin(thread, entry);
+  const names = ["refund", "toString", "hasOwnProperty", "find"];
+  const made = names.map((name) => server.call(thread, entry, name, "page"));
+  server.call(thread, entry, "pick", "page");
+  server.require(thread, entry, Object.fromEntries(made.map((id, i) => [id, i ? "output" : "approval"])));
+  await load(undefined, { tools: { ...tools, refund: tools.pick } });
+  await page.pass(1000);
+  assert.deepEqual([calls.length, claims(server).length], [0, 0]);
+});
+
+rule("the tools of any subscription are used, those of run and of addMessageAndRun too", async ({ page, server, thread, api, load, watch }) => {
+  const set = await load();
+  const { calls, tools } = tool();
+  const running = [watch(api.run("t", "a", null, { tools })), watch(api.addMessageAndRun("t", "hello", "b", set, { tools }))];
+  await page.pass(100);
+  assert.ok(server.requests.every(({ body }) => !body?.tools));
+  for (const entry of thread.entries.filter(({ run }) => run)) {
+    server.begin(thread, entry);
+    const id = server.call(thread, entry, "pick", "page");
+    server.grow(thread, entry, id, { arguments: "{}" });
+    server.require(thread, entry, { [id]: "output" });
+    await page.pass(100);
+    assert.ok(running.some(({ over }) => !over));
+    calls.at(-1).give("today");
+    await page.pass(100);
+    assert.equal(callOf(entry, id).function.output, "today");
+    server.begin(thread, entry);
+    server.finish(thread, entry);
+  }
+  await page.pass(100);
+  assert.deepEqual(running.map(({ value }) => value?.status), ["completed", "completed"]);
+  // Whose subscription is over executes nothing any more.
+  waits(server, thread);
+  await page.pass(1000);
+  assert.equal(calls.length, 2);
+});
+
+rule("an output that the server refuses is reported to the page", async ({ page, server, thread, load }) => {
+  waits(server, thread);
+  server.fault = ({ url }) => (url.endsWith("outputs") ? [413, {}, { error: { code: "message_too_long", message: "Too long." } }] : undefined);
+  await load(undefined, { tools: { pick: () => "x" } });
+  await page.pass(60_000);
+  assert.deepEqual(page.reported.splice(0).map(({ code }) => code), ["message_too_long"]);
+  assert.equal(answers(server).length, 1);
+});
 
 // ---- where it is
 
@@ -1637,8 +2085,8 @@ test("importing does no work and needs no browser", () => {
     if (Object.keys(globalThis).length !== before) throw new Error("a global was made");
     console.log(Object.keys(m).sort().join(" "));`;
   const out = execFileSync(process.execPath, ["--input-type=module", "-e", code], { timeout: 10_000, encoding: "utf8" });
-  assert.equal(out.trim(), "addMessage addMessageAndRun addMessageAndRuns cancelRun createAssistream createThread " +
-    "deleteThread listAssistants listThreads loadThread run text");
+  assert.equal(out.trim(), "addMessage addMessageAndRun addMessageAndRuns approve cancelRun createAssistream " +
+    "createThread deleteThread deny listAssistants listThreads loadThread parts run submitToolOutputs text");
   assert.ok(fileURLToPath(FILE));
 });
 

@@ -71,10 +71,24 @@ const trial = async (seed) => {
         },
       ).catch((error) => failures.push(error));
     };
+    /** By call id: the signals of all that executed it. */
+    const working = new Map();
+    const tools = {
+      pick: async (args, { signal, call }) => {
+        const others = (working.get(call.id) ?? []).filter(({ aborted }) => !aborted);
+        if (others.length >= server.grants.get(call.id)) failures.push(new Error("a call executed twice under one claim"));
+        working.set(call.id, [...others, signal]);
+        await new Promise((resolve) => setTimeout(resolve, random() * 200));
+        if (chance(0.1)) throw new Error("no calendar");
+        return args.n;
+      },
+    };
+    const load = ({ tab, name, set, stop, tools }) => tab.loadThread(name, set, { signal: stop.signal, tools });
     const subscribe = () => {
-      const view = { name: pick(names), tab: pick(tabs), stop: new AbortController(), set: recorder(page) };
+      const view = { name: pick(names), tab: pick(tabs), stop: new AbortController(), set: recorder(page),
+        tools: chance(0.7) ? tools : undefined };
       views.push(view);
-      view.tab.loadThread(view.name, view.set, { signal: view.stop.signal }).catch((error) => {
+      load(view).catch((error) => {
         if (error.name !== "AbortError") failures.push(error);
       });
     };
@@ -87,7 +101,7 @@ const trial = async (seed) => {
         view.set.fresh = true;
         view.stop = new AbortController();
         view.gone = view.set.loose = chance(0.5);
-        if (!view.gone) view.tab.loadThread(view.name, view.set, { signal: view.stop.signal }).catch(() => {});
+        if (!view.gone) load(view).catch(() => {});
       },
       () => {
         const view = pick(views);
@@ -107,10 +121,30 @@ const trial = async (seed) => {
       () => page.hide(chance(0.5)),
       () => page.fire(pick(["online", "pageshow"])),
       () => server.ping(),
+      // Another person decides, or another device answers.
+      () => {
+        const thread = server.threads.get(pick(names));
+        const entry = thread.entries.find(({ run }) => run?.required_action);
+        if (!entry) return;
+        const { id, needs } = pick(entry.run.required_action.submit_tool_outputs.tool_calls);
+        server.answer(thread, entry, needs, [{ tool_call_id: id, approve: chance(0.5), output: "here", arguments: chance(0.3) ? {} : undefined }]);
+      },
       () => other.postMessage({ id: "other", streams: pick([0, 2, 5]), hidden: pick([0, page.now]), ask: chance(0.2) }),
       () => { page.fire("pagehide"); page.hide(true); },
       () => { if (chance(0.2)) page.sleep(60_000); },
     ];
+    /** The model calls a tool or several, and those are executed, or waited for. */
+    const calls = (thread, entry) => {
+      const needs = {};
+      for (let i = random() * 3; i > 0; i--) {
+        const what = pick(["", "output", "approval"]);
+        const id = server.call(thread, entry, what === "output" ? "pick" : "find", what === "output" ? "page" : "server");
+        for (const piece of ['{"n"', ": 1", "}"]) server.grow(thread, entry, id, { arguments: piece });
+        if (what) needs[id] = what;
+        else server.grow(thread, entry, id, { status: "completed", output: "found", completed_at: 1 });
+      }
+      if (Object.keys(needs).length) server.require(thread, entry, needs);
+    };
     const work = (most) => {
       for (const thread of server.threads.values())
         for (const entry of thread.entries) {
@@ -122,7 +156,8 @@ const trial = async (seed) => {
             server.delta(thread, entry, `${said} `, chance(0.05) ? "refusal" : message.content.at(-1)?.type ?? "text");
             if (chance(0.1)) server.think(thread, entry, `${i} `);
           }
-          if (chance(0.05)) server.finish(thread, entry, pick(["completed", "completed", "incomplete", "failed"]));
+          if (chance(0.1)) calls(thread, entry);
+          else if (chance(0.05)) server.finish(thread, entry, pick(["completed", "completed", "incomplete", "failed", "expired"]));
         }
     };
     for (let i = 0; i < 25; i++) {
@@ -144,6 +179,15 @@ const trial = async (seed) => {
           if (entry.run && ["queued", "in_progress"].includes(entry.run.status)) server.finish(thread, entry);
       await page.pass(12_000);
     }
+    // What waits for a person, or for a page that is not there, waits.
+    for (const thread of server.threads.values())
+      for (const entry of thread.entries) {
+        const waiting = entry.run?.required_action?.submit_tool_outputs.tool_calls ?? [];
+        const has = views.some(({ name, gone, tools }) => name === thread.id && !gone && tools);
+        assert.ok(!has || waiting.every(({ needs }) => needs === "approval"), "a call that no page executed");
+        if (waiting.length) server.finish(thread, entry, "cancelled");
+      }
+    await page.pass(1000);
     assert.deepEqual(failures, []);
     assert.deepEqual(page.reported, []);
     assert.ok(runs.every((run) => run.over), "a run's promise never settled");
