@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import inspect
 import logging
 import sys
 import threading
@@ -128,11 +129,14 @@ class _Running:
             _log.exception("a task broke off the loop of coroutines; it goes on")
 
     async def _cancel_all(self) -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks, timeout=_END_SECONDS)
+        until = self.loop.time() + _END_SECONDS
+        while (tasks := asyncio.all_tasks() - {asyncio.current_task()}) and (left := until - self.loop.time()) > 0:
+            # Others wait for a turn: a task that is cancelled before it began never awaits the coroutine that it was to
+            # run, if that is within another, as anyio's are, and Python warns of each.
+            begun = {task for task in tasks if _has_begun(task)}
+            for task in begun:
+                task.cancel()
+            await asyncio.wait(begun or tasks, timeout=left if begun else 0)
 
     def stop(self) -> None:
         """Have it end, and wait for that, but not for long."""
@@ -140,6 +144,11 @@ class _Running:
         self.loop.call_soon_threadsafe(self.loop.stop)
         if not self._ended.wait(2 * _END_SECONDS):
             _log.warning("a coroutine computes or blocks, and the loop of coroutines does not end for it")
+
+
+def _has_begun(task: asyncio.Task[Any]) -> bool:
+    coroutine = task.get_coro()
+    return not inspect.iscoroutine(coroutine) or inspect.getcoroutinestate(coroutine) != inspect.CORO_CREATED
 
 
 class _Selector(GeventSelector):

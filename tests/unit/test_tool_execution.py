@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Annotated, Any
 
@@ -34,6 +34,7 @@ from assistream_flask.runs.tool_execution import (
     Outcome,
     ToolExecutions,
 )
+from tests.conftest import wait_until
 from tests.programs import passes_under_gevent
 
 PATCHED = monkey.is_module_patched("threading")
@@ -593,6 +594,34 @@ def test_the_end_cancels_coroutines_and_whoever_waits_is_told(executions: ToolEx
     assert execution.outcome == Outcome("failed", INTERRUPTED, "interrupted")
     assert ended == ["ended"]
     executions.close()
+
+
+def test_the_end_cancels_no_task_before_it_began(executions: ToolExecutions) -> None:
+    told: list[str] = []
+
+    async def inner() -> None:
+        told.append("begun")
+        try:
+            await asyncio.sleep(SECONDS)
+        finally:
+            told.append("ended")
+
+    async def outer(coroutine: Coroutine[Any, Any, None]) -> None:
+        await coroutine
+
+    async def begin() -> None:
+        loop, tasks = asyncio.get_running_loop(), list[asyncio.Task[None]]()
+        closing = threading.Thread(target=executions.close)
+        closing.start()
+        # By then the loop ends after its next turn, which has another task made in that of the end.
+        time.sleep(0.1)
+        loop.call_soon(loop.call_soon, lambda: tasks.append(loop.create_task(outer(inner()))))
+        await asyncio.sleep(SECONDS)
+
+    execution = started(executions, begin)
+    assert execution.wait(SECONDS)
+    executions.close()
+    wait_until(lambda: told == ["begun", "ended"], 5)
 
 
 def test_a_task_that_breaks_off_the_loop_takes_no_other_with_it(
