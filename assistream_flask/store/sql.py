@@ -167,6 +167,12 @@ _TO_CANCEL = sa.select(runs.c.id).where(_THESE, runs.c.worker == sa.bindparam("m
 _RENEW = runs.update().where(runs.c.id.in_(_unlocked(_THESE, *_HELD))).values(lease=LEASE)
 
 
+def _close(connection: Any, _: object) -> None:
+    # None where it broke.
+    if connection is not None:
+        connection.close()
+
+
 class TooManyRunsError(Exception):
     """The caller has as many runs that are not over as allowed: of those that are no parked ones, or of both together
     where ``with_parked``."""
@@ -239,10 +245,14 @@ class ThreadStore:
                 )
 
     def close(self) -> None:
-        """Close the pooled connections."""
+        """Close the connections: those at work as they come back."""
+        pool = self._engine.pool
         # The one connection of a database in memory may be at work in another thread.
         with self._reader:
             self._engine.dispose()
+        # Others come back to a pool that nobody closes any more, and would stay open until it is collected.
+        sa.event.listen(pool, "checkin", _close)
+        pool.dispose()
 
     # Threads
 

@@ -957,6 +957,15 @@ def test_a_store_has_no_more_connections_than_its_pool_and_waiting_for_one_ends(
     store.close()
 
 
+def test_a_connection_that_is_at_work_as_the_store_closes_is_closed_as_it_comes_back(postgres_url: str) -> None:
+    store = ThreadStore(postgres_url)
+    with store.read() as connection:
+        ours: Any = connection.connection.driver_connection
+        store.close()
+        assert connection.scalar(sa.text("SELECT 1")) == 1
+    assert ours.closed
+
+
 def test_nothing_waits_for_ever(postgres_url: str) -> None:
     store = ThreadStore(postgres_url)
     with store.read() as connection:
