@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from flask import request
 
 from ..errors import RequestError
 from ..runs.runner import Started
-from ..runs.service import OwnedThread, RunCommand
+from ..runs.service import KeepRun, OwnedThread, RunCommand
 from ..store.sql import AnsweredBefore, Owner, StoredAnswer
+from ..types import Run
 from . import validation
 from .auth import Call
 
@@ -53,38 +54,33 @@ def start(
     call: Call, thread: OwnedThread, command: RunCommand, status: int, body: Callable[[Started], Mapping[str, Any]]
 ) -> StoredAnswer:
     """Store and start what the request asks for; give the answer."""
-    once = Once(call, thread.owner)
-    given = once.before()
-    if given is not None:
-        return given
-    try:
-        started = thread.start(command, lambda started: once.answer(status, body(started), str(started.event_id)))
-    except AnsweredBefore:
-        given = once.before()
-        assert given is not None
-        return given
-    return StoredAnswer("", "", status, body(started), str(started.event_id))
+
+    def act(key: Once) -> StoredAnswer:
+        started = thread.start(command, lambda started: key.answer(status, body(started), str(started.event_id)))
+        return StoredAnswer("", "", status, body(started), str(started.event_id))
+
+    return _once(call, thread, act)
 
 
-def answered(
-    call: Call,
-    thread: OwnedThread,
-    status: int,
-    act: Callable[[Callable[[Mapping[str, Any]], StoredAnswer | None]], Mapping[str, Any]],
-) -> Mapping[str, Any]:
-    """Do what the request asks for, once; give what it is answered with. ``act`` is given what makes of that what is to
-    be stored beside the change."""
-    once = Once(call, thread.owner)
-    given = once.before()
+def answered(call: Call, thread: OwnedThread, act: Callable[[KeepRun], Run]) -> Run:
+    """Do what the request asks for, once; give the run that it is answered with. ``act`` is given what makes of that
+    what is to be stored beside the change."""
+    given = _once(call, thread, lambda key: StoredAnswer("", "", 200, act(lambda run: key.answer(200, run))))
+    return cast(Run, given.body)
+
+
+def _once(call: Call, thread: OwnedThread, act: Callable[[Once], StoredAnswer]) -> StoredAnswer:
+    key = Once(call, thread.owner)
+    given = key.before()
     if given is None:
         try:
-            return act(lambda body: once.answer(status, body))
+            return act(key)
         except AnsweredBefore:
-            given = once.before()
+            given = key.before()
             assert given is not None
         except RequestError as error:
             # The same request may have been the one that was first.
-            given = once.before() if error.status == 409 else None
+            given = key.before() if error.status == 409 else None
             if given is None:
                 raise
-    return given.body
+    return given

@@ -13,13 +13,13 @@ from .idempotency import answered
 def submit_tool_outputs(call: Call, thread: OwnedThread, run_id: str) -> Response:
     """``POST /threads/<id>/runs/<id>/submit_tool_outputs``: give what the page's functions gave."""
     outputs = read_body(call.runtime, ["tool_outputs"], ["tool_outputs"])["tool_outputs"]
-    return json_answer(answered(call, thread, 200, lambda keep: thread.submit_tool_outputs(run_id, outputs, keep)))
+    return json_answer(answered(call, thread, lambda keep: thread.submit_tool_outputs(run_id, outputs, keep)))
 
 
 def approvals(call: Call, thread: OwnedThread, run_id: str) -> Response:
     """``POST /threads/<id>/runs/<id>/approvals``: allow tool calls, or do not."""
     decided = read_body(call.runtime, ["approvals"], ["approvals"])["approvals"]
-    return json_answer(answered(call, thread, 200, lambda keep: thread.decide(run_id, decided, keep)))
+    return json_answer(answered(call, thread, lambda keep: thread.decide(run_id, decided, keep)))
 
 
 def claim(call: Call, thread: OwnedThread, run_id: str, call_id: str) -> Response:
