@@ -110,6 +110,13 @@ def run_object(row: Any, prefix: str = "") -> Run:
     return cast(Run, {"id": value.pop("id"), "object": "thread.run", **value})
 
 
+def run_of(connection: Connection, thread_id: str, run_id: str) -> Run | None:
+    """Give a run of the thread."""
+    query = sa.select(*RUN).where(runs.c.id == run_id, runs.c.thread_id == thread_id)
+    row = connection.execute(query).first()
+    return None if row is None else run_object(row._mapping)
+
+
 def stored(row: Row[Any]) -> Stored:
     """Give the entry of a message and its run, if it has one."""
     mapping = row._mapping

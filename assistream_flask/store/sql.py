@@ -34,7 +34,7 @@ from .rows import (
     leased,
     prefixed,
     remember,
-    run_object,
+    run_of,
     stored,
 )
 from .rows import LAPSED as LAPSED
@@ -107,7 +107,7 @@ _HISTORY = (
         messages.c.content,
         messages.c.status,
         messages.c.run_id,
-        sa.exists().where(items.c.thread_id == _ASKED.c.thread_id).label("has_items"),
+        sa.exists().where(items.c.run_id == messages.c.run_id).label("has_items"),
     )
     .where(
         messages.c.thread_id == _ASKED.c.thread_id,
@@ -120,11 +120,6 @@ _HISTORY = (
 )
 # So many at a time: a worker that reads millions of characters in one go does nothing else meanwhile.
 _FEWEST, _FIRST, _MOST = 16, 64, 500
-_WITH_ITEMS = (
-    sa.select(items.c.run_id)
-    .distinct()
-    .where(items.c.thread_id == sa.select(messages.c.thread_id).where(messages.c.id == THIS).scalar_subquery())
-)
 _SIZES = (
     sa.select(
         messages.c.position,
@@ -411,20 +406,17 @@ class ThreadStore:
         """
         found: list[Said] = []
         at_run: dict[str, int] = {}
-        with_items: Collection[str] | None = None
         left, before, some, is_cut = characters, 1 << 62, _FIRST, False
         while not is_cut:
             some = min(some, count + 1 - len(found))
             with self.read() as connection:
                 values = {"this": message_id, "before": before, "some": some}
                 rows = connection.execute(_HISTORY, values).all()
-                if with_items is None and any(row.has_items for row in rows):
-                    with_items = set(connection.execute(_WITH_ITEMS, {"this": message_id}).scalars())
-            for position, speaker, content, status, run_id, _ in rows:
+            for position, speaker, content, status, run_id, has_items in rows:
                 is_cut = left < 0 or len(found) == count
                 if is_cut:
                     break
-                if run_id in (with_items or ()):
+                if has_items:
                     at_run[run_id] = len(found)
                 found.append(Said(speaker, text_of(content), status == "completed"))
                 left, before = left - len(found[-1].text), position
@@ -453,10 +445,8 @@ class ThreadStore:
 
     def run(self, thread_id: str, run_id: str) -> Run | None:
         """Give a run of the thread."""
-        query = sa.select(*RUN).where(runs.c.id == run_id, runs.c.thread_id == thread_id)
         with self.read() as connection:
-            row = connection.execute(query).first()
-        return None if row is None else run_object(row._mapping)
+            return run_of(connection, thread_id, run_id)
 
     def save(
         self,

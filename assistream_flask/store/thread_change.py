@@ -14,10 +14,8 @@ from ..types import Message, Run, Step
 from . import database
 from .rows import (
     LEASE,
-    LIVING,
     MESSAGE_CHANGES,
     PARKED,
-    RUN,
     RUN_CHANGES,
     SAVE_MESSAGE,
     THIS,
@@ -27,7 +25,7 @@ from .rows import (
     columns,
     leased,
     remember,
-    run_object,
+    run_of,
 )
 from .tables import items, runs, tool_calls
 
@@ -166,13 +164,11 @@ class ThreadChange:
         """Give the thread's runs that wait for an answer and are no worker's, in order; or the one of that id. Nobody
         else takes or changes them until the transaction ends."""
         this = () if run_id is None else (runs.c.id == run_id,)
-        return leased(self._connection, runs.c.thread_id == self._thread_id, LIVING, PARKED, *this, hold=True)
+        return leased(self._connection, runs.c.thread_id == self._thread_id, PARKED, *this, hold=True)
 
     def run(self, run_id: str) -> Run | None:
         """Give a run of the thread."""
-        query = sa.select(*RUN).where(runs.c.id == run_id, runs.c.thread_id == self._thread_id)
-        row = self._connection.execute(query).first()
-        return None if row is None else run_object(row._mapping)
+        return run_of(self._connection, self._thread_id, run_id)
 
     def calls(self, run_id: str) -> list[StoredCall]:
         """Give the run's calls, in order."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,25 +10,22 @@ import sqlalchemy as sa
 
 from ..events import Json, now
 from . import tables
-from .rows import HOLD, PARKED, State
+from .rows import HOLD, PARKED, THIS, State
 from .sql import MINE_NOW, ThreadStore, save_state
 from .tables import runs, tool_calls
-from .thread_change import StoredCall, ThreadChange, calls_of, items_of, said
+from .thread_change import StoredCall, ThreadChange, calls_of, said
 
-__all__ = ["StoredCall", "ThreadChange", "ToolCallStore"]
-
-_THIS: sa.BindParameter[Any] = sa.bindparam("this")
 # One statement: what is read first may be another's by the time it is written.
 _OURS = (
     tool_calls.update()
-    .where(tool_calls.c.run_id == _THIS, tool_calls.c.call_id == sa.bindparam("call"))
+    .where(tool_calls.c.run_id == THIS, tool_calls.c.call_id == sa.bindparam("call"))
     .where(sa.exists().where(runs.c.id == tool_calls.c.run_id, *MINE_NOW))
 )
 _CLAIM = _OURS.where(tool_calls.c.status == "pending").values(status="claimed")
-_CLAIM_AGAIN = _OURS.where(tool_calls.c.status.in_(("pending", "claimed"))).values(status="claimed")
 _FINISH = _OURS.where(tool_calls.c.status.in_(("pending", "claimed")))
-_PARKED_IN = sa.select(runs.c.id).where(runs.c.thread_id == _THIS, PARKED).limit(1)
-_APPROVED = sa.select(tool_calls.c.name).distinct().where(tool_calls.c.thread_id == _THIS, tool_calls.c.remember)
+_CLAIM_AGAIN = _FINISH.values(status="claimed")
+_PARKED_IN = sa.select(runs.c.id).where(runs.c.thread_id == THIS, PARKED).limit(1)
+_APPROVED = sa.select(tool_calls.c.name).distinct().where(tool_calls.c.thread_id == THIS, tool_calls.c.remember)
 
 
 class ToolCallStore:
@@ -91,11 +88,6 @@ class ToolCallStore:
         as :meth:`begin_round` does, and where somebody asked to cancel it: nobody would hear of that."""
         with self._store.write() as connection:
             return save_state(connection, worker, state, loop, park=seconds)
-
-    def items_of(self, run_ids: Collection[str]) -> dict[str, list[tuple[int, Json]]]:
-        """Give the items of each run, in order, each with its round. Runs without any are left out."""
-        with self._store.read() as connection:
-            return items_of(connection, run_ids)
 
     def said(self, run_id: str) -> list[Json]:
         """Give what a run that goes on is resent as: its items, and an output for each call."""

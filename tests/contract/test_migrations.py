@@ -18,7 +18,8 @@ from alembic.script import ScriptDirectory
 
 from assistream_flask.store import migrations, tables
 from assistream_flask.store.sql import ThreadStore
-from assistream_flask.store.tool_calls import StoredCall, ToolCallStore
+from assistream_flask.store.thread_change import StoredCall
+from assistream_flask.store.tool_calls import ToolCallStore
 from tests.conftest import at_once
 from tests.contract import schema_1
 from tests.contract.test_store import FUTURE, ME, entries, new_thread, over, start, user
