@@ -268,6 +268,8 @@ class McpTools:
         known = self._lists.get(key)
         if known is not None and known.is_fresh:
             return known
+        # Behind all others, also where it was there before: the oldest are first.
+        self._lists.pop(key, None)
         made = self._lists[key] = _List()
         self._forget()
         self._loop.submit(self._listed(server, headers), partial(_settle, made, server))

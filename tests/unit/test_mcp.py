@@ -700,6 +700,21 @@ def test_lists_that_are_over_are_dropped_and_all_together_are_limited(
         assert len(tools._lists) == 4
 
 
+def test_a_list_that_is_asked_for_anew_is_among_the_newest(
+    executions: ToolExecutions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mcp_tools, "_MOST_LISTS", 2)
+    with Server(tools__list=named("roll")) as server:
+        tools = McpTools(executions.loop, LogThrottle())
+        mine, other = (McpServer(server.url, name=name) for name in ("dice", "cards"))
+        equipped(tools, mine)
+        equipped(tools, other)
+        next(iter(tools._lists.values())).until = 0
+        equipped(tools, mine)
+        equipped(tools, McpServer(server.url, name="more"))
+        assert [name for _, name, *_ in tools._lists] == ["dice", "more"]
+
+
 def test_a_session_that_ends_badly_or_not_at_all_takes_nothing_from_what_it_answered(
     executions: ToolExecutions,
 ) -> None:
