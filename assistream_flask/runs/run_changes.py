@@ -46,6 +46,9 @@ class RunChanges:
         worker's, or over."""
         worker, checkpoint = self._worker, active.checkpoint
         with worker.log.lock(active.thread_id), checkpoint.saving, active.lock:
+            # Another thread may be about to tell its end, with what it was then.
+            if active.is_over or active.is_left:
+                raise Interrupted
             told = change()
             is_ours = store() if store is not None else worker.store.save(worker.name, *active.state())
             if not is_ours:

@@ -20,8 +20,11 @@ from flask import current_app
 from sqlalchemy.exc import OperationalError
 
 from assistream_flask import Assistant, lean
+from assistream_flask.events import Event
+from assistream_flask.platform.interrupt import Interrupted
 from assistream_flask.runs import executor, recovery, runner
 from assistream_flask.runs.active_run import ActiveRun
+from assistream_flask.runs.run_changes import RunChanges
 from assistream_flask.runs.runtime import Runtime
 from assistream_flask.store import leases
 from assistream_flask.store.sql import ThreadStore
@@ -419,6 +422,29 @@ def test_a_run_that_takes_too_long_is_ended_and_its_upstream_closed(make_app: Ma
     assert server.requests[0].wait()
     assert server.requests[0].disconnected
     assert text(caller.entry(run)).startswith("so so")
+
+
+def test_nothing_changes_a_run_whose_end_is_about_to_be_stored(
+    make_app: MakeApp, server: OfflineServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = make_app(stall_seconds=0.3)
+    caller, made, refused = Caller(app), list[str](), list[str]()
+
+    def change() -> list[Event]:
+        made.append("made")
+        return []
+
+    def come_between(active: ActiveRun, _: object) -> None:
+        try:
+            RunChanges(app.extensions["assistream"].runtime().runner._worker).change(active, change)
+        except Interrupted:
+            refused.append("refused")
+
+    monkeypatch.setattr(executor, "_complain", come_between)
+    server.replies = STALLED
+    [run_id] = caller.run("tutor")
+    assert ended(caller, run_id) == ("failed", "upstream_stalled")
+    assert (made, refused) == ([], ["refused"])
 
 
 @pytest.mark.parametrize(
