@@ -10,7 +10,7 @@ from typing import Any, Final
 from .errors import ConfigurationError, meant
 from .events import Json
 from .mcp import McpServer, checked
-from .tools import Tool, is_seconds, sorted_out
+from .tools import Tool, check_seconds, sorted_out
 from .types import AssistantSummary
 from .upstream.dialects import DIALECTS
 from .upstream.protocol import ToolSpec
@@ -184,10 +184,7 @@ def _check(
 def _check_rounds(id: object, max_rounds: object, max_tool_seconds: object) -> None:
     if type(max_rounds) is not int or max_rounds < 1:
         raise ConfigurationError(f"Assistant {id!r}: max_rounds={max_rounds!r}: give a number from 1 on")
-    if not is_seconds(max_tool_seconds):
-        raise ConfigurationError(
-            f"Assistant {id!r}: max_tool_seconds={max_tool_seconds!r}: give a number of seconds above 0"
-        )
+    check_seconds(f"Assistant {id!r}", "max_tool_seconds", max_tool_seconds)
 
 
 def _check_keywords(id: object, upstream: str, arguments: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from .errors import ConfigurationError
-from .tools import Approval, Tool, ToolContext, check_approval, is_seconds
+from .tools import Approval, Tool, ToolContext, check_approval, check_seconds
 
 Headers = Mapping[str, str] | Callable[[], Mapping[str, str]] | Callable[[ToolContext], Mapping[str, str]]
 
@@ -73,8 +73,7 @@ class McpServer:
                 "no two in a row"
             )
         for option, value in (("timeout", timeout), ("list_seconds", list_seconds)):
-            if not is_seconds(value):
-                raise ConfigurationError(f"{label}: {option}={value!r}: give a number of seconds above 0")
+            check_seconds(label, option, value)
         if not isinstance(sequential, bool):
             raise ConfigurationError(f"{label}: sequential={sequential!r}: use True or False")
         self.allowed = None if allowed is None else _names(label, "allowed", allowed)

@@ -224,8 +224,9 @@ def _server_tool(
     _check_function(function)
     name = function.__name__ if name is None else name
     _check_name(name, description)
-    _check_timeout(name, timeout)
-    check_approval(f"tool {name!r}", approval)
+    label = f"tool {name!r}"
+    check_seconds(label, "timeout", timeout)
+    check_approval(label, approval)
     for option, value in (("idempotent", idempotent), ("sequential", sequential), ("thread", thread)):
         if not isinstance(value, bool):
             raise ConfigurationError(f"tool {name!r}: {option}={value!r}: use True or False")
@@ -257,14 +258,10 @@ def _check_name(name: object, description: object) -> None:
         raise ConfigurationError(f"tool {name!r}: description={description!r}: give a text")
 
 
-def is_seconds(value: object) -> bool:
-    """Tell whether ``value`` can limit a time."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
-
-
-def _check_timeout(name: str, timeout: object) -> None:
-    if not is_seconds(timeout):
-        raise ConfigurationError(f"tool {name!r}: timeout={timeout!r}: give a number of seconds above 0")
+def check_seconds(label: str, option: str, value: object) -> None:
+    """Raise :class:`ConfigurationError`, which begins with ``label``, where ``value`` cannot limit a time."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ConfigurationError(f"{label}: {option}={value!r}: give a number of seconds above 0")
 
 
 def check_approval(label: str, approval: object) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Final
 
 import openai
@@ -168,9 +168,7 @@ class Executor:
         active.request = request._replace(assistant=equipment.assistant())
         missing = equipment.missing
         if missing or LACKING in active.run["metadata"]:
-            # Once, however often it takes to store it.
-            change = cache(partial(active.accumulator.lack, missing))
-            self._changes.patiently(active, lambda: self._changes.change(active, change))
+            self._changes.once(active, partial(active.accumulator.lack, missing))
 
     def _drain(self, active: ActiveRun) -> None:
         """Read the connection to its end, so that it can serve the next request."""

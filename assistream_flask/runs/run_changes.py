@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import cache
 from typing import TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -61,6 +62,14 @@ class RunChanges:
                 active.leave()
                 raise Interrupted
             checkpoint.rebase(event_id or checkpoint.event_id)
+
+    def once(
+        self, active: ActiveRun, change: Callable[[], list[Event]], store: Callable[[], bool] | None = None
+    ) -> None:
+        """Do as :meth:`change`, as soon as store and log can be reached: it is changed once, however often it takes to
+        store that."""
+        changed = cache(change)
+        self.patiently(active, lambda: self.change(active, changed, store))
 
     def leave(self, active: ActiveRun) -> None:
         """Do no more for a run that another worker has, or may have."""

@@ -21,7 +21,7 @@ from .runner import Started
 from .runtime import Runtime
 from .snapshot import Page
 from .thread_history import RunRequest
-from .tool_answers import ToolAnswer
+from .tool_answers import ToolAnswer, no_run
 
 FindAssistants = Callable[[Owner, Sequence[str]], Sequence[RunRequest | None]]
 """Finds assistants by their ids for one who asks them: for each what runs it, ``None`` where there is none."""
@@ -204,7 +204,7 @@ class OwnedThread:
         :class:`NotFoundError`."""
         run = self._runtime.runner.cancel(self.id, run_id) if values.ID.fullmatch(run_id) else None
         if run is None:
-            raise NotFoundError("run_not_found", "There is no such run in this thread.")
+            raise no_run()
         return run
 
     def submit_tool_outputs(self, run_id: str, outputs: object, keep: KeepRun = _keep_nothing) -> Run:
@@ -250,7 +250,7 @@ class OwnedThread:
             return self._find(self.owner, [assistant_id])[0]
 
         if not values.ID.fullmatch(run_id):
-            raise NotFoundError("run_not_found", "There is no such run in this thread.")
+            raise no_run()
         return self._runtime.runner.answers.answer(self.owner, self.id, run_id, answers, find, keep, self._address)
 
     def delete(self) -> None:

@@ -29,9 +29,9 @@ class StepCalls:
         self._at = next((at for at in found if steps[at]["status"] == "in_progress"), None)
         self._grown: list[list[str]] = []
         self._calls: list[ToolCall] = []
-        self._known = {call["id"] for at in found for call in _calls_of(steps[at])}
+        self._known = {call["id"] for at in found for call in calls_of(steps[at])}
         if self._at is not None:
-            self._calls = [{**call, "function": call["function"].copy()} for call in _calls_of(steps[self._at])]
+            self._calls = [{**call, "function": call["function"].copy()} for call in calls_of(steps[self._at])]
             self._grown = [[] for _ in self._calls]
 
     def functions(self) -> list[ToolCall]:
@@ -193,6 +193,7 @@ class StepCalls:
         return self._steps[self._at]
 
 
-def _calls_of(step: Step) -> list[ToolCall]:
+def calls_of(step: Step) -> list[ToolCall]:
+    """Give the functions that the step calls."""
     details = step["step_details"]
     return details["tool_calls"] if details["type"] == "tool_calls" else []

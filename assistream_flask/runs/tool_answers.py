@@ -99,7 +99,7 @@ class ToolAnswers:
         worker = self._worker
         known = worker.store.run(thread_id, run_id)
         if known is None:
-            raise _no_run()
+            raise no_run()
         # The app is asked here: not under the lock.
         request = find(known["assistant_id"])
         self._check(run_id, answers, request)
@@ -151,7 +151,7 @@ class ToolAnswers:
         # Over the connection of the transaction: one more each would be all that there are.
         run = change.run(run_id) if change is not None else None
         if change is None or run is None:
-            raise _no_run()
+            raise no_run()
         rows = {row.call_id: row for row in change.calls(run_id)}
         for one in answers:
             _check_waits(rows.get(one.call_id), one)
@@ -220,7 +220,8 @@ class ToolAnswers:
             self.tell(thread_id, ended)
 
 
-def _no_run() -> NotFoundError:
+def no_run() -> NotFoundError:
+    """Give what is raised for a run that the thread has not."""
     return NotFoundError("run_not_found", "There is no such run in this thread.")
 
 

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import cache, partial
+from functools import partial
 from itertools import groupby
 from typing import Any, Final
 
@@ -33,7 +33,7 @@ from .delta_publisher import DeltaPublisher
 from .loop_state import LoopState
 from .message_accumulator import Stop
 from .run_changes import RunChanges
-from .step_calls import OVER
+from .step_calls import OVER, calls_of
 from .thread_history import RunRequest
 from .tool_execution import Execution, ToolExecutions
 from .tracing import RunTrace
@@ -58,7 +58,7 @@ class ToolLimits:
 
 
 class ToolLoop:
-    """The tool calls of ``active``, for its own thread. ``tell`` is told what the app is to hear of."""
+    """The tool calls of ``active``, for its own thread."""
 
     def __init__(
         self,
@@ -134,15 +134,15 @@ class ToolLoop:
             followup=end.followup,
             trace=active.trace.name(),
         )
-        approved = self._changes.patiently(active, lambda: self._worker.tool_calls.approved(active.thread_id))
+        tools, approved = self._request.assistant.tools, set[str]()
+        if any(tools[call.name].approval for call in end.calls if call.name in tools):
+            approved = self._changes.patiently(active, lambda: self._worker.tool_calls.approved(active.thread_id))
         rows = [
             self._row(number, call, whole, state, approved)
             for number, (call, whole) in enumerate(zip(shown, end.calls, strict=False), len(self._rows))
         ]
         items = _as_stored(end.items, rows)
 
-        # Once, however often it takes to store it.
-        @cache
         def change() -> list[Event]:
             active.end_round()
             active.accumulator.count(end.usage)
@@ -160,7 +160,7 @@ class ToolLoop:
             loop = active.loop.stored()
             return self._worker.tool_calls.begin_round(self._worker.name, active.state(), loop, items, rows)
 
-        self._changes.patiently(active, lambda: self._changes.change(active, change, store))
+        self._changes.once(active, change, store)
         self._rows.update((row.call_id, row) for row in rows)
 
     def _row(self, number: int, call: ToolCall, whole: WholeCall, state: LoopState, approved: set[str]) -> StoredCall:
@@ -264,7 +264,6 @@ class ToolLoop:
             self._park(waiting, spent)
             return False
 
-        @cache
         def change() -> list[Event]:
             told = active.accumulator.calls.end()
             active.loop = self._state._replace(
@@ -279,7 +278,7 @@ class ToolLoop:
         def store() -> bool:
             return self._worker.tool_calls.save_loop(self._worker.name, active.state(), self._state.stored())
 
-        self._changes.patiently(active, lambda: self._changes.change(active, change, store))
+        self._changes.once(active, change, store)
         return True
 
     def _left(self) -> list[StoredCall]:
@@ -290,7 +289,6 @@ class ToolLoop:
     def _park(self, waiting: Sequence[StoredCall], spent: float) -> None:
         active, seconds = self._active, self._worker.settings.action_seconds
 
-        @cache
         def change() -> list[Event]:
             told: list[Event] = []
             for row in waiting:
@@ -310,7 +308,7 @@ class ToolLoop:
             self._worker.appender.mark_incomplete(active.thread_id)
             return False
 
-        self._changes.patiently(active, lambda: self._changes.change(active, change, store))
+        self._changes.once(active, change, store)
         self._changes.leave(active)
 
     def perform(self, row: StoredCall, batch: _Batch) -> None:
@@ -503,4 +501,6 @@ def _call_item(row: StoredCall) -> Json:
 
 def _shown(active: ActiveRun, call_id: str) -> ToolCall:
     with active.lock:
-        return next(call for call in active.accumulator.calls.functions() if call["id"] == call_id)
+        _, _, steps = active.accumulator.snapshot()
+    # Of a run that was ended meanwhile only its steps have the call.
+    return next(call for step in steps for call in calls_of(step) if call["id"] == call_id)
