@@ -27,9 +27,8 @@ Step = float | bytes | tuple[str | None, Any]  # a pause, raw bytes, or an event
 @dataclass(eq=False)
 class Called:
     """A call of an answer, told apart from another that says the same: of a function, the one of that index, or else of
-    a hosted tool. `text` is what is streamed of it."""
+    a hosted tool."""
 
-    text: str
     id: str = ""
     name: str = ""
     index: int = 0
@@ -114,10 +113,10 @@ def planned(server: OfflineServer, reply: Reply, hosted_tools: frozenset[str]) -
         if not isinstance(one, HostedCall) or one.type not in hosted_tools:
             continue
         text = str(hosted_fields(one).get(HOSTED[one.type][2][0], ""))
-        kinds.append((Called(text, hosted=one), text))
+        kinds.append((Called(hosted=one), text))
     kinds += [("text", reply.text or ""), ("refusal", reply.refusal)]
     for n, call in enumerate(call for call in reply.calls if isinstance(call, ToolCall)):
-        kinds.append((Called(call.text, call.id or server._id("call"), call.name, n), call.text))
+        kinds.append((Called(call.id or server._id("call"), call.name, n), call.text))
     # A call is told also where nothing of it is streamed.
     return [(kind, token) for kind, text in kinds for token in split(text) or [""] * isinstance(kind, Called)]
 

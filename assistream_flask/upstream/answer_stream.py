@@ -262,7 +262,7 @@ class AnswerStream:
         response = poll.wait()
         if self._state is not None and self._resumed is not None:
             # Another stream began the answer, or this one; it is told as a whole now.
-            self._unmark = _unmark(self._resumed.names, self._state, from_start=True)
+            self._unmark = _unmark(self._names, self._state, from_start=True)
             self._resumed.delivered.from_start(self._state)
         assert self._place is not None, "what is polled is in the background"
         self._place = self._place.again(self._state)
@@ -285,7 +285,6 @@ class _Resumed(NamedTuple):
     state: Json
     delivered: Delivered
     from_start: bool
-    names: Sequence[str]
 
 
 def _without_mark(items: Sequence[Json], names: Sequence[str]) -> Sequence[Json]:
@@ -454,7 +453,7 @@ def resume(
     if from_start:
         delivered.from_start(state)
     unmark = _unmark(names, state, from_start=from_start)
-    resumed = _Resumed(state, delivered, from_start, names)
+    resumed = _Resumed(state, delivered, from_start)
     return AnswerStream(stream, place.translator, place, poll, unmark, resumed, most, names)
 
 

@@ -82,7 +82,7 @@ class ChatTranslator:
         calls = tuple(self._calls.whole(is_cut=why is not None))
         if self._wants_calls and not self._calls:
             return Failed(RunError("upstream_error", said="finish_reason of tool calls, and there are none"))
-        return End(why, self._usage, calls, called(calls, self._slots.said()))
+        return End(why, self._usage, calls, called(calls, self._slots.said() if calls else ""))
 
     def texts(self, batch: Sequence[tuple[str, Json]]) -> list[Delta] | None:
         return None

@@ -302,8 +302,11 @@ def followed(items: Sequence[Json]) -> list[Json]:
     return found[::-1]
 
 
-def in_words(turn: Turn, longest: int = 2_000) -> str:
-    """Give a turn in words alone, for who takes no calls: each is a line of at most ``longest`` characters."""
+_LONGEST_LINE: Final = 2_000
+
+
+def in_words(turn: Turn) -> str:
+    """Give a turn in words alone, for who takes no calls: each is a line, of bounded length."""
     outputs = {item["call_id"]: item["output"] for item in turn.items if item["type"] == "function_call_output"}
     lines: list[str] = []
     for item in turn.items:
@@ -313,7 +316,7 @@ def in_words(turn: Turn, longest: int = 2_000) -> str:
             output = outputs.get(item["call_id"], NOT_EXECUTED)
             output = output if isinstance(output, str) else dumps(output)
             line = f"[{item['name']}({item['arguments']}) gave: {output}]"
-            lines.append(line if len(line) <= longest else f"{line[: longest - 2]}…]")
+            lines.append(line if len(line) <= _LONGEST_LINE else f"{line[: _LONGEST_LINE - 2]}…]")
     return "\n\n".join(lines) if turn.items else turn.text
 
 

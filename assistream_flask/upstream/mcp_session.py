@@ -257,15 +257,29 @@ async def _streams(url: str, http: httpx2.AsyncClient, limits: _Limits) -> Async
         yield _Answers(answers, limits), _Requests(requests)
 
 
-class _Answers:
+class _Messages:
+    """One way of a session's messages."""
+
+    def __init__(self, messages: Any) -> None:
+        self._messages = messages
+
+    async def aclose(self) -> None:
+        await self._messages.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+
+class _Answers(_Messages):
     """What a server answers. What it asks or tells by itself is dropped before the client sees it, who would have a
     task for each, and send an answer: a server can put 45,000 of them into what it may answer with."""
 
     def __init__(self, messages: Any, limits: _Limits) -> None:
-        self._messages, self._limits = messages, limits
-
-    async def aclose(self) -> None:
-        await self._messages.aclose()
+        super().__init__(messages)
+        self._limits = limits
 
     def __aiter__(self) -> Self:
         return self
@@ -278,12 +292,6 @@ class _Answers:
             if isinstance(message, SessionMessage) and isinstance(message.message, JSONRPCResponse | JSONRPCError):
                 return message
         raise StopAsyncIteration
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.aclose()
 
 
 def _failure(error: Exception, limits: _Limits) -> McpError:
@@ -388,11 +396,8 @@ def _go_untraced() -> None:
     context.attach(context.set_value(mcp_spans.SUPPRESSED, True, parent))
 
 
-class _Requests:
+class _Requests(_Messages):
     """What is sent to a server. Of what stands beside the arguments it has only what is the protocol's."""
-
-    def __init__(self, messages: Any) -> None:
-        self._messages = messages
 
     async def send(self, message: SessionMessage) -> None:
         """Send one."""
@@ -402,15 +407,6 @@ class _Requests:
             if not params["_meta"]:
                 del params["_meta"]
         await self._messages.send(message)
-
-    async def aclose(self) -> None:
-        await self._messages.aclose()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.aclose()
 
 
 # The log

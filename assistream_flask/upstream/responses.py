@@ -321,7 +321,7 @@ class ResponsesTranslator:
 
     def _note(self, call: GrowingCall, place: object, *ids: object) -> None:
         self._calls.know(call, *ids)
-        if not any(item.get("at") == call.at for _, item in self._items):
+        if not any(item.get("at") == call.at for _, item in reversed(self._items)):
             self._items.append((place, {"type": "function_call", "at": call.at}))
 
     def _whole_call(self, way: str, place: object, item: Json, told: _Told) -> list[Delta]:
