@@ -171,8 +171,9 @@ class ChatTranslator:
         if is_whole or isinstance(arguments, dict):
             return [*parts, *call.complete(arguments)]
         text = as_text(arguments)
-        # Some tell it whole once more at last.
-        return parts if text == call.told else [*parts, *call.grow(text)]
+        # Some tell it whole once more at last. A piece that is no whole may be what all before it are.
+        is_again = text.lstrip().startswith("{") and text == call.told and is_object(text)
+        return parts if is_again else [*parts, *call.grow(text)]
 
     def _known(self, place: int | None, call_id: object, number: int, name: object) -> GrowingCall | None:
         """Give the call that a piece is of, as far as its id, its index or its place tells."""

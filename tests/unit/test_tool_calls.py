@@ -589,6 +589,13 @@ def test_calls_of_a_completion_are_the_same_whatever_the_servers_habit(habit: st
     assert [one["type"] for one in found.end.items] == ["function_call", "function_call"]
 
 
+def test_a_piece_of_arguments_that_is_what_all_before_it_are_is_a_piece() -> None:
+    pieces = ['{"not":', '{"not":', "1}}"]
+    found = read("chat", [calls(piece("call_1", "lookup", one, index=0)) for one in pieces] + [END, DONE])
+    assert found.end is not None
+    assert [call.arguments for call in found.end.calls] == ['{"not":{"not":1}}']
+
+
 @pytest.mark.parametrize("where", ["delta", "message"])
 def test_a_call_as_it_was_before_tools_is_one(where: str) -> None:
     if where == "delta":
