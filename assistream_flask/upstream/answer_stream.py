@@ -27,7 +27,7 @@ from .deltas import Annotation, Begun, Call, Delta, End, Failed, Reasoning, Refu
 from .dialects import DIALECTS
 from .errors import failure, of_exception, tells_failure
 from .items import Turn, Unmark, closed, plain
-from .protocol import Dialect, ModelRequest, Translator
+from .protocol import Dialect, ModelRequest, Reading, Translator
 
 __all__ = ["AnswerStream", "cancel", "open", "resume", "translate"]
 
@@ -352,12 +352,11 @@ def open(
     except Exception as error:
         raise of_exception(error, "server_error") from error
     unmark = Unmark(names) if names else None
-    has_tools = _has_tools(assistant)
+    reading = Reading(assistant.most_tokens, _has_tools(assistant), learn)
     if assistant.background:
-        place = background.ResumePoint(background.Reading(assistant.most_tokens, has_tools, learn), start)
+        place = background.ResumePoint(reading, start)
         return AnswerStream(stream, place.translator, place, unmark=unmark, most=most, names=names)
-    translator = dialect.translator(assistant.most_tokens, start=start, has_tools=has_tools, learn=learn)
-    return AnswerStream(stream, translator, unmark=unmark, most=most, names=names)
+    return AnswerStream(stream, dialect.translator(reading, start), unmark=unmark, most=most, names=names)
 
 
 def _has_tools(assistant: Assistant) -> bool:
@@ -445,7 +444,7 @@ def resume(
     except Exception as error:
         raise of_exception(error, "server_error") from error
     from_start = stream is not None and state["sequence"] is None
-    reading = background.Reading(assistant.most_tokens, _has_tools(assistant))
+    reading = Reading(assistant.most_tokens, _has_tools(assistant))
     # Workers of older releases begin with the first part.
     place = background.ResumePoint(reading, state.get("start", 0), state, from_start=from_start)
     poll = background.Poll(quick, state["response_id"], stall, every)

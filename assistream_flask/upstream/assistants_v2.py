@@ -5,7 +5,7 @@ Events: https://platform.openai.com/docs/api-reference/assistants-streaming.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Final
 
 import openai
@@ -17,7 +17,7 @@ from .calls import FUNCTION, Calls, as_text, called
 from .deltas import Delta, End, Failed, Slots, Source, as_object, indexed, inner, listed, reason, source, usage
 from .errors import failure, tells_failure
 from .items import GO_ON, in_words
-from .protocol import ModelRequest, ToolSpec
+from .protocol import UNREAD, ModelRequest, Reading, ToolSpec
 
 
 class AssistantsTranslator:
@@ -216,16 +216,9 @@ class Assistants:
     def learner(self, client: openai.OpenAI, request: ModelRequest) -> None:
         """Give nothing: this API tells no reasoning."""
 
-    def translator(
-        self,
-        most_tokens: int | None = None,
-        *,
-        start: int = 0,
-        has_tools: bool = False,
-        learn: Callable[[], None] | None = None,
-    ) -> AssistantsTranslator:
+    def translator(self, reading: Reading = UNREAD, start: int = 0) -> AssistantsTranslator:
         """Make a translator for one run, which says itself why it ended."""
-        return AssistantsTranslator(start, has_tools=has_tools)
+        return AssistantsTranslator(start, has_tools=reading.has_tools)
 
     def recognises(self, kind: str, data: Json) -> bool:
         """Tell it by the event's name."""

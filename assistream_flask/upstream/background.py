@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import openai
 
@@ -16,6 +15,7 @@ from ..errors import RunError, masked
 from ..events import Json
 from ..platform import openai_sdk
 from . import event_reader
+from .protocol import Reading
 from .responses import ResponsesTranslator
 
 _log = logging.getLogger(__name__)
@@ -24,14 +24,6 @@ _BEGINNINGS = ("response.created", "response.queued", "response.in_progress")
 _GOING_ON = ("queued", "in_progress")
 _OVER = ("completed", "incomplete", "failed", "cancelled")
 _QUICK_SECONDS = 10.0
-
-
-class Reading(NamedTuple):
-    """What there is to know before a response is read: see :meth:`.protocol.Dialect.translator`."""
-
-    limit: int | None = None
-    has_tools: bool = False
-    learn: Callable[[], None] | None = None
 
 
 class ResumePoint:
@@ -44,9 +36,7 @@ class ResumePoint:
         self, reading: Reading, start: int = 0, state: Json | None = None, *, from_start: bool = False
     ) -> None:
         self._reading = reading
-        self.translator = ResponsesTranslator(
-            reading.limit, start=start, has_tools=reading.has_tools, learn=reading.learn
-        )
+        self.translator = ResponsesTranslator(reading, start)
         self._id: str | None = None
         self._sequence: int | None = None
         self._from_start = from_start

@@ -5,7 +5,7 @@ Chunks: https://platform.openai.com/docs/api-reference/chat-streaming.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Final, Literal
 
 import openai
@@ -35,7 +35,7 @@ from .deltas import (
 from .errors import failure, tells_failure
 from .event_reader import DONE, unpadded
 from .items import Turn
-from .protocol import ModelRequest, ToolSpec
+from .protocol import UNREAD, ModelRequest, Reading, ToolSpec
 
 _ORDINARY: Final = frozenset({"content", "role"})
 _STRANGE: Final = frozenset({"message", "messages", "text", "error"})
@@ -358,16 +358,9 @@ class Chat:
     def learner(self, client: openai.OpenAI, request: ModelRequest) -> None:
         """Give nothing: reasoning is not resent."""
 
-    def translator(
-        self,
-        most_tokens: int | None = None,
-        *,
-        start: int = 0,
-        has_tools: bool = False,
-        learn: Callable[[], None] | None = None,
-    ) -> ChatTranslator:
+    def translator(self, reading: Reading = UNREAD, start: int = 0) -> ChatTranslator:
         """Make a translator for one completion, which says itself why it ended."""
-        return ChatTranslator(start, has_tools=has_tools)
+        return ChatTranslator(start, has_tools=reading.has_tools)
 
     def recognises(self, kind: str, data: Json) -> bool:
         """Tell it by what is in a chunk, which has no type; what has the name of an Assistants event is one."""

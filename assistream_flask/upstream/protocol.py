@@ -8,7 +8,7 @@ are found by their names. The contract suite asks the offline server in it, whic
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Final, NamedTuple, Protocol
 
 import openai
 
@@ -67,6 +67,19 @@ class ModelRequest(NamedTuple):
         return body
 
 
+class Reading(NamedTuple):
+    """What there is to know before an answer is read: that it has at most so many tokens, where the request said so.
+    One that calls a function fails unless the assistant ``has_tools``. ``learn`` is of :meth:`Dialect.learner`."""
+
+    most_tokens: int | None = None
+    has_tools: bool = False
+    learn: Callable[[], None] | None = None
+
+
+UNREAD: Final = Reading()
+"""That nothing is known."""
+
+
 class Translator(Protocol):
     """Translates the events of one answer to deltas. Made for one answer, and used by one thread at a time."""
 
@@ -121,17 +134,8 @@ class Dialect(Protocol):
         """Give what a translator of the answer calls when it sees that the model reasons, where that matters."""
         ...
 
-    def translator(
-        self,
-        most_tokens: int | None = None,
-        *,
-        start: int = 0,
-        has_tools: bool = False,
-        learn: Callable[[], None] | None = None,
-    ) -> Translator:
-        """Make a translator for one answer, one of at most so many tokens where the request said so. Its first text is
-        part ``start`` of the message. An answer that calls a function fails unless the assistant ``has_tools``.
-        ``learn`` is of :meth:`learner`."""
+    def translator(self, reading: Reading = UNREAD, start: int = 0) -> Translator:
+        """Make a translator for one answer, whose first text is part ``start`` of the message."""
         ...
 
     def recognises(self, kind: str, data: Json) -> bool:

@@ -37,7 +37,7 @@ from .deltas import (
 from .errors import failure, tells_failure
 from .event_reader import unpadded
 from .items import Turn, followed, message_item, plain
-from .protocol import ModelRequest, ToolSpec
+from .protocol import UNREAD, ModelRequest, Reading, ToolSpec
 
 _TEXT: Final = "response.output_text.delta"
 # Calls that nobody here can answer.
@@ -120,22 +120,14 @@ class _Pieces:
 
 
 class ResponsesTranslator:
-    """Events of one response to parts. ``limit`` is the number of tokens that the answer may have; the rest is as
-    :meth:`.protocol.Dialect.translator` has it."""
+    """Events of one response to parts, as :meth:`.protocol.Dialect.translator` has it."""
 
     joins: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        limit: int | None = None,
-        *,
-        start: int = 0,
-        has_tools: bool = False,
-        learn: Callable[[], None] | None = None,
-    ) -> None:
-        self._slots = Slots(start, keeps=has_tools)
+    def __init__(self, reading: Reading = UNREAD, start: int = 0) -> None:
+        self._limit, self._has_tools, self._learn = reading
+        self._slots = Slots(start, keeps=self._has_tools)
         self.start = start
-        self._limit, self._has_tools, self._learn = limit, has_tools, learn
         self._calls = Calls()
         self.source: Source | None = None
         # What the answer is resent as, each with the place that the server gave it; a call, which stands where it
@@ -579,17 +571,10 @@ class Responses:
             self._reasons.clear()
         self._reasons.setdefault(model, True)
 
-    def translator(
-        self,
-        most_tokens: int | None = None,
-        *,
-        start: int = 0,
-        has_tools: bool = False,
-        learn: Callable[[], None] | None = None,
-    ) -> ResponsesTranslator:
+    def translator(self, reading: Reading = UNREAD, start: int = 0) -> ResponsesTranslator:
         """Make a translator for one response. Some servers call an answer completed that they cut at ``most_tokens``:
         that is told by the number."""
-        return ResponsesTranslator(most_tokens, start=start, has_tools=has_tools, learn=learn)
+        return ResponsesTranslator(reading, start)
 
     def recognises(self, kind: str, data: Json) -> bool:
         """Tell it by the event's type."""

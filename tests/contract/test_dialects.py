@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ from assistream_flask.upstream import answer_stream, event_reader
 from assistream_flask.upstream.deltas import Delta, End, Failed, Source, Text
 from assistream_flask.upstream.dialects import DIALECTS
 from assistream_flask.upstream.items import Turn
-from assistream_flask.upstream.protocol import Dialect, ModelRequest, Translator
+from assistream_flask.upstream.protocol import UNREAD, Dialect, ModelRequest, Reading, Translator
 from tests.conftest import Caller, MakeApp, quick_client, text
 
 TURNS = (Turn("user", "Hi"), Turn("assistant", "Hello."), Turn("user", "Count."))
@@ -161,14 +161,7 @@ class Letters:
     def learner(self, client: openai.OpenAI, request: ModelRequest) -> None:
         return None
 
-    def translator(
-        self,
-        most_tokens: int | None = None,
-        *,
-        start: int = 0,
-        has_tools: bool = False,
-        learn: Callable[[], None] | None = None,
-    ) -> Translator:
+    def translator(self, reading: Reading = UNREAD, start: int = 0) -> Translator:
         return LettersTranslator()
 
     def recognises(self, kind: str, data: Mapping[str, Any]) -> bool:

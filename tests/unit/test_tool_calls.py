@@ -14,10 +14,11 @@ from assistream_flask.errors import RunError
 from assistream_flask.events import Json, step_created, tool_call, tool_calls_step
 from assistream_flask.events import message as new_message
 from assistream_flask.events import run as new_run
-from assistream_flask.upstream.background import Reading, ResumePoint
+from assistream_flask.upstream.background import ResumePoint
 from assistream_flask.upstream.delivered import Delivered, Shown
 from assistream_flask.upstream.deltas import Call, Delta, End, Failed, Reasoning, Text, WholeCall, merged
 from assistream_flask.upstream.dialects import DIALECTS
+from assistream_flask.upstream.protocol import Reading
 from assistream_flask.upstream.responses import ResponsesTranslator
 
 A, B = '{"q":"é","n":1}', '{"x":[true]}'
@@ -58,8 +59,8 @@ def kind_of(event: Json) -> str:
     return str(event.get("event") or event.get("type") or "")
 
 
-def fed(speaks: str, events: Sequence[Json], **more: Any) -> list[Delta]:
-    translator = DIALECTS[speaks].translator(**{"has_tools": True, **more})
+def fed(speaks: str, events: Sequence[Json], *, start: int = 0, has_tools: bool = True) -> list[Delta]:
+    translator = DIALECTS[speaks].translator(Reading(has_tools=has_tools), start)
     deltas: list[Delta] = []
     for event in events:
         deltas += translator.feed(kind_of(event), event.get("data", event))
@@ -836,7 +837,7 @@ def test_another_worker_goes_on_within_calls_and_tells_nothing_twice(habit: str,
     events = [*said("Hi.", 7), *RESPONSES[habit]]
     full = fed("responses", events, start=start)
     for left in range(len(events)):
-        first = ResponsesTranslator(start=start, has_tools=True)
+        first = ResponsesTranslator(Reading(has_tools=True), start)
         before = [part for event in events[:left] for part in first.feed(event["type"], event)]
         state = {"response_id": "r", "sequence": 1, **json.loads(json.dumps(first.state()).encode("ascii"))}
         assert state["start"] == start
@@ -852,13 +853,13 @@ def test_another_worker_goes_on_within_calls_and_tells_nothing_twice(habit: str,
 
 
 def test_the_state_of_an_older_release_has_no_calls_and_begins_with_the_first_part() -> None:
-    translator = ResponsesTranslator(has_tools=True)
+    translator = ResponsesTranslator(Reading(has_tools=True))
     for event in said("Hi."):
         translator.feed(event["type"], event)
     state = translator.state()
     for name in ("start", "calls", "items"):
         del state[name]
-    restored = ResponsesTranslator(has_tools=True)
+    restored = ResponsesTranslator(Reading(has_tools=True))
     restored.restore(state)
     assert restored.feed(kind_of(over()), over()) == [End(None, None)]
     assert Delivered(state, None).characters == 3
@@ -877,7 +878,7 @@ def test_what_viewers_have_of_the_present_answer_alone_is_counted() -> None:
     step["step_details"]["tool_calls"].append(call)
     assert step_created(step).data is step
     events = [*said("Hi.", 0), added(ONE, 1), grown(A, item_id="fc_1"), over()]
-    state = ResponsesTranslator(start=1, has_tools=True).state()
+    state = ResponsesTranslator(Reading(has_tools=True), 1).state()
     delivered = Delivered(state, Shown(message, [step], 1))
     assert delivered.characters == 2 + 4
     found = delivered.rest(fed("responses", events, start=1))
