@@ -53,12 +53,12 @@ class _Reader:
         self._runtime, self._thread_id, self._event_id = runtime, thread_id, event_id
         self._send, self._frames_of = send, frames_of
         self._subscription: Subscription | None = None
-        self._heartbeat = runtime.settings.heartbeat_seconds
+        # A crowd that came at once, or was told something at once, is neither to be asked about at once nor to come
+        # back so.
+        self._heartbeat = runtime.settings.heartbeat_seconds * random.uniform(0.75, 1)
         self._ask_again, self._place = ask_again, place
         now = time.monotonic()
-        self._due = now + self._heartbeat
-        # A crowd that came at once is neither to be asked about at once nor to come back so.
-        self._ask_at = now + self._heartbeat * random.uniform(0.5, 1)
+        self._due, self._asked_at = now + self._heartbeat, now
         self._end_at = now + seconds * random.uniform(0.9, 1)
         # The runs of the last snapshot, and how each was.
         self.seen: dict[str, str] = {}
@@ -76,7 +76,7 @@ class _Reader:
         :class:`PositionExpiredError`."""
         self.open()
         assert self._subscription is not None
-        until = min(self._due, self._ask_at, self._end_at)
+        until = min(self._due, self._asked_at + self._heartbeat, self._end_at)
         return self._subscription.read(max(0.0, until - time.monotonic()), self._take)
 
     def _take(self, records: list[Record]) -> Receipt:
@@ -101,9 +101,10 @@ class _Reader:
         now = time.monotonic()
         if now >= self._end_at or self._place.is_over:
             return True
-        if now < self._ask_at:
+        # So early that the viewer is woken once for this and a heartbeat.
+        if now < self._asked_at + self._heartbeat / 2:
             return False
-        self._ask_at = now + self._heartbeat * random.uniform(0.5, 1)
+        self._asked_at = now
         return not self._ask_again()
 
     def snapshot(self) -> bytes | None:
