@@ -880,13 +880,24 @@ def test_a_response_of_a_thread_that_another_worker_deletes_is_cancelled(
         thread_id = begun(houses)
         first, second = (worker.member.runner for worker in houses.workers)
         second.delete(thread_id)
+        until(lambda: cast(Response, houses.scripts[-1]).cancelled.is_set())
+        until(lambda: not first.active.all())
 
-        def is_cancelled() -> bool:
-            first.flush()
-            return cast(Response, houses.scripts[-1]).cancelled.is_set()
 
-        # What it grew by is stored now and then, or when another worker asks for it: either finds it gone.
-        until(is_cancelled)
+def test_a_response_of_a_deleted_thread_is_cancelled_where_the_signal_is_lost(
+    redis_server: RedisServer, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with contextlib.closing(Idle(database_url, redis_server.empty_url())) as houses:
+        thread_id = begun(houses)
+        first, second = (worker.member.runner for worker in houses.workers)
+        monkeypatch.setattr(second._worker.log, "signal", lambda thread_id: None)
+        second.delete(thread_id)
+        assert not cast(Response, houses.scripts[-1]).cancelled.is_set()
+        # It grows, so it is stored now and then.
+        cast(Response, houses.scripts[-1]).go(1)
+        until(lambda: any(active.checkpoint.is_due for active in first.active.all()))
+        first.flush()
+        until(lambda: cast(Response, houses.scripts[-1]).cancelled.is_set())
         until(lambda: not first.active.all())
 
 
