@@ -71,7 +71,9 @@ class Settings:
     claim_seconds: float = _setting(
         90.0, "a page that executes a tool has it for so long, unless it says again that it does", 1
     )
-    heartbeat_seconds: float = _setting(15.0, "a `ping` goes out when nothing else did for so long", 0.05)
+    heartbeat_seconds: float = _setting(
+        15.0, "a `ping` goes out when nothing else did for so long, or up to a quarter less", 0.05
+    )
     stream_seconds: float = _setting(
         900.0, "a thread's event stream ends after so long at most, and the page comes back as who it is then", 1
     )
